@@ -1,0 +1,212 @@
+"""
+The registry of models, and what is written to disk about one.
+
+A run directory holds config.json and tokenizer.json, and up to two checkpoint folders:
+
+    last/   model.safetensors, optimizer.safetensors, trainer.json: all that is needed to go on
+    best/   model.safetensors, trainer.json: the lowest validation loss so far
+
+Nothing is pickled, so loading a checkpoint cannot run code. A folder is written under another name and then renamed, so
+that a crash leaves either the old checkpoint or the new one.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+import configurator
+import tokenizer
+from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
+from model import EncoderDecoder, EncoderDecoderConfig
+
+MODELS = {
+    "encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
+    "decoder_only": (DecoderOnlyConfig, DecoderOnly),
+}
+CONFIGS = {name: config for name, (config, _) in MODELS.items()}
+
+
+def build(name: str, config) -> torch.nn.Module:
+    """A freshly initialised model of the registry."""
+    return MODELS[name][1](config)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write through a temporary name, so that the file is never half there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict:
+    """Raises ValueError with the file's name if it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it or start the run again") from None
+
+
+# settings that may differ between a run and its continuation without making it another run
+FREE_ON_RESUME = {
+    "resume", "overwrite", "out_dir", "max_iters", "eval_interval", "log_interval", "eval_sample_tokens", "eval_sample_prompt",
+    "wandb", "wandb_project", "wandb_run_name", "device", "compile", "dataset", "init_from",
+}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# run directories
+
+
+def start_run(settings: dict, data_folder: Path, out: Path, overwrite: bool) -> None:
+    """Make the run directory. Raises FileExistsError rather than touch one that holds anything, unless told to overwrite."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise FileExistsError(
+            f"{out} exists; --resume continues it, --overwrite starts it again, --out_dir=... writes elsewhere"
+        )
+    for name in ("last", "best"):
+        for suffix in ("", ".old", ".tmp"):
+            shutil.rmtree(out / (name + suffix), ignore_errors=True)
+    for name in ("config.json", "metrics.jsonl", "summary.json", tokenizer.FILE_NAME):
+        (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(data_folder / tokenizer.FILE_NAME, out / tokenizer.FILE_NAME)
+    write_json(out / "config.json", settings)
+
+
+def read_run(settings: dict, data_hash: str, out: Path) -> dict:
+    """The trainer state to resume from. Raises FileNotFoundError where there is none, ValueError if the run is another one."""
+    trainer = read_json(find(out, "last") / "trainer.json")
+    old = read_json(out / "config.json")
+    changed = [
+        f"{key}={new.get(key)!r} (was {before.get(key)!r})"
+        for before, new, free in ((old["train"], settings["train"], FREE_ON_RESUME), (old["model"], settings["model"], set()))
+        for key in sorted(before.keys() | new.keys())
+        if key not in free and before.get(key) != new.get(key)
+    ]
+    if changed:
+        raise ValueError(f"{out} was made with other settings: {', '.join(changed)}; resume with the same, or start a new run")
+    if trainer["data_hash"] != data_hash:
+        raise ValueError(f"{out} was made with other data (sha256 {trainer['data_hash'][:12]}..., now {data_hash[:12]}...)")
+    return trainer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, trainer: dict) -> None:
+    """Write a checkpoint folder: weights, the optimizer's state unless None, and the JSON-able trainer state."""
+    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    safetensors.torch.save_model(model, str(temporary / "model.safetensors"))  # writes a tied tensor once
+    if optimizer is not None:
+        safetensors.torch.save_file(optimizer_tensors(model, optimizer), str(temporary / "optimizer.safetensors"))
+    write_json(temporary / "trainer.json", trainer)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as tensors named by parameter: "wte.weight/exp_avg"."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": value.contiguous()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def find(run: Path, which: str) -> Path:
+    """The checkpoint folder `which` ("last" or "best") of a run. Raises FileNotFoundError with what is missing."""
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} is not a directory; give a run directory, as written by train.py --out_dir=...")
+    if not (run / "config.json").exists():
+        raise FileNotFoundError(f"{run} is not a run directory: it has no config.json")
+    for folder in (run / which, run / f"{which}.old"):  # .old: a crash struck between the two renames of save()
+        if (folder / "trainer.json").exists() and (folder / "model.safetensors").exists():
+            return folder
+    raise FileNotFoundError(f"{run} has no complete {which} checkpoint: it was stopped before its first evaluation")
+
+
+def read_config(run: Path) -> tuple[dict, str, object]:
+    """(training settings as a dict, model name, model config) of a run."""
+    settings = read_json(run / "config.json")
+    name = settings["train"]["model"]
+    if name not in MODELS:
+        raise ValueError(f"{run / 'config.json'}: unknown model '{name}'; this version knows {', '.join(MODELS)}")
+    return settings["train"], name, configurator.from_dict(CONFIGS[name], settings["model"])
+
+
+def load_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Fill the model from a checkpoint folder. Raises ValueError for a damaged file or one of another shape."""
+    path = folder / "model.safetensors"
+    try:
+        safetensors.torch.load_model(model, str(path))
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit the model or is damaged: {str(error).splitlines()[0]}") from None
+
+
+def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Restore what optimizer_tensors() wrote. Raises ValueError if a tensor of a parameter is missing."""
+    path = folder / "optimizer.safetensors"
+    try:
+        tensors = safetensors.torch.load_file(str(path))
+    except (safetensors.SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from None
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state, index = {}, 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            prefix = names[parameter] + "/"
+            found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if not found:
+                raise ValueError(f"{path} has no state for {names[parameter]}")
+            state[index], index = found, index + 1
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_run(run: str | Path, which: str = "best", device: str | torch.device = "cpu"):
+    """
+    (model in evaluation mode, tokenizer, trainer state) of a run directory, which is all that is needed: no data set, no
+    network. Where there is no best checkpoint yet, the last one serves.
+    """
+    run = Path(run)
+    try:
+        folder = find(run, which)
+    except FileNotFoundError:
+        folder = find(run, "last")
+    _, name, config = read_config(run)
+    model = build(name, config)
+    load_weights(model, folder)
+    return model.to(device).eval(), tokenizer.load(run), read_json(folder / "trainer.json")
+
+
+def init_from(model: torch.nn.Module, source: Path) -> None:
+    """
+    Fill the model from the weights of another run directory (its best checkpoint), or from a checkpoint file of nanoGPT
+    (a .pt for the decoder-only model). Raises ValueError where names or shapes do not fit.
+    """
+    if source.suffix != ".pt":
+        load_weights(model, find(source, "best"))
+        return
+    if not source.is_file():
+        raise FileNotFoundError(f"init_from={source}: there is no such file")
+    weights = torch.load(source, map_location="cpu", weights_only=True)["model"]
+    # torch.compile's prefix; `attn.bias` is the causal mask that older versions stored as a buffer
+    weights = {key.removeprefix("_orig_mod."): value for key, value in weights.items() if not key.endswith(".attn.bias")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"init_from={source} does not fit this model: {' '.join(str(error).split())[:300]}") from None

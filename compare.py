@@ -1,0 +1,563 @@
+"""
+One honest table from run directories, with what clears the noise of the seeds and what does not, and the curves.
+
+    python compare.py out/encdec_* out/baseline_*
+    python compare.py out --reference=baseline --output=results/table.md --plot=results/curves
+
+Runs with equal settings and different seeds form a row, named after the directory without its _seed1, -seed1 or _s1.
+Every loss is in nats per token; the validation loss is that of the whole validation file.
+"""
+
+import functools
+import glob
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from configurator import configure, exit_on_user_error, nearest
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    reference: str | None = None  # row that the others are tested against; none: the one with the lowest validation loss
+    published: bool = False  # add the eight published runs
+    plot: str | None = "out/compare"  # draw the curves to PLOT.png and PLOT.svg; none: do not
+    output: str | None = None  # also write the Markdown to this file
+    json: str | None = None  # also write the numbers to this file
+
+
+# Settings that do not change what is learned, or, like the seed, are what a row's spread is taken over.
+NOT_OF_A_ROW = {
+    "seed",
+    "out_dir",
+    "resume",
+    "overwrite",
+    "eval_interval",
+    "log_interval",
+    "eval_sample_tokens",
+    "eval_sample_prompt",
+    "wandb",
+    "wandb_project",
+    "wandb_run_name",
+    "device",
+    "compile",
+}
+NEEDED = (
+    "val_loss",
+    "val_bits_per_byte",
+    "train_loss",
+    "parameters",
+    "flops_per_token",
+    "tokens",
+    "tokens_per_second",
+    "seed",
+    "commit",
+    "dataset",
+    "data_hash",
+)
+
+# README of the original encoder-decoder code (yif-AI): name, embedding loss, its weight, pos_sub, train loss, validation loss
+PUBLISHED = [
+    ("encdec_mse_possub", "mse", "8", "plain", 2.982, 3.378),
+    ("encdec_possub", "none", "–", "plain", 2.979, 3.381),
+    ("encdec_mse", "mse", "1", "none", 2.998, 3.385),
+    ("encdec_cosine", "cosine", "1", "none", 2.993, 3.387),
+    ("baseline_dropout", "–", "–", "–", 3.174, 3.406),
+    ("encdec_plain", "none", "–", "none", 3.043, 3.413),
+    ("baseline_small", "–", "–", "–", 2.958, 3.416),
+    ("baseline", "–", "–", "–", 2.937, 3.424),
+]
+PUBLISHED_NOTE = (
+    "Published: one seed each, Wikipedia with the GPT-2 vocabulary, judged on random validation windows (about 2.0 M tokens, "
+    "sampling error about 0.004), so these numbers and the ones above come from different validation samples. "
+    "`baseline_dropout` was judged with attention dropout still on."
+)
+
+
+class Run(NamedTuple):
+    path: Path
+    config: dict[str, object]  # the settings that define a row
+    summary: dict
+    evals: list[dict]  # the "eval" lines of metrics.jsonl, steps ascending
+
+
+class Row(NamedTuple):
+    label: str
+    runs: list[Run]  # seeds ascending, no seed twice
+
+    def values(self, key: str) -> np.ndarray:
+        return np.array([run.summary[key] for run in self.runs], dtype=float)
+
+    def mean(self, key: str) -> float:
+        return float(self.values(key).mean())
+
+    def sd(self, key: str) -> float | None:
+        """Sample standard deviation over seeds; None for one seed."""
+        return float(self.values(key).std(ddof=1)) if len(self.runs) > 1 else None
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+# reading
+
+
+def find_runs(words: list[str]) -> list[Path]:
+    """
+    Directories named by words: paths, globs, or a folder of run directories. Plain files are passed over where directories
+    are found too (out/* holds our own plot). Raises FileNotFoundError for what matches nothing.
+    """
+    found: list[Path] = []
+    for word in words:
+        matches = [word] if Path(word).exists() else sorted(glob.glob(word))
+        if not matches:
+            raise FileNotFoundError(f"{word}: no such run directory")
+        for path in map(Path, matches):
+            inside = sorted(file.parent for file in path.glob("*/config.json"))
+            found += [path] if (path / "config.json").exists() or not inside else inside
+    folders = [path for path in dict.fromkeys(found) if path.is_dir()]
+    if not folders:
+        raise FileNotFoundError(f"{', '.join(map(str, found))}: not a run directory")
+    return list({path.resolve(): path for path in reversed(folders)}.values())[::-1]
+
+
+def read_runs(paths: list[Path]) -> list[Run]:
+    """The finished runs among run directories; others are named and skipped. Raises ValueError where none is finished."""
+    runs, unfinished = [], []
+    for path in paths:
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            settings = {key: value for key, value in config["train"].items() if key not in NOT_OF_A_ROW} | config["model"]
+            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+            missing = [key for key in NEEDED if key not in summary]
+        except FileNotFoundError as error:
+            unfinished.append(f"{path} has no {Path(error.filename).name}: not a finished run")
+            continue
+        except json.JSONDecodeError:
+            unfinished.append(f"{path}: config.json or summary.json is half written: not a finished run")
+            continue
+        if missing:
+            unfinished.append(f"{path}: summary.json lacks {', '.join(missing)}: written by another version?")
+            continue
+        if not math.isfinite(summary["val_loss"]):
+            unfinished.append(f"{path}: its validation loss is {summary['val_loss']}: it diverged")
+            continue
+        runs.append(Run(path, settings, summary, read_evals(path / "metrics.jsonl")))
+    if not runs:
+        raise ValueError("no finished run: " + "; ".join(unfinished))
+    for line in unfinished:
+        warn(f"{line}; skipped")
+    return runs
+
+
+def read_evals(path: Path) -> list[dict]:
+    """
+    The eval lines of a metrics.jsonl. A run that crashed and was resumed from an earlier step writes its steps again: what
+    stood there is dropped. Lines cut off by a crash are passed over with a warning.
+    """
+    if not path.exists():
+        warn(f"{path} does not exist: no curve of this run")
+        return []
+    evals: list[dict] = []
+    broken = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            step, kind = record["step"], record["kind"]
+        except (ValueError, KeyError, TypeError):
+            broken += bool(line.strip())
+            continue
+        if kind == "eval":
+            while evals and evals[-1]["step"] >= step:
+                evals.pop()
+            evals.append(record)
+    if broken:
+        warn(f"{path}: {broken} half-written line{'s' * (broken > 1)} passed over")
+    return evals
+
+
+def check_same_data(runs: list[Run]) -> None:
+    """Raises ValueError where two runs were judged on different validation tokens or by different tokenizers."""
+    first = runs[0]
+    for run in runs[1:]:
+        if run.summary["data_hash"] != first.summary["data_hash"]:
+            a, b = (f"{r.path} ({r.summary['dataset']}, sha256 {r.summary['data_hash'][:12]})" for r in (first, run))
+            raise ValueError(f"{a} and {b} were judged on different validation files: compare runs of one data set at a time")
+        if not math.isclose(bits_per_nat(run), bits_per_nat(first), rel_tol=1e-6):
+            raise ValueError(f"{first.path} and {run.path} count different bytes per token: their tokenizers differ")
+
+
+def bits_per_nat(run: Run) -> float:
+    """Bits per byte for a nat per token: 1 / (ln 2 * bytes per token), a constant of validation file and tokenizer."""
+    return run.summary["val_bits_per_byte"] / run.summary["val_loss"]
+
+
+def group(runs: list[Run]) -> list[Row]:
+    """Rows of runs with equal settings, the lowest validation loss first. Rows of equal names get what tells them apart."""
+    groups: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        seeds = groups.setdefault(json.dumps(run.config, sort_keys=True), {})
+        seed = run.summary["seed"]
+        if seed in seeds:
+            warn(f"{run.path} has settings and seed of {seeds[seed].path}: skipped")
+        else:
+            seeds[seed] = run
+    rows = [Row("", [seeds[seed] for seed in sorted(seeds)]) for seeds in groups.values()]
+    names = [re.sub(r"[_-](seed[_-]?|s)\d+$", "", row.runs[0].path.resolve().name) for row in rows]
+    labelled = []
+    for name, row in zip(names, rows, strict=True):
+        twins = [other.runs[0].config for other, other_name in zip(rows, names, strict=True) if other_name == name]
+        keys = [key for key in row.runs[0].config if any(twin.get(key) != row.runs[0].config[key] for twin in twins)]
+        apart = " ".join(f"{key}={row.runs[0].config[key]}" for key in keys)
+        labelled.append(row._replace(label=f"{name} ({apart})" if apart else name))
+    return sorted(labelled, key=lambda row: row.mean("val_loss"))
+
+
+# statistics
+
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
+
+
+def t_two_sided(t: float, nu: int) -> float:
+    """
+    P(|T| >= |t|) of Student's t with nu degrees of freedom. With x = sqrt(nu) tan(theta) the density is proportional to
+    cos(theta)^(nu - 1), which is smooth on a finite interval: Gauss-Legendre with 64 nodes gives it to about 1e-13.
+    """
+
+    def integral(start: float) -> float:  # from start to pi/2
+        half = (math.pi / 2 - start) / 2
+        return float(half * (WEIGHTS * np.cos(start + half * (NODES + 1)) ** (nu - 1)).sum())
+
+    return integral(math.atan(abs(t) / math.sqrt(nu))) / integral(0.0)
+
+
+@functools.cache
+def t_critical(nu: int, p: float = 0.05) -> float:
+    """The t with t_two_sided(t, nu) = p, by bisection."""
+    low, high = 0.0, 1.0
+    while t_two_sided(high, nu) > p:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_two_sided(middle, nu) > p else (low, middle)
+    return high
+
+
+class Difference(NamedTuple):
+    run: str
+    reference: str
+    seeds: int  # that both rows have
+    mean: float  # nats per token; positive: worse than the reference
+    low: float | None  # 95 % interval
+    high: float | None
+    p: float | None
+    verdict: str
+
+
+def paired_difference(row: Row, reference: Row) -> Difference:
+    """Paired t-test of the validation losses over the seeds that both rows have."""
+    a, b = ({run.summary["seed"]: run.summary["val_loss"] for run in r.runs} for r in (row, reference))
+    d = np.array([a[seed] - b[seed] for seed in a if seed in b])
+    n = len(d)
+    if n < 2:
+        mean = float(d[0]) if n else row.mean("val_loss") - reference.mean("val_loss")
+        verdict = "one seed: cannot tell" if n else "no seed in common: cannot tell"
+        return Difference(row.label, reference.label, n, mean, None, None, None, verdict)
+    mean, error = float(d.mean()), float(d.std(ddof=1)) / math.sqrt(n)
+    p = t_two_sided(mean / error, n - 1) if error else float(mean == 0)
+    margin = t_critical(n - 1) * error
+    verdict = "clear of the noise" if p < 0.05 else "inside the noise"
+    return Difference(row.label, reference.label, n, mean, mean - margin, mean + margin, p, verdict)
+
+
+# text
+
+
+def markdown_table(header: list[str], lines: list[list[str]]) -> str:
+    """Columns padded to equal width; all but the first are numbers and right-aligned."""
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+
+    def text(cells: list[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = f"| {'-' * widths[0]} | " + " | ".join("-" * (width - 1) + ":" for width in widths[1:]) + " |"
+    return "\n".join([text(header), rule, *map(text, lines)])
+
+
+def count(value: float) -> str:
+    """Three digits and a prefix: 94.2 M."""
+    for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= 0.9995 * factor:
+            return f"{value / factor:.{max(0, 2 - int(math.log10(value / factor * 1.0005)))}f}{prefix}"
+    return f"{value:.3g}"
+
+
+def with_sd(row: Row, key: str) -> str:
+    sd = row.sd(key)
+    return f"{row.mean(key):.4f}" + (f" ± {sd:.4f}" if sd is not None else "")
+
+
+def short_commit(run: Run) -> str:
+    commit = run.summary["commit"] or "unknown"
+    return commit[:7] + "+" * commit.endswith("+")  # a + marks uncommitted changes
+
+
+def table(rows: list[Row]) -> str:
+    header = [
+        "run",
+        "parameters",
+        "FLOPs/token",
+        "tokens",
+        "seeds",
+        "train loss",
+        "validation loss",
+        "bits per byte",
+        "tokens/s",
+        "peak memory",
+        "commit",
+    ]
+    lines = []
+    for row in rows:
+        first = row.runs[0].summary
+        memory = max(run.summary.get("peak_memory_bytes") or 0 for run in row.runs)
+        lines.append(
+            [
+                row.label,
+                f"{first['parameters']:,}",
+                count(first["flops_per_token"]),
+                count(first["tokens"]),
+                str(len(row.runs)),
+                f"{row.mean('train_loss'):.4f}",
+                with_sd(row, "val_loss"),
+                f"{row.mean('val_bits_per_byte'):.4f}",
+                count(row.mean("tokens_per_second")),
+                f"{memory / 2**30:.2f} GiB" if memory else "–",
+                " ".join(sorted({short_commit(run) for run in row.runs})),
+            ]
+        )
+    return markdown_table(header, lines)
+
+
+def table_notes(rows: list[Row]) -> str:
+    first = rows[0].runs[0].summary
+    data = f"{first['dataset']}, sha256 {first['data_hash'][:12]}"
+    notes = [f"Losses in nats per token, mean ± sample standard deviation over seeds; validation over the whole file ({data})."]
+    for key, what in (("tokens", "training tokens"), ("commit", "commits"), ("device", "devices"), ("dtype", "dtypes")):
+        if len({str(run.summary.get(key)) for row in rows for run in row.runs}) > 1:
+            notes.append(f"The runs differ in {what}.")
+    if any(short_commit(run).endswith("+") for row in rows for run in row.runs):
+        notes.append("A commit with + had uncommitted changes.")
+    return " ".join(notes)
+
+
+def differences_text(differences: list[Difference]) -> str:
+    lines = [f"Differences in validation loss from `{differences[0].reference}`, paired by seed, two-sided t-test:", ""]
+    for d in differences:
+        seeds = f"{d.seeds} seeds" if d.seeds > 1 else ""
+        tested = f" (95 % interval {d.low:+.4f} to {d.high:+.4f}, {seeds}, p = {d.p:.2g})" if d.p is not None else ""
+        lines.append(f"- `{d.run}`: {d.mean:+.4f}{tested}: {d.verdict}")
+    if sum(d.p is not None for d in differences) > 1:
+        lines += ["", f"{len(differences)} comparisons at p < 0.05 each; p is not corrected for their number."]
+    return "\n".join(lines)
+
+
+def published_text(rows: list[Row]) -> str:
+    here = {row.label: with_sd(row, "val_loss") for row in rows}
+    lines = [
+        [name, loss, weight, pos_sub, f"{train:.3f}", f"{val:.3f}", here.get(name, "–")]
+        for name, loss, weight, pos_sub, train, val in PUBLISHED
+    ]
+    header = ["published run", "embedding loss", "weight", "pos_sub", "train loss", "validation loss", "validation loss above"]
+    return markdown_table(header, lines) + "\n\n" + PUBLISHED_NOTE
+
+
+# curves
+
+# Okabe & Ito, "Color Universal Design" (2008), with grey for their yellow, which is too light for a line on white
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888"]
+MARKERS = "os^DvPX*"
+
+
+def curve(row: Row, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens (N,), values (seeds, N)) of `key` where every seed of the row was evaluated; N = 0 without such values."""
+    runs = [{e["tokens"]: e[key] for e in run.evals if e.get(key) is not None} for run in row.runs if run.evals]
+    tokens = sorted(set.intersection(*map(set, runs))) if runs else []
+    return np.array(tokens, dtype=float), np.array([[run[t] for t in tokens] for run in runs], dtype=float)
+
+
+def plot(rows: list[Row], prefix: str) -> list[Path]:
+    """Draw the curves of the rows that have any to PREFIX.png and PREFIX.svg. Raises ImportError without matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import EngFormatter
+
+    styles = [
+        {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)], "markersize": 5}
+        for i in range(len(rows))
+    ]
+    drawn = [(row, style) for row, style in zip(rows, styles, strict=True) if len(curve(row, "val_loss")[0])]
+    has_embedding = any(len(curve(row, "embedding_loss")[0]) for row, _ in drawn)
+    end = max(curve(row, "val_loss")[0][-1] for row, _ in drawn)
+    factor = bits_per_nat(drawn[0][0].runs[0])
+
+    def lines(ax, key: str, since: float, markers: int = 1, **options) -> np.ndarray:
+        """A line and band a row from `since` tokens on, with so many markers; returns every value drawn."""
+        values = [np.zeros(0)]
+        for row, style in drawn:
+            tokens, losses = curve(row, key)
+            losses, tokens = losses[:, tokens >= since] if len(tokens) else losses, tokens[tokens >= since]
+            if not len(tokens):
+                continue
+            marked = np.linspace(len(tokens) - 1, 0, markers).astype(int).tolist()
+            ax.plot(tokens, losses.mean(0), **style | {"linewidth": 1.7, "markevery": marked} | options)
+            if len(losses) > 1 and "linestyle" not in options:
+                ax.fill_between(tokens, losses.min(0), losses.max(0), color=style["color"], alpha=0.18, linewidth=0)
+            values.append(losses.ravel())
+        return np.concatenate(values)
+
+    settings = {
+        "font.size": 11,
+        "axes.titlesize": 11.5,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.hashsalt": "compare",
+        "svg.fonttype": "none",
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(12, 5.2), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1)
+        axes = figure.subplots(1, 3 if has_embedding else 2)
+        lines(axes[0], "val_loss", 0)
+        lines(axes[0], "train_loss", 0, linestyle="--", linewidth=0.9, marker="")
+        # the first drop, from ln(vocab_size), would flatten everything after it
+        shown = np.concatenate(
+            [
+                v[:, t >= 0.1 * end].ravel()
+                for row, _ in drawn
+                for key in ("val_loss", "train_loss")
+                for t, v in [curve(row, key)]
+                if len(t)
+            ]
+        )
+        set_limits(axes[0], shown)
+        axes[0].set_title("Loss on validation and training windows")
+        axes[0].set_ylabel("loss (nats per token)")
+        set_limits(axes[1], lines(axes[1], "val_loss", 0.4 * end, markers=4))
+        axes[1].set_title("Validation, last 60 % of training")
+        axes[1].set_ylabel("validation loss (nats per token)")
+        right = axes[1].secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
+        right.set_ylabel("bits per byte")
+        if has_embedding:
+            lines(axes[2], "embedding_loss", 0)
+            axes[2].set_yscale("log")
+            axes[2].set_title("Embedding loss")
+            axes[2].set_ylabel("embedding loss (unweighted)")
+        for ax in axes:
+            ax.set_xlabel("training tokens")
+            ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        handles = [Line2D([], [], label=row.label, linewidth=1.7, **style) for row, style in drawn]
+        handles.append(Line2D([], [], color="#444444", linewidth=0.9, linestyle="--", label="training windows"))
+        if any(len(row.runs) > 1 for row, _ in drawn):
+            handles.append(Patch(color="#444444", alpha=0.18, linewidth=0, label="lowest to highest seed"))
+        longest = max(len(row.label) for row, _ in drawn)  # about 140 characters, handles included, fit beside each other
+        columns = max(1, min(5, len(handles), 140 // (longest + 8)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+        stem = prefix.removesuffix(".png").removesuffix(".svg")
+        Path(stem).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(f"{stem}.png", dpi=150)
+        figure.savefig(f"{stem}.svg", metadata={"Date": None})  # equal curves, equal file
+    return [Path(f"{stem}.png"), Path(f"{stem}.svg")]
+
+
+def set_limits(ax, values: np.ndarray) -> None:
+    values = values[np.isfinite(values)]
+    if len(values):
+        margin = 0.05 * (values.max() - values.min()) or 0.01
+        ax.set_ylim(values.min() - margin, values.max() + margin)
+
+
+def write(path: str, text: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def as_json(rows: list[Row], differences: list[Difference]) -> str:
+    first = rows[0].runs[0].summary
+    keys = ("val_loss", "train_loss", "val_bits_per_byte", "tokens_per_second")
+    lines = [
+        {
+            "run": row.label,
+            "model": row.runs[0].summary.get("model"),
+            "parameters": row.runs[0].summary["parameters"],
+            "flops_per_token": row.runs[0].summary["flops_per_token"],
+            "tokens": row.runs[0].summary["tokens"],
+            "seeds": [run.summary["seed"] for run in row.runs],
+            "paths": [str(run.path) for run in row.runs],
+            "commits": [run.summary["commit"] for run in row.runs],
+            **{key: {"mean": row.mean(key), "sd": row.sd(key), "values": row.values(key).tolist()} for key in keys},
+        }
+        for row in rows
+    ]
+    data = {
+        "dataset": first["dataset"],
+        "data_hash": first["data_hash"],
+        "rows": lines,
+        "differences": [difference._asdict() for difference in differences],
+    }
+    return json.dumps(data, indent=2)
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    """Print the comparison and write what was asked for; returns the rows, the lowest validation loss first."""
+    settings = configure(argv, [CompareConfig], positional="RUN ...", description=__doc__)
+    options: CompareConfig = settings.sections[0]
+    runs = read_runs(find_runs(settings.words))
+    check_same_data(runs)
+    rows = group(runs)
+    labels = [row.label for row in rows]
+    name = labels[0] if options.reference is None else options.reference
+    if name not in labels:
+        near = nearest(name, labels)
+        raise ValueError(
+            f"--reference={name}: no such row" + (f"; did you mean {near!r}?" if near else f" among {', '.join(labels)}")
+        )
+    reference = rows[labels.index(name)]
+    differences = [paired_difference(row, reference) for row in rows if row is not reference]
+
+    parts = [table(rows), table_notes(rows)]
+    parts += [differences_text(differences)] if differences else []
+    parts += [published_text(rows)] if options.published else []
+    text = "\n\n".join(parts)
+    print(text)
+    if options.output is not None:
+        write(options.output, text)
+    if options.json is not None:
+        write(options.json, as_json(rows, differences))
+    if options.plot is not None:
+        if not any(run.evals for run in runs):
+            warn("no run has evaluations in its metrics.jsonl: nothing to plot")
+            return rows
+        try:
+            files = plot(rows, options.plot)
+        except ImportError:
+            warn("no plot without matplotlib: pip install matplotlib (or --plot=none)")
+        else:
+            print(f"\ncurves: {', '.join(file.as_posix() for file in files)}")
+    return rows
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

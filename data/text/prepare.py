@@ -1,0 +1,38 @@
+"""
+Your own text as a data set. Files or folders; text, .jsonl or .parquet; plain, .gz, .xz or .zst; any size.
+
+    python data/text/prepare.py --input notes/ --name notes --tokenizer byte
+    python data/text/prepare.py --input novels.txt --name novels --tokenizer gpt2 --separator '<|endoftext|>'
+    python train.py config/xyz.py --dataset=notes
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, when run as a script
+
+from configurator import exit_on_user_error
+from data import corpus
+
+DATA = Path(__file__).resolve().parents[1]
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = corpus.arguments("Your own text as a data set", None, "byte", 0.1)
+    corpus.input_arguments(parser, required=True)
+    parser.add_argument("--name", help="name of the data set, written to data/NAME unless --out_dir is given")
+    args = parser.parse_args(argv)
+    name = args.name or (args.out_dir.resolve().name if args.out_dir else None)
+    if name is None:
+        raise ValueError("the data set has no name; give --name NAME (written to data/NAME) or --out_dir FOLDER")
+    if not args.out_dir and (Path(name).name != name or name == ".." or (DATA / name / "prepare.py").exists()):
+        raise ValueError(f"--name {name}: give a plain name that no data set of this project has, or an --out_dir")
+    tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: corpus.take_bytes(corpus.read_inputs(args), args.max_bytes))
+    source = ", ".join(path.name for path in args.input)
+    out_dir = args.out_dir or DATA / name
+    return corpus.write_dataset(corpus.read_inputs(args), tokenizer, out_dir, args.val_fraction, source, name, args.max_bytes)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

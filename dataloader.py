@@ -1,0 +1,196 @@
+"""
+Token files on disk -> batches of windows. Nothing here has a state that a resumed run would have to restore:
+
+- training:   `batch_starts(seed, step, count)` is a pure function, so a run continues, or is split over more processes or
+              micro-batches, without seeing other data;
+- evaluation: `eval_starts` is one fixed set of windows for all runs, and `full_windows` visits the whole split in order.
+
+A data set is a folder with train.bin, val.bin (bare uint16 or uint32 token ids), meta.json and tokenizer.json.
+Legend: N tokens of a split, T block_size, n windows.
+"""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DATA = Path(__file__).resolve().parent / "data"
+OFFLINE_SETS = ("stdlib",)  # prepared without network, hence on first use and unasked
+SPLITS = ("train", "val")
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+SCAN_TOKENS = 16_000_000  # per read when a file is checked: 32 MB of uint16
+
+
+def known_sets() -> list[str]:
+    """Names of the sets that have a prepare script of their own (data/text makes others, of the user's text)."""
+    return sorted(path.parent.name for path in DATA.glob("*/prepare.py") if path.parent.name != "text")
+
+
+def resolve(dataset: str | Path) -> Path:
+    """Folder of a data set: a name in data/ ("stdlib"), or a path to a folder that holds train.bin.
+
+    Raises FileNotFoundError for a name that is neither.
+    """
+    named = DATA / dataset
+    if str(dataset) in known_sets() or (len(Path(dataset).parts) == 1 and (named / "train.bin").is_file()):
+        return named
+    if (Path(dataset) / "train.bin").is_file():
+        return Path(dataset)
+    raise FileNotFoundError(
+        f"no data set {str(dataset)!r}; known sets: {', '.join(known_sets())}; "
+        "or give a folder with train.bin, val.bin and meta.json (python data/text/prepare.py makes one of your own text)"
+    )
+
+
+def prepare_if_missing(dataset: str | Path) -> Path:
+    """Folder of the data set, prepared here and now when that needs no network.
+
+    Raises FileNotFoundError with the command to run otherwise. Under several processes call it in one of them first.
+    """
+    folder = resolve(dataset)
+    missing = [name for name in ("train.bin", "val.bin", "meta.json", "tokenizer.json") if not (folder / name).is_file()]
+    if not missing:
+        return folder
+    if str(dataset) not in OFFLINE_SETS:
+        raise FileNotFoundError(
+            f"data set {str(dataset)!r} is not prepared yet (no {', '.join(missing)}); run: {prepare_command(folder)}"
+        )
+    print(f"data set {dataset} is not prepared yet: running {prepare_command(folder)}", file=sys.stderr)
+    if subprocess.run([sys.executable, str(folder / "prepare.py")], check=False).returncode != 0:
+        raise FileNotFoundError(f"data set {str(dataset)!r} could not be prepared, see the message above")
+    return folder
+
+
+def prepare_command(folder: Path, dataset: str | None = None) -> str:
+    """The command that writes this data set (again); `dataset` is its name in meta.json, where that is known."""
+    if (folder / "prepare.py").is_file():
+        return f"python data/{folder.name}/prepare.py"
+    script = f"{dataset}/prepare.py" if dataset in known_sets() else "text/prepare.py --input YOUR_TEXT"
+    return f"python data/{script} --out_dir {folder}"
+
+
+class TokenData:
+    """The two splits of a data set, checked once at the start.
+
+    Attributes: meta (contents of meta.json), vocab_size, hash (sha256 of val.bin: what a loss was measured on), data_hash
+    (sha256 over both splits), bytes_per_token (of val: nats per token / ln 2 / bytes_per_token = bits per byte), and the
+    token arrays train and val (np.memmap).
+    """
+
+    def __init__(self, folder: str | Path, block_size: int):
+        self.folder, self.block_size = Path(folder), block_size
+        if block_size < 1:
+            raise ValueError(f"block_size={block_size}: at least 1 is needed")
+        self.meta = self._read_meta()
+        self.vocab_size: int = self.meta["vocab_size"]
+        self.dtype = DTYPES[self.meta["dtype"]]
+        for split in SPLITS:
+            self._check(split)
+        paths = {split: self.folder / f"{split}.bin" for split in SPLITS}
+        self._maps = {split: np.memmap(path, dtype=self.dtype, mode="r") for split, path in paths.items()}
+        # Batches are read through these handles, not through the maps: every page that is touched in a map, and up to 2 MB
+        # around it, counts as resident memory of the process until it is as large as the file. A read costs 2 us a window.
+        self._files = {split: io.FileIO(path) for split, path in paths.items()}
+        self.hash: str = self.meta["val"]["sha256"]
+        self.data_hash = hashlib.sha256((self.meta["train"]["sha256"] + self.hash).encode()).hexdigest()
+        self.bytes_per_token: float = self.meta["val"]["bytes"] / self.meta["val"]["tokens"]
+
+    train = property(lambda self: self._maps["train"])
+    val = property(lambda self: self._maps["val"])
+
+    def _read_meta(self) -> dict:
+        path = self.folder / "meta.json"
+        again = f"run again: {prepare_command(self.folder)}"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; {again}")
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            needed = (meta["vocab_size"], meta["dtype"], *(meta[s][k] for s in SPLITS for k in ("tokens", "bytes", "sha256")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from error
+        if needed[1] not in DTYPES:
+            raise ValueError(f"{path}: dtype {needed[1]!r} is not one of {', '.join(DTYPES)}; {again}")
+        return meta
+
+    def _check(self, split: str) -> None:
+        """Raise ValueError unless the file is what meta.json says, long enough, and within the vocabulary."""
+        path, tokens = self.folder / f"{split}.bin", self.meta[split]["tokens"]
+        again = f"run again: {prepare_command(self.folder, self.meta.get('dataset'))}"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; {again}")
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            # 133 bytes that git writes in place of a large file when the LFS extension is not installed
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise ValueError(f"{path} is a Git LFS pointer, not data; run git lfs pull, or {again}")
+        if size == 0 or size != tokens * self.dtype.itemsize:
+            raise ValueError(
+                f"{path} has {size:,} bytes, but meta.json says {tokens:,} tokens of {self.dtype.itemsize} bytes: "
+                f"it is {'empty' if size == 0 else 'truncated or of another data set'}; {again}"
+            )
+        if tokens <= self.block_size:
+            raise ValueError(
+                f"{path} has {tokens:,} tokens, too few for block_size={self.block_size}, which needs one more than that; "
+                f"set --block_size to {tokens - 1} or less, or prepare more text"
+            )
+        highest, digest = -1, hashlib.sha256()
+        with open(path, "rb") as file:  # plain reads: a map of the whole file would count as resident memory
+            while (chunk := np.fromfile(file, dtype=self.dtype, count=SCAN_TOKENS)).size:
+                highest = max(highest, int(chunk.max()))
+                if split == "val":
+                    digest.update(chunk)
+        if highest >= self.vocab_size:
+            raise ValueError(f"{path} holds token id {highest}, but the vocabulary ends at {self.vocab_size - 1}; {again}")
+        if split == "val" and digest.hexdigest() != self.meta["val"]["sha256"]:
+            raise ValueError(f"{path} is not the file that meta.json describes (its sha256 differs); {again}")
+
+    def batch_starts(self, seed: int, step: int, count: int) -> np.ndarray:
+        """(count,) int64 starts in train of all windows of one optimizer step, a pure function of the arguments.
+
+        The step's sequences are drawn at once; the caller divides them among micro-batches and processes.
+        """
+        return np.random.default_rng([seed, step]).integers(0, len(self.train) - self.block_size, size=count, dtype=np.int64)
+
+    def eval_starts(self, split: str, count: int) -> np.ndarray:
+        """(count,) int64 window starts, the same ones in every run whatever its seed, so that curves can be compared."""
+        # three words, the last one not 0: a stream that no (seed, step) of batch_starts can have
+        rng = np.random.default_rng([0, 0, 1 + SPLITS.index(split)])
+        return rng.integers(0, len(self._maps[split]) - self.block_size, size=count, dtype=np.int64)
+
+    def gather(self, split: str, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows that begin at `starts` (n,): inputs x and targets y, both int64 (n, T); y[:, t] is the token after x[:, t].
+
+        Not for two threads at once: they would move the same file position.
+        """
+        windows = np.empty((len(starts), self.block_size + 1), dtype=self.dtype)
+        for row, start in zip(windows, starts, strict=True):
+            self._files[split].seek(int(start) * self.dtype.itemsize)
+            size = self._files[split].readinto(row)
+            assert size == row.nbytes, f"{split}.bin ends within the window at {start}: it changed after the start of the run"
+        windows = torch.from_numpy(windows.astype(np.int64))
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+    def full_windows(self, split: str, rows: int, rank: int = 0, world: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The whole split in fixed order: batches (x, y) of exactly (rows, T), batch i going to process i % world.
+
+        Over all ranks every token except the first is a target exactly once. What pads the last window and the last batch has
+        input 0 and target -1 (ignored), so that a compiled model sees one shape and the *sum* of the losses does not depend on
+        `rows` or `world`. Processes may get different numbers of batches.
+        """
+        tokens, T = len(self._maps[split]), self.block_size
+        batch = rows * T  # targets per batch
+        for first in range(rank * batch, tokens - 1, world * batch):
+            starts = np.arange(first, min(first + batch, tokens - 1), T)
+            x, y = torch.zeros(rows, T, dtype=torch.int64), torch.full((rows, T), -1, dtype=torch.int64)
+            whole = starts[starts + T < tokens]
+            x[: len(whole)], y[: len(whole)] = self.gather(split, whole)
+            if len(whole) < len(starts):  # the end of the split, shorter than a window
+                tail = torch.from_numpy(self._maps[split][starts[-1] :].astype(np.int64))
+                x[len(whole), : len(tail) - 1], y[len(whole), : len(tail) - 1] = tail[:-1], tail[1:]
+            yield x, y

@@ -1,0 +1,484 @@
+"""
+The auto-regressive encoder-decoder language model, in one file.
+
+Departures from GPT-2 (a decoder-only stack of pre-norm blocks with tied embeddings and learned positions):
+
+1. Two stacks. A *masked* encoder of E blocks reads the tokens causally and leaves h_t, a state that knows x_0..x_t:
+       e_t = dropout(wte[x_t] + wpe[t]);   h = encoder(e)                                    (no final LayerNorm)
+   A decoder of D blocks starts from d = W h (the bridge) and predicts x_{t+1}. Each of its blocks has three parts,
+       d += self_attn(ln_1(d));   d += cross_attn(q = ln_cross_q(d), k,v = ln_cross_kv(h));   d += mlp(ln_2(d))
+   and every layer looks at the same raw h. Cross-attention is causal too: position t sees h_0..h_t. So the whole model is
+   auto-regressive, one forward pass trains all positions, and *everything* can be cached when sampling.
+2. Embedding loss (training only). u_t = LN_h(h_t) is asked to resemble the running mean of the embeddings it has read,
+       m_t = mean(a_0..a_t), a = LN_e(e):      mse: mean (m - u)^2      cosine: mean 1 - (cos(m, u) + 1) / 2
+                                               log_cosine: mean -log((cos(m, u) + 1) / 2)
+3. Position subtraction. The tied output layer compares the last state with pure token embeddings, while the input layer
+   added positions to them; so the embedding of the predicted position is subtracted again before the logits:
+       logits_t = wte (ln_f(d_t) - wpe[t+1])                        (`ln`: another LayerNorm after the subtraction)
+4. Options the original left open: E != D, rotary positions (Su et al. 2021, arXiv:2104.09864), dropout.
+   With rotary positions nothing is added to the embeddings; subtraction then has a learned table of its own, `wpe_next`,
+   whose row t belongs to position t+1 and which is used nowhere else.
+
+Shapes: B batch, T tokens of this call, S keys (cached ones first), C width, H heads, D head width, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) for a setting that cannot work."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class EncoderDecoderConfig:
+    vocab_size: int = 256  # number of token ids; train.py takes it from the data set unless given
+    block_size: int = 256  # longest context, tokens
+    n_encoder_layer: int = 3  # blocks in the masked encoder
+    n_decoder_layer: int = 3  # blocks in the decoder
+    n_head: int = 4  # self-attention heads
+    n_cross_head: int = 4  # cross-attention heads
+    n_embd: int = 128  # width C
+    bias: bool = False  # biases in linear layers and LayerNorms
+    dropout: float = 0.0  # on embeddings, attention weights and residual branches, in training only
+    position: Literal["learned", "rope"] = "learned"  # a table added to the input, or rotary keys and queries
+    pos_sub: Literal["none", "plain", "ln"] = "none"  # subtract the next position's embedding before the logits
+    decoder_order: Literal["self_first", "cross_first"] = "self_first"  # which attention comes first in a decoder block
+    bridge_ln: bool = False  # LayerNorm in front of the bridge
+    decoder_pos_emb: bool = False  # add the next position's embedding to the decoder's input
+    embedding_loss: Literal["none", "mse", "cosine", "log_cosine"] = "none"  # pull encoder states to the mean embedding
+    embedding_loss_weight: float = 1.0  # its factor in the total loss
+    embedding_loss_detach: Literal["encoder", "embedding", "none"] = "encoder"  # which side gets no gradient from it
+    embedding_loss_ln: Literal["input", "average", "none"] = "input"  # LN_e before the running mean, after it, or not at all
+    embedding_loss_ln_affine: bool = True  # False: LN_e and LN_h have neither gain nor bias
+
+    def __post_init__(self):
+        check_sizes(self, "vocab_size", "block_size", "n_encoder_layer", "n_decoder_layer", "n_head", "n_cross_head", "n_embd")
+        for key in ("n_head", "n_cross_head"):
+            heads = getattr(self, key)
+            require(
+                self.n_embd % heads == 0, f"n_embd={self.n_embd} is not divisible by {key}={heads}; choose a divisor of n_embd"
+            )
+        require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout}: a probability in [0, 1) is needed")
+        require(self.embedding_loss_weight >= 0.0, f"embedding_loss_weight={self.embedding_loss_weight} must not be negative")
+        require(
+            not (self.decoder_pos_emb and self.position == "rope"),
+            "decoder_pos_emb=True adds a position embedding, but position=rope has no table to add; use position=learned",
+        )
+
+
+def check_sizes(config, *keys: str) -> None:
+    for key in keys:
+        require(getattr(config, key) >= 1, f"{key}={getattr(config, key)}: at least 1 is needed")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# blocks, shared by every model of the project
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Losses and statistics are computed in float32 under bfloat16 autocast, and in float64 in float64 tests."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm whose bias, or whole affine part, can be absent."""
+
+    def __init__(self, width: int, bias: bool, affine: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine and bias else None
+        self.width = width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (self.width,), self.weight, self.bias, 1e-5)
+
+
+class LayerCache:
+    """Keys and values of one attention layer, (B, H, capacity, D), allocated when the first ones arrive."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.k: torch.Tensor | None = None
+        self.v: torch.Tensor | None = None
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k, v (B, H, T, D) at slots start..start+T-1; return all S = start + T of them, (B, H, S, D)."""
+        if self.k is None:
+            B, H, _, D = k.shape
+            self.k, self.v = (torch.empty(B, H, self.capacity, D, dtype=k.dtype, device=k.device) for _ in range(2))
+        end = start + k.size(2)
+        assert end <= self.capacity, f"cache of {self.capacity} slots cannot hold {end}"
+        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class Cache:
+    """
+    What a model has computed for the first `length` tokens: keys and values of all its attention layers, encoder self,
+    decoder self and cross alike. All of them are causal, so all of them only ever grow by appending, and one length and
+    one slot numbering serve them all. Passed to forward(), which appends to it; never stored on a module.
+    """
+
+    def __init__(self, n_layer_cache: int, capacity: int):
+        self.layers = [LayerCache(capacity) for _ in range(n_layer_cache)]
+        self.capacity = capacity
+        self.length = 0
+
+    def truncate(self, length: int) -> None:
+        """Forget everything after the first `length` tokens."""
+        assert 0 <= length <= self.length, f"cannot truncate a cache of {self.length} tokens to {length}"
+        self.length = length
+
+
+@dataclass
+class Context:
+    """What all attention layers of one forward pass share."""
+
+    mask: torch.Tensor | None  # bool (T, S), True = may look; None: the plain causal square, or one token that sees all
+    causal: bool  # mask is None and T == S: let the kernel mask
+    rotary: dict[int, tuple[torch.Tensor, torch.Tensor]]  # head width -> cos, sin; empty with learned positions
+    start: int  # tokens in the cache before this call
+    dropout: float  # of attention weights; 0 outside training
+
+
+def rotary_angles(positions: torch.Tensor, head_width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (T, D // 2) of the rotary embedding, base 10000, for absolute positions (T,). arXiv:2104.09864, eq. 34."""
+    half = head_width // 2
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=positions.device) / max(half, 1))
+    angle = positions[:, None].float() * frequency  # (T, D // 2), radians
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate channel pairs (i, i + D // 2) of x (B, H, T, D). An odd head width leaves its last channel as it is."""
+    cos, sin = rotary
+    half = cos.size(-1)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).type_as(x)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v under the context's mask: q (B, H, T, D), k and v (B, H, S, D) -> (B, T, H D)."""
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, dropout_p=context.dropout, is_causal=context.causal)
+    return y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H, D) -> (B, T, C)
+
+
+def split_heads(x: torch.Tensor, n_head: int) -> torch.Tensor:
+    return x.unflatten(-1, (n_head, -1)).transpose(1, 2)  # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, n_head: int, bias: bool, dropout: float):
+        super().__init__()
+        self.n_head = n_head
+        self.c_attn = nn.Linear(width, 3 * width, bias=bias)  # q, k, v
+        self.c_proj = nn.Linear(width, width, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, context: Context, cache: LayerCache | None = None) -> torch.Tensor:
+        q, k, v = (split_heads(part, self.n_head) for part in self.c_attn(x).chunk(3, dim=-1))
+        if context.rotary:
+            q, k = (rotate(x, context.rotary[x.size(-1)]) for x in (q, k))
+        if cache is not None:
+            k, v = cache.append(k, v, context.start)
+        return self.dropout(self.c_proj(attend(q, k, v, context)))
+
+
+class CrossAttention(nn.Module):
+    """Queries from the decoder, keys and values from the encoder states of the same positions, under the same mask."""
+
+    def __init__(self, width: int, n_head: int, bias: bool, dropout: float):
+        super().__init__()
+        self.n_head = n_head
+        self.c_q = nn.Linear(width, width, bias=bias)
+        self.c_kv = nn.Linear(width, 2 * width, bias=bias)  # k, v
+        self.c_proj = nn.Linear(width, width, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor, context: Context, cache: LayerCache | None = None) -> torch.Tensor:
+        q = split_heads(self.c_q(x), self.n_head)
+        k, v = (split_heads(part, self.n_head) for part in self.c_kv(h).chunk(2, dim=-1))
+        if context.rotary:
+            q, k = (rotate(x, context.rotary[x.size(-1)]) for x in (q, k))
+        if cache is not None:
+            k, v = cache.append(k, v, context.start)
+        return self.dropout(self.c_proj(attend(q, k, v, context)))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, bias: bool, dropout: float):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width, bias=bias)
+        self.c_proj = nn.Linear(4 * width, width, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """GPT-2's pre-norm block: the encoder's layer, and the whole of the decoder-only baseline."""
+
+    def __init__(self, width: int, n_head: int, bias: bool, dropout: float):
+        super().__init__()
+        self.ln_1 = LayerNorm(width, bias)
+        self.attn = SelfAttention(width, n_head, bias, dropout)
+        self.ln_2 = LayerNorm(width, bias)
+        self.mlp = MLP(width, bias, dropout)
+
+    def forward(self, x: torch.Tensor, context: Context, cache: LayerCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), context, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class DecoderBlock(nn.Module):
+    """A block that also looks at the encoder states h of the positions up to its own."""
+
+    def __init__(self, width: int, n_head: int, n_cross_head: int, bias: bool, dropout: float, cross_first: bool):
+        super().__init__()
+        self.cross_first = cross_first
+        self.ln_1 = LayerNorm(width, bias)
+        self.attn = SelfAttention(width, n_head, bias, dropout)
+        self.ln_cross_q = LayerNorm(width, bias)
+        self.ln_cross_kv = LayerNorm(width, bias)
+        self.cross_attn = CrossAttention(width, n_cross_head, bias, dropout)
+        self.ln_2 = LayerNorm(width, bias)
+        self.mlp = MLP(width, bias, dropout)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        h: torch.Tensor,
+        context: Context,
+        self_cache: LayerCache | None = None,
+        cross_cache: LayerCache | None = None,
+    ) -> torch.Tensor:
+        if not self.cross_first:
+            x = x + self.attn(self.ln_1(x), context, self_cache)
+        x = x + self.cross_attn(self.ln_cross_q(x), self.ln_cross_kv(h), context, cross_cache)
+        if self.cross_first:
+            x = x + self.attn(self.ln_1(x), context, self_cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what every causal language model of the project does alike
+
+
+class CausalModel(nn.Module):
+    """
+    The plumbing between tokens and blocks: positions, masks, caches, initialisation and counting. A model built on it
+    sets `config`, `n_layer_cache` (attention layers to cache) and `head_widths`, and calls `initialize` when it is built.
+    """
+
+    def make_cache(self, capacity: int | None = None) -> Cache:
+        """An empty cache for `capacity` tokens (default: block_size), to be passed to forward()."""
+        return Cache(self.n_layer_cache, capacity or self.config.block_size)
+
+    def place(
+        self, idx: torch.Tensor, cache: Cache | None, positions: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Context]:
+        """
+        Absolute positions (T,) of the tokens idx (B, T), and the context their attention layers share. Both may be given:
+        then token i of this call stands at positions[i] and sees the keys where mask[i] (T, S) is True.
+        """
+        T, config = idx.size(1), self.config
+        start = cache.length if cache is not None else 0
+        if positions is None:
+            if start + T > config.block_size:
+                raise ValueError(f"{start + T} tokens do not fit into the context of block_size={config.block_size}")
+            positions = torch.arange(start, start + T, device=idx.device)
+        if mask is None and start > 0 and T > 1:
+            # is_causal would align its triangle with the *first* key, which is wrong behind a cache: write the mask out
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
+        rotary = {width: rotary_angles(positions, width) for width in self.head_widths} if config.position == "rope" else {}
+        dropout = config.dropout if self.training else 0.0
+        return positions, Context(mask, causal=mask is None and start == 0, rotary=rotary, start=start, dropout=dropout)
+
+    @torch.no_grad()
+    def initialize(self, stacks: list[nn.ModuleList]) -> None:
+        """N(0, 0.02) for linears and embeddings; N(0, 0.02 / sqrt(2 n)) for the residual projections of a stack of n blocks."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for stack in stacks:
+            for name, parameter in stack.named_parameters():
+                if name.endswith("c_proj.weight"):
+                    nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * len(stack)))
+
+    def position_tables(self) -> list[nn.Embedding]:
+        """The tables indexed by position, which nanoGPT's way of counting leaves out."""
+        return [module for name, module in self.named_modules() if name.split(".")[-1] in ("wpe", "wpe_next")]
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters; by default without the position tables (the tied token table counts, as the output layer)."""
+        total = sum(p.numel() for p in self.parameters())
+        return total - sum(table.weight.numel() for table in self.position_tables()) if non_embedding else total
+
+    def flops_per_token(self) -> int:
+        """
+        Floating-point operations to train on one token of a full context, forward and backward, counted as nanoGPT counts
+        (PaLM, arXiv:2204.02311, appendix B): 6 N + 12 C T for each attention layer, masked-out products included.
+        """
+        return 6 * self.get_num_params() + 12 * self.config.n_embd * self.config.block_size * self.n_layer_cache
+
+
+def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy, nats per token, of targets (B, T) under softmax(x weight^T), x (B, T, C); targets of -1 do not count."""
+    logits = F.linear(x, weight)
+    return F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the encoder-decoder
+
+
+class EmbeddingLoss(nn.Module):
+    """Departure 2 above: how far the encoder states are from the running mean of the embeddings they have read."""
+
+    def __init__(self, config: EncoderDecoderConfig):
+        super().__init__()
+        # gain AND bias whatever config.bias says: the published loss has them, and it is through them that it is solved
+        affine = config.embedding_loss_ln_affine
+        self.ln_embedding = LayerNorm(config.n_embd, bias=True, affine=affine) if config.embedding_loss_ln != "none" else None
+        self.ln_encoder = LayerNorm(config.n_embd, bias=True, affine=affine)
+        self.kind, self.detach, self.ln = config.embedding_loss, config.embedding_loss_detach, config.embedding_loss_ln
+
+    def forward(self, e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """Scalar loss, unweighted, from the input embeddings e and the encoder states h, both (B, T, C)."""
+        e, h = at_least_float32(e), at_least_float32(h)
+        if self.detach == "encoder":
+            h = h.detach()
+        elif self.detach == "embedding":
+            e = e.detach()
+        if self.ln == "input":
+            e = self.ln_embedding(e)
+        count = torch.arange(1, e.size(1) + 1, device=e.device, dtype=e.dtype)
+        m = e.cumsum(dim=1) / count[:, None]  # m_t = mean(a_0..a_t)
+        if self.ln == "average":
+            m = self.ln_embedding(m)
+        u = self.ln_encoder(h)
+        if self.kind == "mse":
+            return F.mse_loss(m, u)
+        similarity = (F.cosine_similarity(m, u, dim=-1) + 1) / 2  # in [0, 1]
+        if self.kind == "cosine":
+            return (1 - similarity).mean()
+        return -similarity.clamp_min(1e-8).log().mean()  # the clamp only matters for exactly opposite vectors
+
+
+class EncoderDecoder(CausalModel):
+    """See the top of this file. Parameter names are part of the checkpoint format."""
+
+    def __init__(self, config: EncoderDecoderConfig):
+        super().__init__()
+        self.config = config
+        C, rope = config.n_embd, config.position == "rope"
+        self.n_layer_cache = config.n_encoder_layer + 2 * config.n_decoder_layer
+        self.head_widths = {C // config.n_head, C // config.n_cross_head}
+        self.wte = nn.Embedding(config.vocab_size, C)  # also the output layer
+        next_position = config.pos_sub != "none" or config.decoder_pos_emb
+        self.wpe = None if rope else nn.Embedding(config.block_size + next_position, C)
+        self.wpe_next = nn.Embedding(config.block_size, C) if rope and next_position else None
+        self.dropout = nn.Dropout(config.dropout)
+        block = (C, config.n_head, config.bias, config.dropout)
+        self.encoder = nn.ModuleList(Block(*block) for _ in range(config.n_encoder_layer))
+        self.ln_bridge = LayerNorm(C, config.bias) if config.bridge_ln else None
+        self.bridge = nn.Linear(C, C, bias=config.bias)
+        cross_first = config.decoder_order == "cross_first"
+        self.decoder = nn.ModuleList(
+            DecoderBlock(C, config.n_head, config.n_cross_head, config.bias, config.dropout, cross_first)
+            for _ in range(config.n_decoder_layer)
+        )
+        self.ln_f = LayerNorm(C, config.bias)
+        self.ln_pos_sub = LayerNorm(C, config.bias) if config.pos_sub == "ln" else None
+        self.embedding_loss = EmbeddingLoss(config) if config.embedding_loss != "none" else None
+        self.initialize([self.encoder, self.decoder])
+
+    def embed(self, idx: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Input embeddings e (B, T, C) of tokens idx (B, T) at absolute positions (T,)."""
+        e = self.wte(idx)
+        return self.dropout(e if self.wpe is None else e + self.wpe(positions))
+
+    def encode(
+        self, idx: torch.Tensor, positions: torch.Tensor, context: Context, layers: Iterator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input embeddings e and encoder states h, both (B, T, C); takes one layer cache or None for each block off `layers`."""
+        h = e = self.embed(idx, positions)
+        for block in self.encoder:
+            h = block(h, context, next(layers))
+        return e, h
+
+    def next_position(self, positions: torch.Tensor) -> torch.Tensor:
+        """Embedding (T, C) of the position behind each, the one whose token is predicted."""
+        return self.wpe(positions + 1) if self.wpe is not None else self.wpe_next(positions)
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """
+        idx (B, T) token ids -> logits (B, T, V) and no losses; with targets (B, T), -1 = not counted, no logits but the
+        losses by name: `total` (to minimise), `token` (nats per token) and, in training, `embedding` (unweighted).
+        With a cache, idx are the tokens after those already in it, and they are appended to it.
+        """
+        positions, context = self.place(idx, cache, positions, mask)
+        layers = iter(cache.layers if cache is not None else [None] * self.n_layer_cache)
+        e, h = self.encode(idx, positions, context, layers)
+        x = self.bridge(h if self.ln_bridge is None else self.ln_bridge(h))
+        if self.config.decoder_pos_emb:
+            x = x + self.next_position(positions)
+        for block in self.decoder:
+            x = block(x, h, context, next(layers), next(layers))
+        x = self.ln_f(x)
+        if self.config.pos_sub != "none":
+            x = x - self.next_position(positions)
+        if self.ln_pos_sub is not None:
+            x = self.ln_pos_sub(x)
+        if cache is not None:
+            cache.length += idx.size(1)
+
+        if targets is None:
+            return F.linear(x, self.wte.weight), {}
+        losses = {"token": head_loss(x, self.wte.weight, targets)}
+        losses["total"] = losses["token"]
+        if self.embedding_loss is not None and self.training:
+            losses["embedding"] = self.embedding_loss(e, h)
+            losses["total"] = losses["token"] + self.config.embedding_loss_weight * losses["embedding"]
+        return None, losses
+
+    def embedding_loss_report(self, idx: torch.Tensor) -> dict[str, float]:
+        """
+        What the embedding loss does to the model on tokens idx (B, T), dropout off: its value, the mean gains of its two
+        LayerNorms, and the norm of the gradient that weight * loss sends into the token and position tables.
+        """
+        was_training = self.training
+        self.eval()
+        tables = {"wte": self.wte.weight} | ({"wpe": self.wpe.weight} if self.wpe is not None else {})
+        with torch.enable_grad():
+            positions, context = self.place(idx, None, None, None)
+            loss = self.embedding_loss(*self.encode(idx, positions, context, iter([None] * self.n_layer_cache)))
+            weighted = self.config.embedding_loss_weight * loss
+            grads = torch.autograd.grad(weighted, list(tables.values()), allow_unused=True)
+        self.train(was_training)
+        report = {"embedding_loss": loss.item()}
+        for name, norm in (("embedding", self.embedding_loss.ln_embedding), ("encoder", self.embedding_loss.ln_encoder)):
+            if norm is not None and norm.weight is not None:
+                report[f"gain_{name}"] = norm.weight.mean().item()
+        for name, grad in zip(tables, grads):
+            report[f"embedding_grad_{name}"] = 0.0 if grad is None else grad.norm().item()
+        return report

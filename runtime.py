@@ -1,0 +1,149 @@
+"""
+Where and how to compute: device, precision, compilation, seeds and processes, decided once for every script.
+
+The order matters: the device is chosen first, then the precision it supports, then whether to compile for it. Several
+processes are started by torchrun, which sets RANK, LOCAL_RANK and WORLD_SIZE; without them there is one process.
+"""
+
+import contextlib
+import hashlib
+import os
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What `start` decided. `reasons` is the line that tells the user what was chosen and why."""
+
+    device: torch.device
+    dtype: torch.dtype  # of matrix products; weights are float32 (float64 for float64)
+    compile: bool
+    reasons: str
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision where the dtype is a half one; nothing otherwise."""
+        if self.dtype in (torch.bfloat16, torch.float16):
+            return torch.autocast(self.device.type, dtype=self.dtype)
+        return contextlib.nullcontext()
+
+    def sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In-place sum of a tensor over all processes (float64 survives gloo and NCCL)."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def peak_memory_bytes(self) -> int:
+        """Peak memory of this process: allocated on the GPU, or resident on the CPU (Linux counts KiB, macOS bytes)."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def start(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> Runtime:
+    """
+    Decide device, dtype and compilation ("auto" or the user's word) and join the other processes if torchrun started any.
+    Raises ValueError for a device or dtype that this machine does not have.
+    """
+    rank, local_rank, world_size = (
+        int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    chosen, why_device = choose_device(device, local_rank)
+    chosen_dtype, why_dtype = choose_dtype(dtype, chosen)
+    chosen_compile, why_compile = choose_compile(compile, chosen)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in float32
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    processes = f", {world_size} processes" if world_size > 1 else ""
+    reasons = (
+        f"device {chosen} ({why_device}){processes}; precision {str(chosen_dtype).removeprefix('torch.')} ({why_dtype}); "
+        f"compile {'on' if chosen_compile else 'off'} ({why_compile})"
+    )
+    return Runtime(chosen, chosen_dtype, chosen_compile, reasons, rank, world_size)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(word: str, local_rank: int) -> tuple[torch.device, str]:
+    why = "as asked"
+    if word == "auto":
+        word = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        why = "the first GPU found" if word == "cuda" else "Apple GPU" if word == "mps" else "no GPU found"
+    try:
+        device = torch.device(word)
+    except RuntimeError:
+        raise ValueError(f"device={word}: not a device; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device={word}: this machine or this build of torch has no CUDA GPU; use device=cpu or auto")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device={device}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device=mps: no Apple GPU here; use device=cpu or auto")
+    elif device.type not in ("cpu", "mps"):
+        raise ValueError(f"device={word}: not supported; use auto, cpu, cuda, cuda:N or mps")
+    return device, f"{torch.get_num_threads()} threads, {why}" if device.type == "cpu" else why
+
+
+def choose_dtype(word: str, device: torch.device) -> tuple[torch.dtype, str]:
+    if word != "auto":
+        if word == "float64" and device.type == "mps":
+            raise ValueError("dtype=float64: Apple GPUs have none; use float32 or device=cpu")
+        return DTYPES[word], "as asked" if word != "float16" else "as asked; float16 can overflow, bfloat16 cannot"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return torch.bfloat16, "the GPU computes in it"
+        return torch.float32, "the GPU has no bfloat16; float16 is faster but can overflow, so it has to be asked for"
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return torch.bfloat16, "the CPU has instructions for it"
+    return torch.float32, f"no fast bfloat16 on this {device.type}"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 on this CPU: AVX-512 BF16 or AMX."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private in torch, so they may go away
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def choose_compile(word: str, device: torch.device) -> tuple[bool, str]:
+    if word != "auto":
+        return word == "on", "as asked"
+    if device.type != "cuda":
+        return False, "at small sizes it wins nothing on a CPU and takes a minute to start"
+    if not sys.platform.startswith("linux"):
+        return False, "torch.compile for GPUs needs Linux"
+    return True, "a CUDA GPU under Linux"
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed torch's generators with a hash of the parts, e.g. (seed, step, micro-batch): dropout is then a function of them."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,81 @@
+"""Shared by all tests: tiny models that are far from their initialisation, and a tiny data set of real text."""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("WANDB_SILENT", "true")
+torch.set_num_threads(2)
+
+import tokenizer  # noqa: E402
+from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig  # noqa: E402
+from model import EncoderDecoder, EncoderDecoderConfig  # noqa: E402
+
+TINY_ENCODER_DECODER = dict(
+    vocab_size=31, block_size=12, n_encoder_layer=2, n_decoder_layer=2, n_head=2, n_cross_head=3, n_embd=12
+)
+TINY_BASELINE = dict(vocab_size=31, block_size=12, n_layer=3, n_head=2, n_embd=12)
+
+# every value of every option stands in at least one of these
+ENCODER_DECODER_OPTIONS = [
+    {},
+    {"bias": True, "pos_sub": "plain", "embedding_loss": "mse"},
+    {"position": "rope", "n_cross_head": 4},  # head widths 6 and 3: one of them odd
+    {"position": "rope", "pos_sub": "ln", "bias": True},
+    {"pos_sub": "ln", "decoder_order": "cross_first", "embedding_loss": "cosine", "embedding_loss_ln": "average"},
+    {"decoder_pos_emb": True, "bridge_ln": True, "embedding_loss": "log_cosine", "embedding_loss_ln": "none"},
+    {"n_encoder_layer": 1, "n_decoder_layer": 3, "embedding_loss": "mse", "embedding_loss_detach": "embedding"},
+    {"n_encoder_layer": 3, "n_decoder_layer": 1, "embedding_loss": "mse", "embedding_loss_detach": "none",
+     "embedding_loss_ln_affine": False, "embedding_loss_weight": 8.0},
+]  # fmt: skip
+BASELINE_OPTIONS = [
+    {},
+    {"bias": True, "pos_sub": "plain"},
+    {"position": "rope"},
+    {"position": "rope", "pos_sub": "plain"},
+    {"pos_sub": "ln"},
+]
+ALL_MODELS = [("encoder_decoder", o) for o in ENCODER_DECODER_OPTIONS] + [("decoder_only", o) for o in BASELINE_OPTIONS]
+ALL_MODELS_IDS = [f"{name}-{'-'.join(map(str, o.values())) or 'default'}" for name, o in ALL_MODELS]
+
+
+def make_model(name: str, options: dict, seed: int = 0, dtype: torch.dtype = torch.float64, **more) -> torch.nn.Module:
+    """A tiny model with weights of order one: at initialisation attention is almost uniform and would hide a wrong mask."""
+    torch.manual_seed(seed)
+    if name == "encoder_decoder":
+        model = EncoderDecoder(EncoderDecoderConfig(**(TINY_ENCODER_DECODER | options | more)))
+    else:
+        model = DecoderOnly(DecoderOnlyConfig(**(TINY_BASELINE | options | more)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.to(dtype).eval()
+
+
+def write_tokens(folder: Path, train: np.ndarray, val: np.ndarray, vocab_size: int = 256) -> Path:
+    """A data set folder in the format of data/*/prepare.py, from token ids; one byte per token."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"dataset": folder.name, "tokenizer": "byte", "vocab_size": vocab_size, "dtype": "uint16", "source": "a test"}
+    for name, tokens in (("train", train), ("val", val)):
+        data = np.asarray(tokens, dtype=np.uint16).tobytes()
+        (folder / f"{name}.bin").write_bytes(data)
+        meta[name] = {"tokens": len(tokens), "bytes": len(tokens), "documents": 1, "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    tokenizer.save(tokenizer.ByteTokenizer(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """The source of argparse as bytes: 80,000 for training, the next 3,001 for validation."""
+    text = np.frombuffer(Path(argparse.__file__).read_bytes(), dtype=np.uint8)
+    return write_tokens(tmp_path_factory.mktemp("data") / "tiny", text[:80_000], text[80_000:83_001])

@@ -1,0 +1,451 @@
+"""compare.py: rows, statistics, refusals and curves, on run directories written here in train.py's format."""
+
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compare
+
+ROOT = Path(__file__).parent.parent
+BYTES_PER_TOKEN = 4.2
+
+
+def write_run(folder: Path, seed=1, val_loss=3.4, *, train=None, model=None, evals=None, summary=None) -> Path:
+    """A finished run directory."""
+    folder.mkdir(parents=True)
+    settings = {
+        "model": "decoder_only",
+        "dataset": "wikipedia",
+        "seed": seed,
+        "out_dir": str(folder),
+        "max_iters": 9000,
+        "learning_rate": 9e-4,
+        "device": "cuda",
+        "wandb": "off",
+        "resume": False,
+    } | (train or {})
+    config = {"train": settings, "model": {"n_layer": 26, "n_embd": 160} | (model or {})}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    evals = [{"step": s, "val_loss": 11 - s, "train_loss": 11 - s} for s in range(4)] if evals is None else evals
+    lines = [json.dumps({"tokens": 1000 * record["step"], "kind": "eval"} | record) + "\n" for record in evals]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    numbers = {
+        "run": folder.name,
+        "model": "decoder_only",
+        "dataset": "wikipedia",
+        "parameters": 16_036_800,
+        "flops_per_token": 112_345_678,
+        "steps": 9000,
+        "tokens": 1_440_000_000,
+        "train_loss": val_loss - 0.4,
+        "val_loss": val_loss,
+        "val_bits_per_byte": val_loss / math.log(2) / BYTES_PER_TOKEN,
+        "best_val_loss": val_loss,
+        "best_step": 9000,
+        "seconds": 7000.0,
+        "tokens_per_second": 201_234.0,
+        "peak_memory_bytes": 3 * 2**30,
+        "seed": seed,
+        "commit": "0123456789abcdef",
+        "data_hash": "ab" * 32,
+        "torch": "2.13.0",
+        "device": "NVIDIA A100",
+        "dtype": "bfloat16",
+        "compiled": True,
+        "world_size": 1,
+    } | (summary or {})
+    (folder / "summary.json").write_text(json.dumps(numbers), encoding="utf-8")
+    return folder
+
+
+def write_realistic(root: Path, names: dict[str, tuple], seeds, steps, tokens_per_step, vocab_size, byte_level=False) -> None:
+    """Learning curves with the noise of seeds: names maps a run to (final val, final train, embedding loss at the end or None)."""
+    per_token = 1.0 if byte_level else BYTES_PER_TOKEN
+    for index, (name, (val_end, train_end, embedding_end)) in enumerate(names.items()):
+        for seed in seeds:
+            random = np.random.default_rng([index, seed])
+            shift, evals = random.normal(0, 0.003), []
+            for step in steps:
+                done = step / steps[-1]
+                start = math.log(vocab_size)
+                fall = (start - val_end) * (1 + 120 * done) ** -0.75
+                tail = 0.04 * val_end * (1 - done)
+                record = {
+                    "step": step,
+                    "tokens": step * tokens_per_step,
+                    "val_loss": val_end + fall + tail + shift + random.normal(0, 0.002),
+                    "train_loss": train_end
+                    + fall
+                    + 1.6 * tail
+                    + shift
+                    + (val_end - train_end) * 0.8 * (1 - done) ** 2
+                    + random.normal(0, 0.004),
+                }
+                if embedding_end:
+                    record["embedding_loss"] = math.exp(math.log(embedding_end) * done**0.35 + random.normal(0, 0.2))
+                evals.append(record)
+            final = evals[-1]["val_loss"]
+            write_run(
+                root / f"{name}_seed{seed}",
+                seed,
+                final,
+                model={"variant": name},
+                evals=evals,
+                summary={
+                    "val_bits_per_byte": final / math.log(2) / per_token,
+                    "train_loss": evals[-1]["train_loss"],
+                    "tokens": steps[-1] * tokens_per_step,
+                    "dataset": "stdlib" if byte_level else "wikipedia",
+                    "tokens_per_second": 200_000 + 500 * seed,
+                },
+            )
+
+
+def write_published_like(root: Path) -> None:
+    """The eight published runs with three seeds each."""
+    endings = {
+        "encdec_cosine": (3.387, 2.993, 8.6e-9),
+        "encdec_mse": (3.385, 2.998, 4.1e-9),
+        "encdec_plain": (3.413, 3.043, None),
+        "encdec_possub": (3.381, 2.979, None),
+        "encdec_mse_possub": (3.378, 2.982, 4.7e-9),
+        "baseline": (3.424, 2.937, None),
+        "baseline_small": (3.416, 2.958, None),
+        "baseline_dropout": (3.398, 3.174, None),
+    }
+    write_realistic(root, endings, (1, 2, 3), range(0, 9001, 500), 160_000, 50257)
+
+
+def write_quickstart_like(root: Path) -> None:
+    """Two byte-level runs, one seed, few evaluations."""
+    endings = {"quickstart_encdec": (1.42, 1.30, None), "quickstart_baseline": (1.45, 1.31, None)}
+    write_realistic(root, endings, (1337,), range(0, 2001, 250), 8192, 256, byte_level=True)
+
+
+def rows_of(*folders: Path) -> dict[str, compare.Row]:
+    return {row.label: row for row in compare.group(compare.read_runs(compare.find_runs([str(f) for f in folders])))}
+
+
+# statistics
+
+
+@pytest.mark.parametrize(
+    "nu, t, p",
+    [
+        (1, 12.706, 0.05),
+        (2, 4.303, 0.05),
+        (4, 4.604, 0.01),
+        (10, 2.228, 0.05),
+        (30, 2.750, 0.01),
+        (120, 1.980, 0.05),
+        (2, 0.0, 1.0),
+        (1, 1.0, 0.5),
+    ],
+)
+def test_t_distribution_against_the_printed_table(nu, t, p):
+    """Guards a one-sided p, or n in place of n - 1: both turn noise into a finding."""
+    assert compare.t_two_sided(t, nu) == pytest.approx(p, rel=2e-3)
+    assert compare.t_two_sided(-t, nu) == compare.t_two_sided(t, nu)
+    if 0 < p < 1:
+        assert compare.t_critical(nu, p) == pytest.approx(t, rel=1e-3)
+
+
+def test_t_distribution_in_closed_form():
+    """nu = 1 and 2 have elementary tails; guards the quadrature far out, where p is tiny."""
+    for t in (0.1, 1.7, 30.0, 4e4):
+        assert compare.t_two_sided(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), rel=1e-6)
+        s = math.sqrt(t * t + 2)
+        assert compare.t_two_sided(t, 2) == pytest.approx(2 / (s * (s + t)), rel=1e-9)  # 1 - t / s without cancellation
+
+
+def test_paired_p_is_uniform_when_there_is_no_difference(tmp_path):
+    """Monte Carlo: of rows that differ by noise alone, one in twenty is called clear of it, and the interval holds 0 as often."""
+    random = np.random.default_rng(0)
+    called, covered, total = 0, 0, 3000
+    for _ in range(total):
+        shared, noise = random.normal(3.4, 0.5, 4), random.normal(0, 0.01, (2, 4))
+        rows = [
+            compare.Row(name, [compare.Run(tmp_path, {}, {"seed": s, "val_loss": shared[s] + own[s]}, []) for s in range(4)])
+            for name, own in zip("ab", noise, strict=True)
+        ]
+        result = compare.paired_difference(*rows)
+        called += result.verdict == "clear of the noise"
+        covered += result.low <= 0 <= result.high
+    assert called / total == pytest.approx(0.05, abs=0.015) and covered == total - called
+
+
+def test_paired_difference_uses_common_seeds_only(tmp_path):
+    """Guards pairing by position: seeds 1, 2, 3 against 2, 3, 4 have two pairs, not three."""
+    for seed, a, b in ((1, 9.0, None), (2, 3.40, 3.50), (3, 3.44, 3.52), (4, None, 1.0)):
+        if a:
+            write_run(tmp_path / f"a_seed{seed}", seed, a)
+        if b:
+            write_run(tmp_path / f"b_seed{seed}", seed, b, model={"n_layer": 2})
+    rows = rows_of(tmp_path)
+    result = compare.paired_difference(rows["b"], rows["a"])
+    d = [0.10, 0.08]
+    error = statistics.stdev(d) / math.sqrt(2)
+    assert result.seeds == 2 and result.mean == pytest.approx(statistics.mean(d))
+    assert (result.low, result.high) == pytest.approx((0.09 - 12.7062 * error, 0.09 + 12.7062 * error), rel=1e-4)
+    assert result.p == pytest.approx(1 - 2 / math.pi * math.atan(0.09 / error)) and result.verdict == "inside the noise"
+
+
+def test_one_seed_cannot_tell(tmp_path, capsys):
+    """Guards a verdict from one seed, and a standard deviation of one number."""
+    write_run(tmp_path / "a", 1, 3.4)
+    write_run(tmp_path / "b", 1, 3.5, model={"n_layer": 2})
+    write_run(tmp_path / "c", 2, 3.6, model={"n_layer": 3})
+    compare.main([str(tmp_path / "*"), "--plot=none"])
+    text = capsys.readouterr().out
+    assert "- `b`: +0.1000: one seed: cannot tell" in text and "- `c`: +0.2000: no seed in common: cannot tell" in text
+    assert "nan" not in text and " ± 0" not in text and "clear" not in text
+
+
+def test_equal_losses_are_not_a_finding(tmp_path):
+    """Guards 0 / 0 where two rows agree to the last digit, and x / 0 where they differ by a constant."""
+    for seed in (1, 2, 3):
+        for name, more in (("a", 0.0), ("b", 0.0), ("c", 0.5)):
+            write_run(tmp_path / f"{name}_s{seed}", seed, 3.0 + more, model={"name": name})
+    rows = rows_of(tmp_path)
+    same, other = (compare.paired_difference(rows[name], rows["a"]) for name in "bc")
+    assert (same.p, same.verdict, other.p, other.verdict) == (1.0, "inside the noise", 0.0, "clear of the noise")
+
+
+# rows
+
+
+def test_runs_are_grouped_over_seeds_and_nothing_else(tmp_path):
+    """Guards averaging runs of different settings because their directories have similar names."""
+    a = [
+        write_run(tmp_path / f"a-seed{s}", s, 3.0 + s / 100, train={"device": f"cuda:{s}", "resume": s == 2}) for s in (3, 1, 2)
+    ]
+    b = [write_run(tmp_path / "b_13", 1, 3.5, train={"learning_rate": 1e-3})]
+    c = [write_run(tmp_path / f"c_s{s}", s, 3.6, train={"learning_rate": s}) for s in (1, 2)]
+    rows = rows_of(tmp_path)
+    assert list(rows) == ["a", "b_13", "c (learning_rate=1)", "c (learning_rate=2)"]
+    assert [run.path for run in rows["a"].runs] == sorted(a) and [run.path for run in rows["b_13"].runs] == b
+    assert [run.path for label in list(rows)[2:] for run in rows[label].runs] == c
+
+
+def test_a_run_given_twice_or_copied_counts_once(tmp_path, capsys):
+    """Guards a copied directory that halves the spread."""
+    a, copy = write_run(tmp_path / "a", 1, 3.0), write_run(tmp_path / "a_again", 1, 3.0)
+    assert len(rows_of(a, a, tmp_path / "." / "a")["a"].runs) == 1 and capsys.readouterr().err == ""
+    assert len(rows_of(a, copy)["a"].runs) == 1
+    assert f"{copy} has settings and seed of {a}: skipped" in capsys.readouterr().err
+
+
+def test_table_numbers_equal_a_slow_computation(tmp_path, capsys):
+    """Guards population standard deviations, wrong columns and an unsorted table."""
+    write_published_like(tmp_path / "out")
+    compare.main(
+        [str(tmp_path / "out" / "*"), "--plot=none", f"--output={tmp_path / 'new' / 't.md'}", f"--json={tmp_path / 't.json'}"]
+    )
+    text = capsys.readouterr().out
+    assert (tmp_path / "new" / "t.md").read_text(encoding="utf-8") == text
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    header, cells = lines[0], {line[0]: line for line in lines[2:]}
+    assert len(cells) == 8 and all(len(line) == len(header) for line in lines)
+    numbers = {row["run"]: row for row in json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["rows"]}
+    for name, line in cells.items():
+        seeds = [json.loads((tmp_path / "out" / f"{name}_seed{s}" / "summary.json").read_text()) for s in (1, 2, 3)]
+        column = {key: [seed[key] for seed in seeds] for key in seeds[0]}
+        mean = {key: statistics.mean(column[key]) for key in ("val_loss", "train_loss", "val_bits_per_byte")}
+        expected = {
+            "parameters": "16,036,800",
+            "FLOPs/token": "112 M",
+            "tokens": "1.44 G",
+            "seeds": "3",
+            "commit": "0123456",
+            "train loss": f"{mean['train_loss']:.4f}",
+            "bits per byte": f"{mean['val_bits_per_byte']:.4f}",
+            "validation loss": f"{mean['val_loss']:.4f} ± {statistics.stdev(column['val_loss']):.4f}",
+            "tokens/s": "201 k",
+            "peak memory": "3.00 GiB",
+        }
+        assert {key: line[header.index(key)] for key in expected} == expected
+        assert numbers[name]["val_loss"]["values"] == column["val_loss"]
+        assert numbers[name]["val_loss"]["sd"] == pytest.approx(statistics.stdev(column["val_loss"]))
+    losses = [float(line[header.index("validation loss")].split()[0]) for line in lines[2:]]
+    assert losses == sorted(losses)
+    assert text.count("clear of the noise") + text.count("inside the noise") == 7 and "p is not corrected" in text
+
+
+def test_what_makes_rows_unequal_is_said(tmp_path, capsys):
+    """Guards a comparison over unequal budgets, or over uncommitted code, that looks like any other."""
+    write_run(tmp_path / "a_s1", 1, 3.0, summary={"commit": "0123456789+"})
+    write_run(tmp_path / "a_s2", 2, 3.0, summary={"commit": "fedcba9876"})
+    write_run(tmp_path / "b", 1, 3.5, model={"n_layer": 2}, summary={"tokens": 5})
+    compare.main([str(tmp_path), "--plot=none"])
+    text = capsys.readouterr().out
+    assert " 0123456+ fedcba9 |" in text and "A commit with + had uncommitted changes." in text
+    assert "The runs differ in training tokens. The runs differ in commits." in text and "differ in devices" not in text
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0, "0"),
+        (999, "999"),
+        (999.9, "1.00 k"),
+        (1000, "1.00 k"),
+        (12_345, "12.3 k"),
+        (99_960, "100 k"),
+        (999_600, "1.00 M"),
+        (1_440_000_000, "1.44 G"),
+        (2.5e13, "25.0 T"),
+    ],
+)
+def test_count(value, text):
+    """Guards rounding across a prefix, such as 1000 k."""
+    assert compare.count(value) == text
+
+
+def test_reference_and_published(tmp_path, capsys):
+    """Guards a reference that is ignored, and a published row that drifts from the paper's table."""
+    write_published_like(tmp_path)
+    compare.main([str(tmp_path), "--reference=baseline", "--published", "--plot=none"])
+    text = capsys.readouterr().out
+    assert "Differences in validation loss from `baseline`" in text and re.search(
+        r"- `encdec_mse_possub`: -0\.0[45]\d\d \(", text
+    )
+    for train, val in (
+        (2.993, 3.387),
+        (2.998, 3.385),
+        (3.043, 3.413),
+        (2.979, 3.381),
+        (2.982, 3.378),
+        (2.937, 3.424),
+        (2.958, 3.416),
+        (3.174, 3.406),
+    ):
+        assert re.search(rf" {train:.3f} \| +{val:.3f} ", text)
+    assert "one seed each" in text and "attention dropout still on" in text
+    with pytest.raises(ValueError, match="--reference=baselin: no such row; did you mean 'baseline'?"):
+        compare.main([str(tmp_path), "--reference=baselin", "--plot=none"])
+
+
+# what is refused, and what is skipped with a word
+
+
+def test_different_validation_data_is_refused(tmp_path):
+    """Guards a table over two data sets or two tokenizers, in which the smaller number means nothing."""
+    a = write_run(tmp_path / "a", 1, 3.0)
+    b = write_run(tmp_path / "b", 1, 1.0, summary={"data_hash": "cd" * 32, "dataset": "stdlib"})
+    c = write_run(tmp_path / "c", 1, 3.0, summary={"val_bits_per_byte": 3.0})
+    with pytest.raises(ValueError, match=r"a \(wikipedia, sha256 abab.*b \(stdlib, sha256 cdcd"):
+        compare.main([str(a), str(b), "--plot=none"])
+    with pytest.raises(ValueError, match="a and .*c .*tokenizers differ"):
+        compare.main([str(a), str(c), "--plot=none"])
+
+
+def test_unfinished_runs_are_named_and_skipped(tmp_path, capsys):
+    """Guards a table that silently lacks a run, and a traceback for a run that is still going."""
+    write_run(tmp_path / "a", 1, 3.0)
+    (write_run(tmp_path / "going") / "summary.json").unlink()
+    (write_run(tmp_path / "cut") / "summary.json").write_text('{"val_loss": 3.', encoding="utf-8")
+    (write_run(tmp_path / "old") / "summary.json").write_text('{"val_loss": 3.0}', encoding="utf-8")
+    write_run(tmp_path / "diverged", 1, float("nan"))
+    (tmp_path / "plot.png").write_bytes(b"not a directory")
+    compare.main([str(tmp_path / "*"), "--plot=none"])
+    warnings = capsys.readouterr().err
+    for words in (
+        "going has no summary.json",
+        "cut: config.json or summary.json is half written",
+        "old: summary.json lacks",
+        "it diverged",
+    ):
+        assert words in warnings
+    with pytest.raises(ValueError, match="no finished run: .*going has no summary.json"):
+        compare.main([str(tmp_path / "going"), "--plot=none"])
+
+
+def test_what_is_not_a_run_directory_is_an_error(tmp_path):
+    """Guards an empty table, and checks status and message as a shell sees them."""
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    for word, message in (
+        ("nothing", "nothing: no such run directory"),
+        ("no*", "no such run directory"),
+        ("file", "not a run dir"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            compare.main([str(tmp_path / word)])
+    for argv, status, message in (
+        ([str(tmp_path / "no*")], 1, f"error: {tmp_path / 'no*'}: no such run directory\n"),
+        (["a", "--plt=x"], 2, "error: unknown key 'plt'; did you mean 'plot'?\n"),
+    ):
+        result = subprocess.run([sys.executable, "compare.py", *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (status, message)
+
+
+def test_repeated_and_half_written_lines(tmp_path, capsys):
+    """Guards a resumed run drawn twice, and a log cut by a crash: at its end, and inside once the resumed run went on."""
+    run = write_run(tmp_path / "a", evals=[])
+    lines = [
+        {"step": s, "tokens": s, "kind": "eval", "val_loss": float(v), "train_loss": 1.0}
+        for s, v in ((0, 9), (10, 8), (20, 7), (25, 6), (20, 5), (30, 4))
+    ]  # crashed after 25, resumed from 10 with another interval
+    lines.insert(2, {"step": 15, "kind": "train", "loss": 1.0})
+    text = "\n".join(map(json.dumps, lines))
+    (run / "metrics.jsonl").write_text(text + "\n", encoding="utf-8")
+    assert [(e["step"], e["val_loss"]) for e in compare.read_evals(run / "metrics.jsonl")] == [
+        (0, 9),
+        (10, 8),
+        (20, 5),
+        (30, 4),
+    ]
+    assert capsys.readouterr().err == ""
+    cut = text.replace('{"step": 25', '{"step": 22, "tok{"step": 25')[:-30]
+    (run / "metrics.jsonl").write_text(cut, encoding="utf-8")
+    assert [(e["step"], e["val_loss"]) for e in compare.read_evals(run / "metrics.jsonl")] == [(0, 9), (10, 8), (20, 5)]
+    assert "2 half-written lines passed over" in capsys.readouterr().err
+
+
+# curves
+
+
+def test_curve_takes_the_steps_that_all_seeds_have(tmp_path):
+    """Guards a mean over another set of seeds at every step."""
+    for seed, steps in ((1, (0, 2, 4, 6)), (2, (0, 4, 6, 8))):
+        write_run(tmp_path / f"a_s{seed}", seed, evals=[{"step": s, "val_loss": s * seed, "train_loss": 0} for s in steps])
+    tokens, losses = compare.curve(rows_of(tmp_path)["a"], "val_loss")
+    assert tokens.tolist() == [0, 4000, 6000] and losses.tolist() == [[0, 4, 6], [0, 8, 12]]
+    assert len(compare.curve(rows_of(tmp_path)["a"], "embedding_loss")[0]) == 0
+
+
+@pytest.mark.parametrize("write, panels", [(write_published_like, 3), (write_quickstart_like, 2)])
+def test_plot_files(tmp_path, capsys, write, panels):
+    """Guards an empty or unreadable picture, and a legend that lacks a row."""
+    image = pytest.importorskip("matplotlib.image")
+    write(tmp_path / "out")
+    rows = compare.main([str(tmp_path / "out"), f"--plot={tmp_path / 'plots' / 'curves.png'}"])
+    assert f"curves: {(tmp_path / 'plots' / 'curves.png').as_posix()}" in capsys.readouterr().out
+    pixels = (image.imread(tmp_path / "plots" / "curves.png")[:, :, :3] * 255).astype(np.uint8)
+    assert pixels.shape[1] >= 1200 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 200
+    counted = {
+        colour: int((pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(2).sum()) for colour in compare.COLOURS
+    }
+    assert all(counted[colour] > 300 for colour in compare.COLOURS[: len(rows)]), counted
+    svg = (tmp_path / "plots" / "curves.svg").read_text(encoding="utf-8")
+    assert all(row.label in svg for row in rows) and ("Embedding loss" in svg) == (panels == 3)
+    assert "nats per token" in svg and "bits per byte" in svg and "training tokens" in svg
+
+
+def test_the_table_stands_without_matplotlib_or_curves(tmp_path, capsys, monkeypatch):
+    """Guards a missing extra, or missing metrics, that cost the table."""
+    run = write_run(tmp_path / "a")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    compare.main([str(run), f"--plot={tmp_path / 'p'}"])
+    printed = capsys.readouterr()
+    assert "| a " in printed.out and "pip install matplotlib" in printed.err
+    (run / "metrics.jsonl").unlink()
+    compare.main([str(run), f"--plot={tmp_path / 'p'}"])
+    printed = capsys.readouterr()
+    assert "| a " in printed.out and "nothing to plot" in printed.err and not (tmp_path / "p.png").exists()

@@ -1,0 +1,462 @@
+"""Preparation of data: every format gives the same documents, the split never shares one, nothing half-finished is left."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import random
+import re
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tokenizer as tokenizers
+from data import corpus
+from data.fineweb import prepare as fineweb
+from data.shakespeare_char import prepare as shakespeare
+from data.stdlib import prepare as stdlib
+from data.text import prepare as text_set
+from data.wikipedia import prepare as wikipedia
+from dataloader import TokenData
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [f"Title {i}\n\nnaïve café 日本語 🙂 number {i * i}\n" + "line\n" * (i % 7) + "the end" for i in range(60)]
+BYTE = tokenizers.get("byte")
+
+
+def jsonl(documents: list[str]) -> bytes:
+    return "".join(json.dumps({"id": i, "text": d}, ensure_ascii=i % 2 == 0) + "\n" for i, d in enumerate(documents)).encode()
+
+
+def two_frames(data: bytes) -> bytes:
+    """zstd as parallel writers leave it, in several frames."""
+    zstandard = pytest.importorskip("zstandard")
+    packer, half = zstandard.ZstdCompressor(), len(data) // 2
+    return packer.compress(data[:half]) + packer.compress(data[half:])
+
+
+PACKERS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": two_frames}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_formats_agree(tmp_path, kind, packer):
+    """Guards against a format that loses, joins or alters documents."""
+    data = jsonl(DOCUMENTS) if kind == ".jsonl" else "\n\n\n".join(DOCUMENTS).encode()
+    path = tmp_path / f"some.name{kind}{packer}"
+    path.write_bytes(PACKERS[packer](data))
+    assert list(corpus.read_documents(path)) == DOCUMENTS
+
+
+def test_parquet_agrees(tmp_path):
+    """Guards against the same in Parquet (several row groups), and against a column that is silently another one."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"title": [f"T{i}" for i in range(60)], "body": DOCUMENTS, "n": range(60)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    assert list(corpus.read_documents(tmp_path / "a.parquet", text_key="body")) == DOCUMENTS
+    both = [f"T{i}\n\n{document}" for i, document in enumerate(DOCUMENTS)]
+    assert list(corpus.read_documents(tmp_path / "a.parquet", text_key="title,body")) == both
+    for key in ("text", "title,text", "n"):
+        with pytest.raises(ValueError, match=f"a.parquet: no text under '{key}'.*set --text_key"):
+            list(corpus.read_documents(tmp_path / "a.parquet", text_key=key))
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-10])
+    with pytest.raises(ValueError, match="b.parquet is damaged"):
+        list(corpus.read_documents(tmp_path / "b.parquet"))
+
+
+def test_folder_in_order_of_paths(tmp_path):
+    """Guards against an order that depends on the file system, and against reading hidden files."""
+    files = {"b.txt": "two", "a/z.txt": "one", "c/d.jsonl": '{"text": "three"}', ".git/x": "no", "c/.y": "no"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    assert list(corpus.read_documents(tmp_path)) == ["one", "two", "three"]
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        list(corpus.read_documents(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="without files"):
+        list(corpus.read_documents(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+def test_documents_do_not_depend_on_the_size_of_reads(tmp_path, monkeypatch, size):
+    """Guards against a separator, a line end or a character that is lost where two reads meet."""
+    text = "é\n\n\nzwei\r\n\r\n\r\ndrei 🙂\n\n\n\n\nvier\n\n\n\n\n\n\nfünf\n\n6"
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # with a byte order mark, and mixed line ends
+    expected = [d.strip("\n") for d in re.split("\n\n\n", text.replace("\r\n", "\n")) if d.strip("\n")]
+    monkeypatch.setattr(corpus, "READ_BYTES", size)
+    assert list(corpus.read_documents(tmp_path / "a.txt")) == expected == ["é", "zwei", "drei 🙂", "vier", "fünf\n\n6"]
+    (tmp_path / "b.txt").write_text("one<|end|>two<|end|><|end|>three", encoding="utf-8")
+    assert list(corpus.read_documents(tmp_path / "b.txt", separator="<|end|>")) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("longest", [1 << 22, 100_000])
+def test_text_without_separator_is_cut_at_line_ends(tmp_path, monkeypatch, longest):
+    """Guards against a document as large as the file, and against text lost or lines broken at a cut."""
+    monkeypatch.setattr(corpus, "LONGEST_CHARS", longest)
+    text = "".join(f"{i} is a line\n" for i in range(30_000)) + "the last one has no end"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    pieces = list(corpus.read_documents(tmp_path / "a.txt"))
+    assert "".join(pieces) == text
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+    assert all(65_536 <= len(piece) < 65_600 for piece in pieces[:-1])
+
+
+def test_one_endless_line_is_cut_as_well(tmp_path, monkeypatch):
+    """Guards against unbounded memory for a file without any line end."""
+    monkeypatch.setattr(corpus, "LONGEST_CHARS", 100_000)
+    monkeypatch.setattr(corpus, "READ_BYTES", 1000)
+    (tmp_path / "a.txt").write_text("x" * 1_000_001, encoding="utf-8")
+    pieces = list(corpus.read_documents(tmp_path / "a.txt"))
+    assert "".join(pieces) == "x" * 1_000_001
+    assert max(map(len, pieces)) <= 101_000
+
+
+@pytest.mark.parametrize("size", [1, 5, 1 << 20])
+@pytest.mark.parametrize(("data", "at"), [(b"good \xff bad", 5), ("äöü".encode() + b"\xc3(", 6), (b"cut off \xe6\x97", 8)])
+def test_undecodable_byte_is_located(tmp_path, monkeypatch, size, data, at):
+    """Guards against a decoding error that names a position in some buffer instead of file and byte."""
+    monkeypatch.setattr(corpus, "READ_BYTES", size)
+    (tmp_path / "latin.txt").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"latin.txt is not UTF-8 at byte {at} "):
+        list(corpus.read_documents(tmp_path / "latin.txt"))
+
+
+@pytest.mark.parametrize("packer", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_truncated_archive_is_an_error(tmp_path, kind, packer):
+    """Guards against half a download taken for the whole text (which zstandard's own readers do)."""
+    rng = random.Random(0)
+    data = PACKERS[packer](jsonl([str(rng.random()) for _ in range(2000)]))
+    for cut in (1, 50, len(data) // 4):
+        path = tmp_path / f"a{kind}{packer}"
+        path.write_bytes(data[:-cut])
+        with pytest.raises(ValueError, match=f"{path.name} is damaged or not a {packer} file"):
+            list(corpus.read_documents(path))
+    path.write_bytes(b"this is not packed at all")
+    with pytest.raises(ValueError, match=f"{path.name} is damaged or not a {packer} file"):
+        list(corpus.read_documents(path))
+
+
+def test_bad_rows_are_located(tmp_path):
+    """Guards against a KeyError from deep inside, and against rows that are dropped silently."""
+    path = tmp_path / "a.jsonl"
+    for row, message in {
+        '{"text": "half': "not JSON",
+        '{"content": "x", "id": 1}': "no text under 'text', there is content, id; set --text_key",
+        '{"text": 5}': "no text under 'text'",
+        '["text"]': "no text under 'text', there is nothing",
+    }.items():
+        path.write_text('{"text": "fine"}\n\n' + row + "\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=f"a.jsonl, line 3: {message}"):
+            list(corpus.read_documents(path))
+    path.write_text('{"text": "half \\ud83d a character"}\n{"text": ""}\n', encoding="utf-8")
+    assert list(corpus.read_documents(path)) == ["half ? a character"]
+
+
+def test_take_bytes_ends_between_documents():
+    """Guards against a limit counted in characters, and against a document cut in the middle."""
+    documents = ["äää", "bbb", "c", "ddd"]  # 6, 3, 1, 3 bytes
+    for limit, expected in {None: 4, 13: 4, 12: 3, 10: 3, 9: 2, 8: 1, 1: 1}.items():
+        assert list(corpus.take_bytes(documents, limit)) == documents[:expected]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def tokens_of(folder: Path, split: str) -> list[int]:
+    dtype = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["dtype"]
+    return np.fromfile(folder / f"{split}.bin", dtype=dtype).tolist()
+
+
+def documents_of(folder: Path, split: str) -> list[str]:
+    """Decode a split again and cut it at the ends of documents."""
+    tokenizer = tokenizers.load(folder)
+    documents, ids = [], []
+    for token in tokens_of(folder, split):
+        if token == tokenizer.eos:
+            documents.append(tokenizer.decode(ids))
+            ids = []
+        else:
+            ids.append(token)
+    assert not ids, "the last document has no end"
+    return documents
+
+
+def write(folder: Path, documents=DOCUMENTS, tokenizer=BYTE, val_fraction=0.3, **options) -> dict:
+    return corpus.write_dataset(documents, tokenizer, folder, val_fraction, "a test", **options)
+
+
+def wide_tokenizer():
+    """A tiktoken encoding whose end-of-text id does not fit into 16 bits."""
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([i]): i for i in range(256)} | {b"li": 256}
+    encoding = tiktoken.Encoding("wide", pat_str=r"\w+|\W", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 70_000})
+    return tokenizers.TiktokenTokenizer("wide", encoding)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE, "wide"])
+def test_what_is_written_is_what_was_read(tmp_path, monkeypatch, tokenizer):
+    """Guards against lost, reordered or joined documents, wrong counts in meta.json, and ids that overflow 16 bits."""
+    tokenizer = wide_tokenizer() if tokenizer == "wide" else tokenizer
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 200)  # many batches in flight
+    meta = write(tmp_path / "set", tokenizer=tokenizer, threads=3)
+    assert meta == json.loads((tmp_path / "set" / "meta.json").read_text(encoding="utf-8"))
+    val = [d for d in DOCUMENTS if corpus.is_validation(d, 0.3)]
+    expected = {"train": [d for d in DOCUMENTS if d not in val], "val": val}
+    for split in ("train", "val"):
+        data = (tmp_path / "set" / f"{split}.bin").read_bytes()
+        assert documents_of(tmp_path / "set", split) == expected[split]
+        assert meta[split] == {
+            "tokens": len(tokens_of(tmp_path / "set", split)),
+            "bytes": sum(len(d.encode()) + 1 for d in expected[split]),
+            "documents": len(expected[split]),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+    assert meta["dtype"] == ("uint16" if tokenizer is BYTE else "uint32")
+    assert meta["bytes_per_token"] == meta["val"]["bytes"] / meta["val"]["tokens"]
+    data = TokenData(tmp_path / "set", 16)
+    assert data.vocab_size == tokenizer.vocab_size and data.bytes_per_token == meta["bytes_per_token"]
+
+
+def test_no_document_on_both_sides(tmp_path):
+    """Guards against validation on training text: copies of a document stay together, wherever they stand in the input."""
+    documents = DOCUMENTS * 3
+    random.Random(0).shuffle(documents)
+    write(tmp_path / "a", documents)
+    write(tmp_path / "b", documents[::-1])
+    sides = {folder: [set(documents_of(tmp_path / folder, split)) for split in ("train", "val")] for folder in "ab"}
+    assert not sides["a"][0] & sides["a"][1]
+    assert sides["a"] == sides["b"]  # the order of the input decides nothing
+    assert len(documents_of(tmp_path / "a", "train")) + len(documents_of(tmp_path / "a", "val")) == 180
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.5, 0.9])
+def test_val_fraction(fraction):
+    """Guards against a fraction that is of something else (or its complement)."""
+    share = np.mean([corpus.is_validation(f"document {i}", fraction) for i in range(4000)])
+    assert abs(share - fraction) < 0.03  # 3.8 standard deviations at 0.5
+
+
+def test_threads_do_not_change_the_result(tmp_path, monkeypatch):
+    """Guards against an order of batches that depends on which thread is faster."""
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 100)
+    one, many = write(tmp_path / "one", threads=1), write(tmp_path / "many", threads=8)
+    assert {**one, "dataset": ""} == {**many, "dataset": ""}
+
+
+def test_interrupted_preparation_changes_nothing(tmp_path):
+    """Guards against a folder that holds half a data set, or a new train.bin beside an old meta.json."""
+    write(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+
+    def broken():
+        yield from DOCUMENTS[::-1]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, broken())
+    with pytest.raises(ValueError, match="not in the vocabulary"):
+        write(tmp_path, tokenizer=tokenizers.get("char", chars="abc"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write(tmp_path, DOCUMENTS[::-1])
+    assert (tmp_path / "train.bin").read_bytes() != before["train.bin"]
+
+
+@pytest.mark.parametrize("failing", ["train.bin", "val.bin", "tokenizer.json", "meta.json"])
+def test_meta_is_written_last(tmp_path, monkeypatch, failing):
+    """Guards against a mixture of old and new files that passes for a data set, when the very last moment fails."""
+    write(tmp_path)
+    replace = os.replace
+
+    def disk_full(source, target):
+        if Path(target).name == failing:
+            raise OSError("no space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        write(tmp_path, DOCUMENTS[::-1])
+    assert not (tmp_path / "meta.json").exists()
+
+
+def test_single_document_is_cut(tmp_path):
+    """Guards against an empty side for the most common own data set: one small text file."""
+    text = "".join(f"line {i} of the only document\n" for i in range(500))
+    write(tmp_path, [text], val_fraction=0.2)
+    pieces = documents_of(tmp_path, "train") + documents_of(tmp_path, "val")
+    assert sorted("".join(pieces).splitlines()) == sorted(text.splitlines())
+    assert all(piece.endswith("\n") for piece in pieces) and 40 <= len(pieces) <= 60
+
+
+def test_empty_side_and_bad_values(tmp_path):
+    """Guards against a data set without validation, found out only when the first evaluation divides by zero."""
+    for documents, fraction in ((["a"] * 5, 0.01), (["a"] * 5, 0.99), ([], 0.5), (["one line"], 0.5)):
+        with pytest.raises(ValueError, match=r"no document fell on the (train|val) side, there are only \d .*--val_fraction"):
+            write(tmp_path / "set", documents, val_fraction=fraction)
+    for fraction in (0, 1, -0.1, 1.5):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            write(tmp_path / "set", val_fraction=fraction)
+    with pytest.raises(ValueError, match="max_bytes=0"):
+        write(tmp_path / "set", max_bytes=0)
+    assert not (tmp_path / "set" / "meta.json").exists()
+
+
+def test_documents_of_a_char_tokenizer_do_not_touch(tmp_path):
+    """Guards against "...the end" + "Title..." becoming one word where no token can mark the end of a document."""
+    write(tmp_path, tokenizer=corpus.make_tokenizer("char", lambda: DOCUMENTS))
+    val = [d for d in DOCUMENTS if corpus.is_validation(d, 0.3)]
+    assert tokenizers.load(tmp_path).decode(tokens_of(tmp_path, "val")) == "".join(d + "\n\n" for d in val)
+
+
+def test_memory_is_bounded(tmp_path, monkeypatch):
+    """Guards against reading ahead without limit: 20 MB of text must pass through a few hundred KB."""
+    monkeypatch.setattr(corpus, "BATCH_CHARS", 1 << 14)
+    documents = (f"{i} " + "x" * 20_000 for i in range(1000))
+    tracemalloc.start()
+    write(tmp_path, documents, threads=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "train.bin").stat().st_size + (tmp_path / "val.bin").stat().st_size > 40_000_000
+    assert peak < 2_000_000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scripts
+
+
+@pytest.mark.parametrize("script", [stdlib, wikipedia, fineweb, shakespeare, text_set])
+def test_help(script, capsys):
+    """Guards against a "%" in a help text, which argparse reports only when help is asked for."""
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert stop.value.code == 0
+    assert "--out_dir" in capsys.readouterr().out
+
+
+def test_stdlib(tmp_path):
+    """Guards against a default data set that differs from one preparation to the next, or holds tests or foreign packages."""
+    one, other = stdlib.main(["--out_dir", str(tmp_path / "1")]), stdlib.main(["--out_dir", str(tmp_path / "2")])
+    assert one == other and one["dataset"] == "stdlib"
+    library = Path(os.__file__).parent
+    tokens = np.concatenate([np.fromfile(tmp_path / "1" / f"{split}.bin", dtype=np.uint16) for split in ("train", "val")])
+    documents = set(tokens.astype(np.uint8).tobytes().decode().split("\0"))
+    assert (library / "json" / "__init__.py").read_text(encoding="utf-8") in documents
+    for left_out in ("unittest/test", "test", "site-packages"):
+        for path in sorted((library / left_out).glob("*.py"))[:20]:
+            assert path.stat().st_size < 100 or path.read_text(encoding="utf-8", errors="replace") not in documents
+    assert f"CPython {sys.version.split()[0]}" in one["source"]
+
+
+@pytest.fixture
+def parquet_files(tmp_path):
+    """Two files in the layout of wikimedia/wikipedia."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files = []
+    for n, part in enumerate((DOCUMENTS[:40], DOCUMENTS[40:])):
+        titles = [f"T{n}-{i}" for i in range(len(part))]
+        table = pa.table({"id": [str(i) for i in range(len(part))], "url": titles, "title": titles, "text": part})
+        pq.write_table(table, tmp_path / f"train-{n}.parquet", row_group_size=9)
+        files.append(str(tmp_path / f"train-{n}.parquet"))
+    return files
+
+
+def test_streaming_through_datasets(tmp_path, parquet_files, monkeypatch):
+    """Guards against an interface of `datasets` that has moved on; the same files read directly must give the same data set."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    options = {"name": None, "revision": None, "data_files": parquet_files}
+    articles, pages = wikipedia.articles, fineweb.pages
+    monkeypatch.setattr(wikipedia, "articles", lambda: articles("parquet", **options))
+    monkeypatch.setattr(fineweb, "pages", lambda: pages("parquet", **options))
+    common = ["--tokenizer", "byte", "--val_fraction", "0.3"]
+    streamed = wikipedia.main([*common, "--out_dir", str(tmp_path / "streamed")])
+    local = ["--input", *parquet_files, "--text_key", "title,text"]
+    read = wikipedia.main([*common, "--out_dir", str(tmp_path / "read"), *local])
+    assert streamed["train"] == read["train"] and streamed["val"] == read["val"]
+    assert streamed["train"]["documents"] + streamed["val"]["documents"] == 60
+    assert wikipedia.REVISION in streamed["source"] and read["source"] == "train-0.parquet, train-1.parquet"
+    meta = fineweb.main([*common, "--out_dir", str(tmp_path / "pages")])
+    assert {k: meta[k] for k in ("train", "val")} == {k: write(tmp_path / "direct")[k] for k in ("train", "val")}
+    limited = wikipedia.main([*common, "--out_dir", str(tmp_path / "limited"), "--max_bytes", "1500"])
+    assert 1300 < limited["train"]["bytes"] + limited["val"]["bytes"] <= 1530
+
+
+@pytest.mark.parametrize("script", ["wikipedia", "fineweb"])
+def test_unreachable_hub_is_one_line(tmp_path, script):
+    """Guards against the page-long traceback of a machine without network."""
+    pytest.importorskip("datasets")
+    path = ROOT / "data" / script / "prepare.py"
+    command = [sys.executable, str(path), "--tokenizer", "byte", "--out_dir", str(tmp_path / "set")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert re.fullmatch(r"error: could not read \S+ from the Hugging Face Hub .*give local text with --input\n", run.stderr)
+    assert not (tmp_path / "set").exists()
+
+
+def test_shakespeare_is_split_by_position(tmp_path):
+    """Guards against another split than nanoGPT's, whose losses would then not be comparable."""
+    rng = random.Random(0)
+    text = "".join(rng.choices("abcdefghij klmnop\n", k=shakespeare.CHARACTERS))
+    (tmp_path / "input.txt").write_text(text, encoding="utf-8")
+    meta = shakespeare.main(["--input", str(tmp_path / "input.txt"), "--out_dir", str(tmp_path / "set")])
+    assert (meta["train"]["tokens"], meta["val"]["tokens"]) == (1_003_854, 111_540)
+    tokenizer = tokenizers.load(tmp_path / "set")
+    assert tokenizer.decode(tokens_of(tmp_path / "set", "train") + tokens_of(tmp_path / "set", "val")) == text
+    assert shakespeare.download((tmp_path / "input.txt").as_uri()) == text
+
+
+def test_shakespeare_download_errors(tmp_path):
+    """Guards against a traceback without network, and against a changed file under the same address."""
+    with pytest.raises(FileNotFoundError, match="could not reach http://127.0.0.1:9/x .*--input"):
+        shakespeare.download("http://127.0.0.1:9/x")
+    (tmp_path / "other.txt").write_text("404: Not Found", encoding="utf-8")
+    with pytest.raises(ValueError, match="has 14 characters instead of 1,115,394"):
+        shakespeare.download((tmp_path / "other.txt").as_uri())
+
+
+def test_own_text(tmp_path, monkeypatch):
+    """Guards against an own data set that lands in, or overwrites, one of the project's; separators are typed as in a shell."""
+    monkeypatch.setattr(text_set, "DATA", tmp_path)
+    (tmp_path / "stdlib").mkdir()
+    (tmp_path / "stdlib" / "prepare.py").touch()
+    (tmp_path / "a.txt").write_text("\n--\n".join(DOCUMENTS[:30]), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_bytes(jsonl(DOCUMENTS[30:]))
+    inputs = ["--input", str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), "--separator", r"\n--\n", "--val_fraction", "0.3"]
+    meta = text_set.main([*inputs, "--name", "mine"])
+    assert meta["dataset"] == "mine" and meta["source"] == "a.txt, b.jsonl"
+    assert sorted(documents_of(tmp_path / "mine", "train") + documents_of(tmp_path / "mine", "val")) == sorted(DOCUMENTS)
+    meta = text_set.main([*inputs, "--tokenizer", "char", "--out_dir", str(tmp_path / "chars")])
+    assert meta["dataset"] == "chars" and meta["vocab_size"] == len(set("".join(DOCUMENTS)))
+    for name in ("stdlib", "../up", ".."):
+        with pytest.raises(ValueError, match="give a plain name"):
+            text_set.main([*inputs, "--name", name])
+    with pytest.raises(ValueError, match="--name NAME"):
+        text_set.main(inputs)
+    with pytest.raises(ValueError, match="separator is empty"):
+        text_set.main([*inputs, "--name", "x", "--separator", ""])
+
+
+def test_script_errors_are_one_line(tmp_path):
+    """Guards against tracebacks from the command line: a missing file exits with 1, a bad value with 2."""
+    script = str(ROOT / "data" / "text" / "prepare.py")
+    for arguments, code, message in (
+        (["--input", str(tmp_path / "no.txt")], 1, "no.txt does not exist"),
+        (["--input", script, "--val_fraction", "2"], 2, "val_fraction=2.0"),
+    ):
+        command = [sys.executable, script, "--out_dir", str(tmp_path / "set"), *arguments]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == code
+        assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and message in run.stderr

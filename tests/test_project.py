@@ -1,0 +1,160 @@
+"""The project as a whole: who imports whom, every config file, every command of the README."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import configurator
+import train
+from conftest import ROOT
+
+# ----------------------------------------------------------------------------------------------------------------------
+# layers: a module may import those of lower ones
+
+MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in
+           [*ROOT.glob("*.py"), *ROOT.glob("baseline_transformer/*.py"), *ROOT.glob("latent/*.py")]}  # fmt: skip
+LOW = {"model", "configurator", "dataloader", "runtime", "tokenizer", "latent.resample", "latent.quantize"}
+SCRIPTS = {"train", "sample", "compare", "bench"}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this project that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & MODULES.keys()
+
+
+def test_who_may_import_whom():
+    """Guards the architecture: low modules know nothing of the project, models only blocks, scripts never each other."""
+    for name, path in MODULES.items():
+        used = imports(path)
+        if name == "model":
+            assert all(module.startswith("latent.") for module in used), used
+        elif name in LOW:
+            assert not used, f"{name} imports {used}"
+        elif name.startswith(("baseline_transformer", "latent")):
+            assert used <= LOW | {m for m in MODULES if m.startswith("latent")}, f"{name} imports {used}"
+        assert not used & SCRIPTS, f"{name} imports the script {used & SCRIPTS}"
+        if name not in SCRIPTS:
+            assert "checkpoint" not in used, f"{name} imports the registry, which imports all models"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# config files
+
+CONFIGS = sorted((ROOT / "config").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT / "config").as_posix())
+def test_every_config_file_builds_its_model(path):
+    """Guards config/: each file parses, names only keys that exist, and its model can be built (on the meta device)."""
+    import torch
+
+    parsed = configurator.configure([str(path)], [train.TrainConfig], positional="[CONFIG]", choose=("model", checkpoint.CONFIGS))
+    config, model_config = parsed.sections
+    with torch.device("meta"):
+        model = checkpoint.build(config.model, model_config)
+    stated = re.search(r"([\d,]+) parameters", path.read_text(encoding="utf-8"))
+    if stated and "vocab_size" not in parsed.given:
+        vocab_size = {"stdlib": 256, "wikipedia": 50257, "fineweb": 50257}[config.dataset]
+        count = model.get_num_params() + (vocab_size - model_config.vocab_size) * model_config.n_embd
+        assert count == int(stated[1].replace(",", "")), "the docstring states another number of parameters"
+
+
+def differing(a: Path, b: Path) -> set[str]:
+    one, two = (configurator.read_config_file(p) for p in (a, b))
+    return {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)}
+
+
+@pytest.mark.parametrize("folder", ["wikipedia", "stdlib"])
+def test_the_eight_runs_differ_only_in_what_they_are_about(folder):
+    """Guards the comparison: a stray setting in one file would be compared as if it were an idea."""
+    folder = ROOT / "config" / folder
+    plain, baseline = folder / "encdec_plain.py", folder / "baseline.py"
+    assert differing(plain, folder / "encdec_cosine.py") == differing(plain, folder / "encdec_mse.py") == {"embedding_loss"}
+    assert differing(plain, folder / "encdec_possub.py") == {"pos_sub"}
+    assert differing(plain, folder / "encdec_mse_possub.py") == {"pos_sub", "embedding_loss", "embedding_loss_weight"}
+    assert differing(baseline, folder / "baseline_dropout.py") == {"dropout"}
+    assert differing(baseline, folder / "baseline_small.py") <= {"n_layer", "n_embd", "n_head"}
+    shape = {"model", "n_layer", "n_embd", "n_head", "n_encoder_layer", "n_decoder_layer", "n_cross_head"}
+    assert differing(plain, baseline) <= shape
+
+
+def test_stdlib_pairs_have_one_size():
+    """Guards 'same size': encoder-decoder and baselines within 1% of parameters of each other."""
+    sizes = []
+    for path in sorted((ROOT / "config" / "stdlib").glob("*.py")):
+        parsed = configurator.configure([str(path)], [train.TrainConfig], positional="[CONFIG]", choose=("model", checkpoint.CONFIGS))
+        if path.stem != "common":
+            sizes.append(checkpoint.build(parsed.sections[0].model, parsed.sections[1]).get_num_params())
+    assert len(sizes) == 8 and max(sizes) / min(sizes) < 1.01
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the README
+
+
+def readme_commands() -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S) for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_readme_commands(tmp_path):
+    """Guards the README: every command in it is typed as written, only smaller, in a copy of the checkout."""
+    tree = tmp_path / "checkout"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "out", "*.bin", "meta.json", "__pycache__", ".*_cache"))
+    tiny = "--max_iters=2 --warmup_iters=1 --eval_interval=1 --eval_iters=1 --batch_size=2 --dtype=float32 --device=cpu --compile=off".split()
+    wide = ["--n_embd=8", "--n_head=2", "--block_size=16"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    (tree / "my_texts").mkdir()
+    for i in range(40):
+        (tree / "my_texts" / f"{i}.txt").write_text(f"Text number {i}. " * 20, encoding="utf-8")
+    (tree / "wikipedia.txt").write_text("\n\n\n".join(f"Article {i}\n\n" + "Some words about it. " * 9 for i in range(200)))
+
+    ran = 0
+    for command in readme_commands():
+        words = shlex.split(command)
+        if words[0] in ("git", "cd", "make", "pip"):  # the set-up itself: what `make test` and `make quickstart` do
+            continue
+        if "data/" in command and "--input" not in command and "stdlib" not in command:
+            continue  # downloads; tested with the real libraries on local files in test_data.py
+        if "gpt2" in command or ("wikipedia" in command and "prepare" in command):
+            words += ["--tokenizer", "byte"] if "prepare" in command else []
+        small = list(tiny)
+        if "train.py" in command:
+            if "torchrun" in words[0]:
+                small = [w for w in small if "batch" not in w] + ["--gradient_accumulation_steps=8", "--batch_size=1"]
+            given = {word.split("=")[0] for word in words}
+            if "baseline" in command or "decoder_only" in command:
+                small += [*wide, "--n_layer=1"]
+            else:
+                small += [*wide, "--n_encoder_layer=1", "--n_decoder_layer=1", "--n_cross_head=2"]
+            words += [w for w in small if w.split("=")[0] not in given or w.split("=")[0] in ("--max_iters",)]
+            if "torchrun" in words[0]:
+                words = [re.sub(r"--nproc_per_node=\d+", "--nproc_per_node=2", word) for word in words]
+        if "sample.py" in command:
+            words += ["--max_new_tokens=5", "--device=cpu"]
+        done = subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True, input="def ")
+        assert done.returncode == 0, f"{command}\nran as {shlex.join(words)}\n{done.stdout[-500:]}\n{done.stderr[-1500:]}"
+        ran += 1
+    assert ran >= 8
+
+
+def test_readme_links_exist():
+    """Guards against a README that names files which are not there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target

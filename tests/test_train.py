@@ -1,0 +1,504 @@
+"""The training loop and what it writes, on real text with tiny models."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import checkpoint
+import configurator
+import dataloader
+import runtime
+import sample
+import train
+from conftest import ROOT, make_model, write_tokens
+
+TINY = {
+    "encoder_decoder": "--n_encoder_layer=1 --n_decoder_layer=1 --n_head=2 --n_cross_head=2 --n_embd=16 --block_size=32",
+    "decoder_only": "--model=decoder_only --n_layer=2 --n_head=2 --n_embd=16 --block_size=32",
+}
+SHORT = "--max_iters=6 --warmup_iters=2 --eval_interval=3 --eval_iters=2 --log_interval=1 --batch_size=4 --device=cpu --dtype=float32"
+
+
+def arguments(data: Path, out: Path, *more: str, model: str = "encoder_decoder") -> list[str]:
+    return [f"--dataset={data}", f"--out_dir={out}", *TINY[model].split(), *SHORT.split(), *more]
+
+
+def run(data: Path, out: Path, *more: str, model: str = "encoder_decoder") -> dict:
+    return train.main(arguments(data, out, *more, model=model))
+
+
+def command(
+    data: Path, out: Path, *more: str, model: str = "encoder_decoder", launcher: tuple[str, ...] = ()
+) -> subprocess.Popen:
+    start = launcher or (sys.executable,)
+    words = [*start, str(ROOT / "train.py"), *arguments(data, out, *more, model=model)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+
+
+def records(out: Path, kind: str) -> list[dict]:
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def weights(out: Path, which: str = "last") -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(out / which / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_data, tmp_path_factory) -> Path:
+    """Six uninterrupted steps with dropout, the embedding loss, accumulation: everything that could break a resumed run."""
+    out = tmp_path_factory.mktemp("runs") / "reference"
+    run(tiny_data, out, *REFERENCE)
+    return out
+
+
+REFERENCE = ("--dropout=0.1", "--embedding_loss=mse", "--pos_sub=plain", "--gradient_accumulation_steps=2", "--grad_clip=1.0")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# learning
+
+
+@pytest.mark.parametrize("model", ["encoder_decoder", "decoder_only"])
+def test_learns_a_text_by_heart(tmp_path, model):
+    """Guards the whole loop (targets, schedule, optimizer): a text with period 23 must be predicted almost perfectly."""
+    text = np.resize(np.frombuffer(b"the quick brown foxes. ", dtype=np.uint8), 4000)
+    data = write_tokens(tmp_path / "data", text, text[:500])
+    summary = run(data, tmp_path / "run", "--max_iters=300", "--warmup_iters=30", "--eval_interval=300", "--log_interval=50",
+                  "--learning_rate=1e-2", "--n_embd=32", model=model)  # fmt: skip
+    assert summary["val_loss"] < 0.1
+    assert abs(summary["val_bits_per_byte"] - summary["val_loss"] / math.log(2)) < 1e-9
+    assert summary["best_val_loss"] < 0.1 and summary["steps"] == 300 and summary["tokens"] == 300 * 4 * 32
+    first, last = records(tmp_path / "run", "train")[0], records(tmp_path / "run", "train")[-1]
+    assert first["loss"] > last["loss"] and first["loss"] == first["token_loss"]
+    texts = sample.main(
+        [str(tmp_path / "run"), "--prompt=the quick brown ", "--temperature=0", "--max_new_tokens=14", "--device=cpu"]
+    )
+    assert texts == ["foxes. the qui"]
+
+
+def test_accumulation_does_not_change_the_result(tiny_data, tmp_path):
+    """Guards the scaling of the loss: 8 x 1, 4 x 2 and 2 x 4 sequences are the same step."""
+    runs = []
+    for batch, accumulation in ((8, 1), (4, 2), (2, 4)):
+        out = tmp_path / f"{batch}"
+        run(
+            tiny_data,
+            out,
+            f"--batch_size={batch}",
+            f"--gradient_accumulation_steps={accumulation}",
+            "--dtype=float64",
+            "--eval_iters=1",
+        )
+        runs.append([r["loss"] for r in records(out, "train")])
+    assert np.ptp(runs, axis=0).max() < 1e-10
+
+
+def test_schedule():
+    """Guards the learning rate: linear warm-up, cosine to min_lr at lr_decay_iters, constant after; nearly constant if that is far."""
+    config = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=100, lr_decay_iters=60)
+    assert [train.learning_rate(config, s) for s in (0, 4, 9)] == [1 / 11, 5 / 11, 10 / 11]
+    assert train.learning_rate(config, 10) == 1.0 and abs(train.learning_rate(config, 35) - 0.55) < 1e-12
+    assert abs(train.learning_rate(config, 60) - 0.1) < 1e-12 and train.learning_rate(config, 99) == 0.1
+    published = train.TrainConfig(learning_rate=9e-4, min_lr=9e-5, warmup_iters=300, max_iters=9000, lr_decay_iters=700000)
+    assert train.learning_rate(published, 8999) > 0.9995 * 9e-4
+
+
+def test_weight_decay_spares_gains_and_biases():
+    model = make_model("encoder_decoder", {"bias": True, "embedding_loss": "mse"})
+    decayed, spared = train.make_optimizer(model, train.TrainConfig(), torch.device("cpu")).param_groups
+    assert decayed["weight_decay"] == 0.1 and all(p.dim() >= 2 for p in decayed["params"])
+    assert spared["weight_decay"] == 0.0 and all(p.dim() == 1 for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# resuming
+
+
+def test_resume_equals_an_uninterrupted_run(tiny_data, tmp_path, reference):
+    """Guards exact resumption: N steps = N/2 + resume + N/2, bit for bit: weights, optimizer, losses, best checkpoint."""
+    out = tmp_path / "halves"
+    run(tiny_data, out, *REFERENCE, "--max_iters=3", "--lr_decay_iters=6")
+    with pytest.raises(ValueError, match="lr_decay_iters=None .was 6"):
+        run(tiny_data, out, *REFERENCE, "--resume")
+    full = tmp_path / "full"
+    run(tiny_data, full, *REFERENCE, "--lr_decay_iters=6")
+    run(tiny_data, out, *REFERENCE, "--lr_decay_iters=6", "--resume")
+    for which in ("last", "best"):
+        assert same(weights(out, which), weights(full, which))
+    a, b = (safetensors.torch.load_file(o / "last" / "optimizer.safetensors") for o in (out, full))
+    assert same(a, b)
+    for kind in ("train", "eval"):
+        skip = {"tokens_per_second", "seconds"}
+        one, two = ([{k: v for k, v in r.items() if k not in skip} for r in records(o, kind)] for o in (out, full))
+        assert one == two
+    read = lambda o: json.loads((o / "summary.json").read_text())["val_loss"]  # noqa: E731
+    assert read(out) == read(full)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_run_continues(tiny_data, tmp_path, how):
+    """Guards crashes: SIGKILL between checkpoints falls back to the last one, Ctrl-C saves; both end like an unbroken run."""
+    settings = (*REFERENCE, "--max_iters=400", "--eval_interval=50")
+    out = tmp_path / "killed"
+    process = command(tiny_data, out, *settings)
+    while not any(r["step"] >= 60 for r in (records(out, "train") if (out / "metrics.jsonl").exists() else [])):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(how)
+    printed, complaints = process.communicate(timeout=60)
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130), complaints
+    assert "Traceback" not in complaints
+    stopped = checkpoint.read_json(out / "last" / "trainer.json")["step"]
+    assert stopped >= 50 and (how == signal.SIGINT or stopped % 50 == 0)
+    assert not (out / "summary.json").exists()
+    again = command(tiny_data, out, *settings, "--resume")
+    full = command(tiny_data, tmp_path / "full", *settings)
+    for process in (again, full):
+        assert process.wait(timeout=300) == 0, process.communicate()
+    assert f"at step {stopped}" in again.stdout.read()
+    assert same(weights(out), weights(tmp_path / "full"))
+
+
+def test_half_written_checkpoint_is_not_used(tiny_data, tmp_path, reference):
+    """Guards atomicity: what a crash leaves (last.tmp, or last.old between the renames) neither breaks nor fools a resume."""
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    shutil.copytree(out / "last", out / "last.tmp")
+    (out / "last.tmp" / "model.safetensors").write_bytes(b"half")
+    (out / "last").rename(out / "last.old")
+    assert checkpoint.find(out, "last") == out / "last.old"
+    model, _, trainer = checkpoint.load_run(out, "last")
+    assert trainer["step"] == 6 and torch.equal(model.state_dict()["wte.weight"], weights(reference)["wte.weight"])
+    run(tiny_data, out, *REFERENCE, "--resume", "--max_iters=7", "--lr_decay_iters=7", "--lr_decay_iters=none")
+    assert checkpoint.read_json(out / "last" / "trainer.json")["step"] == 7
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation leaves no trace, and counts everything once
+
+
+def test_evaluating_more_often_changes_nothing(tiny_data, tmp_path, reference):
+    """Guards A9 of the original: evaluation drew from the iterator that training draws from. Samples must not matter either."""
+    out = tmp_path / "often"
+    run(tiny_data, out, *REFERENCE, "--eval_interval=1", "--eval_sample_tokens=3")
+    assert same(weights(out), weights(reference))
+    assert [r["loss"] for r in records(out, "train")] == [r["loss"] for r in records(reference, "train")]
+
+
+@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
+def test_full_loss_is_exact_at_any_batch_size(tiny_data, name):
+    """Guards the number in every table: the same at batch sizes 1, 7, 64, equal to a loop over single windows, each token once."""
+    data = dataloader.TokenData(tiny_data, 32)
+    model = make_model(name, {}, vocab_size=256, block_size=32)
+    machine = runtime.start("cpu", "float64", "off")
+    losses = []
+    for rows in (1, 7, 64):
+        total, count = train.evaluate_all(model, data, "val", rows, machine)
+        losses.append((total / count).item())
+        assert count == 3000
+    assert np.ptp(losses) < 1e-9
+    val, slow = torch.from_numpy(np.array(data.val, dtype=np.int64)), 0.0
+    for first in range(0, 3000, 32):
+        x, y = val[first : first + 32], val[first + 1 : first + 33]
+        slow -= model(x[None, : len(y)])[0].log_softmax(-1)[0, range(len(y)), y].sum().item()
+    assert abs(losses[0] - slow / 3000) < 1e-9
+
+
+def test_summary_does_not_depend_on_batch_size(tiny_data, tmp_path):
+    """Guards the same through the front door, in float32: the full evaluation has a batch of its own."""
+    losses = {run(tiny_data, tmp_path / f"{b}", "--max_iters=0", f"--batch_size={b}")["val_loss"] for b in (1, 7, 64)}
+    assert len(losses) == 1
+
+
+def test_estimates_use_the_same_windows_every_time(tiny_data):
+    data = dataloader.TokenData(tiny_data, 32)
+    assert np.array_equal(data.eval_starts("val", 8), dataloader.TokenData(tiny_data, 32).eval_starts("val", 8))
+    trainer = train.Trainer(train.TrainConfig(batch_size=3, eval_iters=2), make_model("decoder_only", {}, vocab_size=256, block_size=32),
+                            data, runtime.start("cpu", "float64", "off"))  # fmt: skip
+    x, y = data.gather("val", data.eval_starts("val", 6))
+    assert abs(trainer.estimate("val") - trainer.raw_model(x, y)[1]["token"].item()) < 1e-12
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# processes, compilation, tying
+
+
+@pytest.mark.parametrize("model", ["encoder_decoder", "decoder_only"])
+def test_two_processes_equal_one(tiny_data, tmp_path, model):
+    """Guards DDP: two gloo processes with the same seed give one process's losses, evaluations and summary to 1e-5."""
+    more = ("--gradient_accumulation_steps=2", "--dropout=0.1", "--grad_clip=1.0")
+    more += ("--embedding_loss=mse",) if model == "encoder_decoder" else ()
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    process = command(tiny_data, tmp_path / "two", *more, model=model, launcher=launcher)
+    one = run(tiny_data, tmp_path / "one", *more, model=model)
+    printed, complaints = process.communicate(timeout=300)
+    assert process.returncode == 0, complaints
+    assert printed.count("done: validation loss") == 1, "only one process may speak"
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert two["world_size"] == 2 and abs(one["val_loss"] - two["val_loss"]) < 1e-5 and one["tokens"] == two["tokens"]
+    for kind, keys in (("train", ("loss", "token_loss", "grad_norm", "lr")), ("eval", ("train_loss", "val_loss"))):
+        a, b = records(tmp_path / "one", kind), records(tmp_path / "two", kind)
+        assert len(a) == len(b)
+        for key in keys:
+            assert np.allclose([r[key] for r in a], [r[key] for r in b], atol=1e-5, rtol=0), key
+
+
+def test_accumulation_must_be_divisible_by_processes(tiny_data):
+    machine = runtime.Runtime(torch.device("cpu"), torch.float32, False, "", rank=0, world_size=2)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=3 cannot be shared by 2 processes"):
+        train.Trainer(train.TrainConfig(gradient_accumulation_steps=3), make_model("decoder_only", {}), None, machine)
+
+
+def test_weights_stay_tied_through_everything(tiny_data, tmp_path):
+    """Guards tying: after init, training, saving and loading, output layer and token table are one tensor, stored once."""
+    out = tmp_path / "run"
+    run(tiny_data, out, model="decoder_only")
+    model, _, _ = checkpoint.load_run(out, "last")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    stored = weights(out)
+    assert ("lm_head.weight" in stored) + ("transformer.wte.weight" in stored) == 1
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert model(torch.tensor([[1, 2]]))[0].abs().max() == 0
+
+
+def test_compiled_checkpoint_loads_without_compile(tiny_data, tmp_path):
+    """Guards against `_orig_mod.` keys: a run under torch.compile is read, sampled and resumed without it."""
+    out = tmp_path / "compiled"
+    torch._dynamo.reset()
+    short = ("--max_iters=3", "--lr_decay_iters=6", "--eval_iters=1")
+    compiled = run(tiny_data, out, *short, "--compile=on", model="decoder_only")
+    plain = run(tiny_data, tmp_path / "plain", *short, model="decoder_only")
+    assert abs(compiled["val_loss"] - plain["val_loss"]) < 1e-4 and compiled["compiled"]
+    assert weights(out).keys() == weights(tmp_path / "plain").keys()
+    assert len(sample.main([str(out), "--max_new_tokens=5", "--device=cpu"])) == 1
+    assert run(tiny_data, out, "--lr_decay_iters=6", "--eval_iters=1", "--resume", model="decoder_only")["steps"] == 6
+
+
+def test_init_from_another_run(tiny_data, tmp_path, reference):
+    """Guards warm starts: zero further steps from another run's weights give that run's loss."""
+    summary = run(tiny_data, tmp_path / "next", *REFERENCE, f"--init_from={reference}", "--max_iters=0")
+    best = json.loads((reference / "summary.json").read_text())
+    assert best["best_step"] == 6 and abs(summary["val_loss"] - best["val_loss"]) < 1e-12
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is written, and what is touched
+
+
+def test_run_directory(reference):
+    """Guards the contract of DESIGN: which files, which keys; everything loads without pickle."""
+    assert {p.name for p in reference.iterdir()} == {
+        "config.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "summary.json",
+        "last",
+        "best",
+    }
+    assert {p.name for p in (reference / "last").iterdir()} == {"model.safetensors", "optimizer.safetensors", "trainer.json"}
+    assert {p.name for p in (reference / "best").iterdir()} == {"model.safetensors", "trainer.json"}
+    config = json.loads((reference / "config.json").read_text())
+    assert (
+        config["train"]["seed"] == 1337 and config["model"]["embedding_loss"] == "mse" and config["model"]["vocab_size"] == 256
+    )
+    for record in records(reference, "eval"):
+        keys = {
+            "train_loss",
+            "val_loss",
+            "embedding_loss",
+            "gain_embedding",
+            "gain_encoder",
+            "embedding_grad_wte",
+            "embedding_grad_wpe",
+        }
+        assert keys <= record.keys() and record["embedding_grad_wte"] > 0
+    for record in records(reference, "train"):
+        assert {"loss", "token_loss", "embedding_loss", "lr", "tokens_per_second", "seconds", "grad_norm"} <= record.keys()
+        assert abs(record["loss"] - record["token_loss"] - record["embedding_loss"]) < 1e-6
+    summary = json.loads((reference / "summary.json").read_text())
+    for key in ("val_loss", "val_bits_per_byte", "parameters", "flops_per_token", "tokens", "seconds", "tokens_per_second",
+                "peak_memory_bytes", "seed", "commit", "data_hash", "torch", "device", "embedding_loss"):  # fmt: skip
+        assert summary[key] is not None, key
+
+
+def test_no_network_and_no_optional_imports(tiny_data, tmp_path, monkeypatch):
+    """Guards air-gapped machines: training and sampling open no socket and import neither wandb, datasets nor matplotlib."""
+    code = (
+        "import socket, sys\n"
+        "def refuse(*args, **kwargs): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse\n"
+        "for name in ('wandb', 'datasets', 'matplotlib', 'transformers'): sys.modules[name] = None  # as if not installed\n"
+        "import train, sample\n"
+        f"train.main({arguments(tiny_data, tmp_path / 'run', '--eval_sample_tokens=2')!r})\n"
+        f"sample.main([{str(tmp_path / 'run')!r}, '--max_new_tokens=3', '--device=cpu'])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert socket.socket.connect  # this process is untouched
+
+
+def test_wandb_offline_writes_a_run(tiny_data, tmp_path, monkeypatch):
+    """Guards the real wandb in offline mode: a run file with our numbers, no account, no network."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    out = tmp_path / "run"
+    run(tiny_data, out, "--wandb=offline")
+    files = list(out.rglob("*.wandb"))
+    assert len(files) == 1 and files[0].stat().st_size > 1000
+    assert checkpoint.read_json(out / "last" / "trainer.json")["wandb_id"] in files[0].name
+
+
+def test_wandb_missing_is_one_line(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        run(tiny_data, tmp_path / "run", "--wandb=offline")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bad input: one line, an exit status, nothing overwritten
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def complaint(script, argv: list[str], capsys) -> tuple[int, str]:
+    """Exit status and what stands on stderr, as a user of the script sees it."""
+    with pytest.raises(SystemExit) as exit_info, configurator.exit_on_user_error():
+        script.main(argv)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return exit_info.value.code, [line for line in error.splitlines() if line.startswith("error: ")][-1]
+
+
+@pytest.mark.parametrize(
+    "change, status, message",
+    [
+        (["--learning_rte=1"], 2, "did you mean 'learning_rate'"),
+        (["--n_layer=3"], 2, "it belongs to 'decoder_only'"),
+        (["--n_embd=15"], 2, "not divisible"),
+        (["--max_iters=ten"], 2, "an integer was expected"),
+        (["--warmup_iters=7"], 2, "beyond max_iters=6"),
+        (["--min_lr=1"], 2, "min_lr=1.0 must lie between"),
+        (["--dtype=int8"], 2, "one of"),
+        (["--model=gpt"], 2, "encoder_decoder"),
+        (["--device=cuda:99"], 2, "device=cuda:99"),
+        (["--vocab_size=100"], 2, "vocab_size=100 is too small"),
+        (["--block_size=5000"], 2, "block_size"),
+        (["--dataset=nowhere"], 1, "known sets"),
+        (["--resume", "--overwrite"], 2, "exclude each other"),
+        (["--init_from=nowhere"], 1, "not a directory"),
+    ],
+)
+def test_bad_settings(tiny_data, tmp_path, capsys, change, status, message):
+    """Guards users: each mistake is one line on stderr with what to do, and leaves no run directory behind."""
+    code, line = complaint(train, arguments(tiny_data, tmp_path / "run", *change), capsys)
+    assert code == status and message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, capsys, reference):
+    """Guards weeks of training: the same command again refuses; --resume with nothing there refuses; --overwrite starts again."""
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    before = snapshot(out)
+    code, line = complaint(train, arguments(tiny_data, out, *REFERENCE), capsys)
+    assert code == 1 and "--resume" in line and "--overwrite" in line and snapshot(out) == before
+    code, line = complaint(train, arguments(tiny_data, out, "--n_embd=15", "--overwrite"), capsys)
+    assert code == 2 and snapshot(out) == before, "a bad setting must show before anything is deleted"
+    code, line = complaint(train, arguments(tiny_data, out, *REFERENCE, "--resume", "--learning_rate=0.5"), capsys)
+    assert code == 2 and "learning_rate=0.5 (was 0.002)" in line and snapshot(out) == before
+    code, line = complaint(train, arguments(tiny_data, tmp_path / "none", "--resume"), capsys)
+    assert code == 1 and "not a directory" in line and not (tmp_path / "none").exists()
+    (tmp_path / "none").mkdir()
+    code, line = complaint(train, arguments(tiny_data, tmp_path / "none", "--resume"), capsys)
+    assert code == 1 and "no config.json" in line
+    (out / "notes.txt").write_text("mine")
+    run(tiny_data, out, "--overwrite")
+    assert (out / "notes.txt").read_text() == "mine" and not same(weights(out), weights(reference))
+
+
+def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny_data, tmp_path, capsys):
+    out = tmp_path / "run"
+    code, line = complaint(
+        train, arguments(tiny_data, out, "--learning_rate=1e30", "--max_iters=30", "--warmup_iters=0"), capsys
+    )
+    assert code == 1 and "last good checkpoint" in line
+    assert all(torch.isfinite(w).all() for w in weights(out).values())
+
+
+def test_bad_run_directories_for_sampling(tmp_path, capsys, reference):
+    """Guards sample.py: missing, half-written and damaged run directories, prompts too long or of unknown characters."""
+    import shutil
+
+    def broken(name: str, damage) -> Path:
+        shutil.copytree(reference, tmp_path / name)
+        damage(tmp_path / name)
+        return tmp_path / name
+
+    half = broken("half", lambda p: [shutil.rmtree(p / which) for which in ("last", "best")])
+    cut = broken(
+        "cut", lambda p: (p / "best" / "model.safetensors").write_bytes((p / "best" / "model.safetensors").read_bytes()[:999])
+    )
+    odd = broken("odd", lambda p: (p / "config.json").write_text("{"))
+    blind = broken("blind", lambda p: (p / "tokenizer.json").unlink())
+    chars = broken("chars", lambda p: (p / "tokenizer.json").write_text(json.dumps({"name": "char", "chars": "abc"})))
+    for argv, status, message in (
+        ([str(tmp_path / "nothing")], 1, "not a directory"),
+        ([str(tmp_path)], 1, "no config.json"),
+        ([str(half)], 1, "no complete last checkpoint"),
+        ([str(cut)], 2, "damaged"),
+        ([str(odd)], 2, "damaged"),
+        ([str(blind)], 1, "tokenizer.json does not exist"),
+        ([str(chars), "--prompt=abcd"], 2, "character 'd' at position 3"),
+        ([str(reference), "--prompt=" + "x" * 33], 2, "33 tokens, but the model's context has 32"),
+        ([str(reference), "--prompt=FILE:nowhere.txt"], 1, "nowhere.txt"),
+        ([str(reference), "--temperature=-1"], 2, "temperature=-1"),
+        ([str(reference), "--top_p=0"], 2, "top_p=0"),
+        ([str(reference), "--stream", "--num_samples=2"], 2, "num_samples=1"),
+        ([], 2, "RUN is missing"),
+    ):
+        code, line = complaint(sample, argv, capsys)
+        assert code == status and message in line, line
+
+
+def test_sample_script(reference, capsys, monkeypatch, tmp_path):
+    """Guards sample.py's front door: prompt from a file and stdin, streaming, JSON, and the same text for each of them."""
+    import io
+
+    (tmp_path / "p.txt").write_text("import ", encoding="utf-8")
+    plain = sample.main([str(reference), "--prompt=import ", "--max_new_tokens=20", "--device=cpu"])
+    shown = capsys.readouterr().out
+    assert "import " + plain[0] in shown
+    streamed = sample.main(
+        [str(reference), f"--prompt=FILE:{tmp_path / 'p.txt'}", "--max_new_tokens=20", "--device=cpu", "--stream"]
+    )
+    assert capsys.readouterr().out == "import " + plain[0] + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("import "))
+    several = sample.main(
+        [str(reference), "--prompt=-", "--max_new_tokens=20", "--num_samples=3", "--json", "--device=cpu", "--cache=false"]
+    )
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert plain == streamed == several[:1] and report["tokens"] == 60 and report["samples"] == 3

@@ -1,0 +1,513 @@
+"""
+Train any model of the project: one loop for all.
+
+    python train.py config/quickstart_encdec.py                      # a config file
+    python train.py config/stdlib/baseline.py --seed=2               # flags override it
+    python train.py config/stdlib/baseline.py --resume               # go on where it stopped, bit for bit
+    torchrun --standalone --nproc_per_node=4 train.py config/wikipedia/encdec_mse_possub.py
+
+One *step* is one optimizer update on batch_size * gradient_accumulation_steps sequences of block_size tokens, however many
+processes share them. Which sequences those are, and every dropout mask, is a function of (seed, step) alone; that is why
+resuming, evaluating more often, or adding processes does not change a run.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import configurator
+import dataloader
+import generate
+import runtime
+import tokenizer
+from model import require
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # what to train on what
+    model: str = "encoder_decoder"  # a name in the registry of checkpoint.py
+    dataset: str = "stdlib"  # data/<dataset>/, or a path to a folder with train.bin, val.bin and meta.json
+    out_dir: str | None = None  # run directory; none: out/ and the config file's path below config/
+    resume: bool = False  # go on from out_dir/last
+    overwrite: bool = False  # start again although out_dir holds a run
+    init_from: str | None = None  # start from the weights of another run directory, or of a nanoGPT ckpt.pt
+    seed: int = 1337  # of the weights, the order of the data, and dropout
+    # length and batch
+    max_iters: int = 2000  # optimizer steps
+    batch_size: int = 16  # sequences in a micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches in a step, over all processes together
+    # AdamW and its schedule
+    learning_rate: float = 2e-3  # after warm-up
+    min_lr: float | None = None  # at lr_decay_iters and after; none: learning_rate / 10
+    warmup_iters: int = 100  # steps of linear warm-up
+    lr_decay_iters: int | None = None  # step at which the cosine ends; none: max_iters
+    decay_lr: bool = True  # false: constant after warm-up
+    weight_decay: float = 0.1  # on tensors with two or more dimensions
+    beta1: float = 0.9  # decay of AdamW's first moment
+    beta2: float = 0.95  # decay of AdamW's second moment
+    grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
+    # evaluation and logging
+    eval_interval: int = 250  # steps between evaluations; each writes the last/ checkpoint
+    eval_iters: int = 20  # batches of an evaluation, the same windows every time and in every run
+    log_interval: int = 10  # steps between progress lines
+    eval_sample_tokens: int = 0  # length of a sample printed at evaluations; 0: none
+    eval_sample_prompt: str = "\n"  # what that sample begins with
+    wandb: Literal["off", "online", "offline"] = "off"  # log to Weights & Biases as well
+    wandb_project: str = "encoder-decoder-lm"  # project there
+    wandb_run_name: str | None = None  # name there; none: the name of out_dir
+    # machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products; weights stay float32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
+
+    def __post_init__(self):
+        for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
+        for key in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "eval_sample_tokens", "seed"):
+            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
+        require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
+        require(
+            0 <= self.lowest_lr <= self.learning_rate,
+            f"min_lr={self.min_lr} must lie between 0 and learning_rate={self.learning_rate}",
+        )
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)} must lie in [0, 1)")
+        require(
+            self.lr_decay_iters is None or self.lr_decay_iters > self.warmup_iters,
+            f"lr_decay_iters={self.lr_decay_iters} must be beyond warmup_iters={self.warmup_iters}",
+        )
+        require(not (self.resume and self.overwrite), "resume and overwrite exclude each other: choose one")
+        require(not (self.resume and self.init_from), "resume and init_from exclude each other: a resumed run has weights")
+
+    @property
+    def lowest_lr(self) -> float:
+        return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+
+FULL_EVAL_TOKENS = 8192  # in a batch of the full evaluation: fixed, so that its sum is the same whatever batch_size is
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the parts of a step
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rate of step 0, 1, ...: linear warm-up, then a cosine from learning_rate to lowest_lr, then constant."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return config.learning_rate
+    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    if step > end:
+        return config.lowest_lr
+    progress = (step - config.warmup_iters) / max(1, end - config.warmup_iters)
+    return config.lowest_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.lowest_lr)
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW that decays matrices and embeddings but no gains and biases; fused where torch has such a kernel."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=device.type in ("cuda", "cpu"))
+
+
+class Trainer:
+    """A model, its optimizer and the data they see. `step` counts finished updates."""
+
+    def __init__(self, config: TrainConfig, raw_model: torch.nn.Module, data: dataloader.TokenData, machine: runtime.Runtime):
+        if config.gradient_accumulation_steps % machine.world_size:
+            raise ValueError(
+                f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared by {machine.world_size} "
+                f"processes; choose a multiple of {machine.world_size} (and a smaller batch_size to keep the tokens per step)"
+            )
+        self.config, self.raw_model, self.data, self.machine = config, raw_model, data, machine
+        self.optimizer = make_optimizer(raw_model, config, machine.device)
+        # float16 gradients underflow unless the loss is scaled up; for all other types this does nothing
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+        # dynamic=False: another shape (the last evaluation batch, a sample) compiles once more instead of to slower code
+        self.model = torch.compile(raw_model, dynamic=False) if machine.compile else raw_model
+        self.train_model = self.model
+        if machine.world_size > 1:
+            ids = [machine.device.index] if machine.device.type == "cuda" else None
+            self.train_model = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+        self.step = 0
+
+    def load_batch(self, split: str, starts) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = self.data.gather(split, starts)
+        if self.machine.device.type == "cuda":  # from pinned memory the copy overlaps with what the GPU is doing
+            return tuple(t.pin_memory().to(self.machine.device, non_blocking=True) for t in (x, y))
+        return x.to(self.machine.device), y.to(self.machine.device)
+
+    def update(self) -> dict[str, torch.Tensor]:
+        """One optimizer step. Returns the losses by name, each this process's share of the mean over the step."""
+        config, machine = self.config, self.machine
+        rate = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        accumulation = config.gradient_accumulation_steps
+        starts = self.data.batch_starts(config.seed, self.step, config.batch_size * accumulation)
+        mine = range(machine.rank, accumulation, machine.world_size)
+        sums: dict[str, torch.Tensor] = {}
+        self.train_model.train()
+        for micro in mine:
+            runtime.seed_everything(config.seed, self.step, micro)
+            x, y = self.load_batch("train", starts[micro * config.batch_size : (micro + 1) * config.batch_size])
+            if machine.world_size > 1:  # exchange gradients once a step, not once a micro-batch
+                self.train_model.require_backward_grad_sync = micro == mine[-1]
+            with machine.autocast():
+                _, losses = self.train_model(x, y)
+            # DDP averages over processes, so a process scales by the number of its own micro-batches
+            self.scaler.scale(losses["total"] / len(mine)).backward()
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + loss.detach() / accumulation
+        if config.grad_clip > 0:
+            self.scaler.unscale_(self.optimizer)
+            sums["grad_norm"] = (
+                torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), config.grad_clip) / machine.world_size
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return sums
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # evaluation: its own windows, no dropout, no random numbers, so that it leaves no trace in the run
+
+    @torch.no_grad()
+    def estimate(self, split: str) -> float:
+        """Mean loss, nats per token, over the fixed evaluation windows of a split, shared out among the processes."""
+        config, machine = self.config, self.machine
+        self.model.eval()
+        starts = self.data.eval_starts(split, config.batch_size * config.eval_iters)
+        total = torch.zeros((), dtype=torch.float64)
+        for i in range(machine.rank, config.eval_iters, machine.world_size):
+            x, y = self.load_batch(split, starts[i * config.batch_size : (i + 1) * config.batch_size])
+            with machine.autocast():
+                total += self.model(x, y)[1]["token"].double().cpu()
+        return self.sum_up(total).item() / config.eval_iters
+
+    def full_loss(self, split: str = "val", rows: int | None = None) -> float:
+        """Mean loss, nats per token, over the whole split: see evaluate_all. Every process does its share."""
+        rows = rows or max(1, FULL_EVAL_TOKENS // self.data.block_size)
+        total, count = evaluate_all(self.model, self.data, split, rows, self.machine)
+        return (self.sum_up(total) / self.sum_up(count)).item()
+
+    def sum_up(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of a scalar over processes, on the CPU."""
+        if self.machine.world_size == 1:
+            return value.cpu()
+        return self.machine.sum_over_processes(value.to(self.machine.device)).cpu()  # NCCL wants it on the GPU
+
+
+@torch.no_grad()
+def evaluate_all(
+    model: torch.nn.Module, data: dataloader.TokenData, split: str, rows: int, machine: runtime.Runtime
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    (sum of token losses in nats, number of tokens), float64 scalars, over this process's share of a whole split, which is
+    read in fixed order in windows of block_size. Weighted by tokens, so the number of rows at a time does not matter.
+    """
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for x, y in data.full_windows(split, rows, machine.rank, machine.world_size):
+        x, y = x.to(machine.device), y.to(machine.device)
+        with machine.autocast():
+            mean = model(x, y)[1]["token"]
+        tokens = (y >= 0).sum().cpu()
+        total += mean.double().cpu() * tokens
+        count += tokens
+    return total, count
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reporting
+
+
+def default_out_dir(config_file: Path | None, model: str) -> Path:
+    """out/ and the config file's path below config/: config/stdlib/baseline.py -> out/stdlib/baseline."""
+    if config_file is None:
+        return Path("out", model)
+    parts = config_file.with_suffix("").parts
+    below = parts[len(parts) - parts[::-1].index("config") :] if "config" in parts else parts[-1:]
+    return Path("out", *below)
+
+
+def open_wandb(config: TrainConfig, settings: dict, out: Path, run_id: str | None):
+    """A Weights & Biases run, or None when it is off. Imported only here, so that nobody needs it installed."""
+    if config.wandb == "off":
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(f"wandb={config.wandb}, but wandb is not installed: pip install wandb, or leave --wandb=off") from None
+    name = config.wandb_run_name or out.name
+    return wandb.init(
+        project=config.wandb_project, name=name, config=settings, mode=config.wandb, dir=str(out), id=run_id, resume="allow"
+    )
+
+
+def git_commit() -> str:
+    """Commit of the code, with + when it has uncommitted changes; "unknown" outside a git checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", *words), cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no").strip()
+        return git("rev-parse", "--short=10", "HEAD").strip() + ("+" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train as the command line says; returns the summary that is also written to summary.json."""
+    parsed = configurator.configure(
+        argv, [TrainConfig], description=__doc__, positional="[CONFIG]", choose=("model", checkpoint.CONFIGS)
+    )
+    config, model_config = parsed.sections
+    if 0 < config.max_iters < config.warmup_iters:
+        flags = configurator.read_arguments(sys.argv[1:] if argv is None else argv).flags
+        if "warmup_iters" in flags or "max_iters" not in flags:
+            raise ValueError(
+                f"warmup_iters={config.warmup_iters} is beyond max_iters={config.max_iters}: the warm-up would never end; lower it"
+            )
+        # somebody tries a few steps of a long run: that is what they get
+        print(
+            f"note: max_iters={config.max_iters} ends the run inside its warm-up of {config.warmup_iters} steps",
+            file=sys.stderr,
+        )
+    machine = runtime.start(config.device, config.dtype, config.compile)
+    try:
+        return train(config, model_config, machine, parsed)
+    finally:
+        runtime.stop()
+
+
+def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: configurator.Settings) -> dict:
+    say = print if machine.is_main else (lambda *args, **kwargs: None)
+    say(machine.reasons)
+    if machine.is_main:
+        dataloader.prepare_if_missing(config.dataset)
+    machine.barrier()
+    data = dataloader.TokenData(dataloader.resolve(config.dataset), model_config.block_size)
+    if "vocab_size" not in parsed.given:
+        model_config = dataclasses.replace(model_config, vocab_size=data.vocab_size)
+    if model_config.vocab_size < data.vocab_size:
+        raise ValueError(f"vocab_size={model_config.vocab_size} is too small for {config.dataset}: it needs {data.vocab_size}")
+    out = Path(config.out_dir) if config.out_dir else default_out_dir(parsed.config_file, config.model)
+    config = dataclasses.replace(config, out_dir=str(out))
+    if machine.is_main:
+        configurator.print_differences(config, model_config)
+
+    # everything that can be wrong with the settings has to show before the run directory is touched
+    runtime.seed_everything(config.seed)
+    model = checkpoint.build(config.model, model_config)
+    if config.init_from:
+        checkpoint.init_from(model, Path(config.init_from))
+    model.to(device=machine.device, dtype=machine.weight_dtype)
+    trainer = Trainer(config, model, data, machine)
+    settings = {"train": configurator.to_dict(config), "model": configurator.to_dict(model_config)}
+    # `seconds` is everything since the start, `train_seconds` only the updates; both go on in a resumed run
+    state = {"best_val_loss": None, "best_step": 0, "seconds": 0.0, "train_seconds": 0.0, "wandb_id": None}
+    state["data_hash"] = data.data_hash
+    resumed = checkpoint.read_run(settings, data.data_hash, out) if config.resume else None
+    machine.barrier()  # everybody has read before anybody writes
+    if resumed:
+        folder = checkpoint.find(out, "last")
+        if machine.is_main:
+            checkpoint.write_json(out / "config.json", settings)
+        checkpoint.load_weights(model, folder)
+        checkpoint.load_optimizer(model, trainer.optimizer, folder)
+        trainer.scaler.load_state_dict(resumed["scaler"])
+        trainer.step = resumed["step"]
+        state = {key: resumed[key] for key in state}
+        say(f"resuming {out} at step {trainer.step}")
+    elif machine.is_main:
+        checkpoint.start_run(settings, data.folder, out, config.overwrite)
+
+    tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model_config.block_size
+    say(
+        f"{config.model}: {model.get_num_params():,} parameters, {model.flops_per_token() / 1e6:.1f} MFLOP per token; "
+        f"{config.dataset}: {len(data.train):,} training and {len(data.val):,} validation tokens; {tokens_per_step:,} tokens a step"
+    )
+    wandb_run = open_wandb(config, settings, out, state["wandb_id"]) if machine.is_main else None
+    state["wandb_id"] = wandb_run.id if wandb_run else None
+    text = tokenizer.load(data.folder) if config.eval_sample_tokens else None
+
+    def log(record: dict) -> None:
+        if machine.is_main:
+            with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            if wandb_run:
+                kind = record["kind"]
+                wandb_run.log(
+                    {f"{kind}/{key}": value for key, value in record.items() if key not in ("kind", "step")}, record["step"]
+                )
+
+    def save_last() -> None:
+        if machine.is_main:
+            trainer_state = {"step": trainer.step, "scaler": trainer.scaler.state_dict(), **state}
+            checkpoint.save(out / "last", model, trainer.optimizer, trainer_state)
+
+    def evaluate() -> None:
+        """Estimate both losses, log, keep the checkpoints."""
+        record = {"step": trainer.step, "tokens": trainer.step * tokens_per_step, "kind": "eval"}
+        record |= {f"{split}_loss": trainer.estimate(split) for split in ("train", "val")}
+        if getattr(model, "embedding_loss", None) is not None:
+            starts = data.eval_starts("train", config.batch_size)
+            with machine.autocast():
+                record |= model.embedding_loss_report(trainer.load_batch("train", starts)[0])
+        stop_if_not_finite(record["val_loss"], trainer.step, out)
+        say(f"step {trainer.step}: train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}")
+        log(record)
+        if text is not None and machine.is_main:
+            prompt = text.encode(config.eval_sample_prompt)
+            ids = generate.generate(model, [prompt], config.eval_sample_tokens, generate.Sampling(seed=config.seed))[0]
+            say(f"sample: {text.decode(ids)!r}")
+        if state["best_val_loss"] is None or record["val_loss"] < state["best_val_loss"]:
+            state.update(best_val_loss=record["val_loss"], best_step=trainer.step)
+            if machine.is_main:
+                checkpoint.save(out / "best", model, None, {"step": trainer.step, **state})
+        save_last()
+
+    sums, rate_clock, rate_tokens = {}, time.perf_counter(), 0
+    session_clock, seconds_before = time.perf_counter(), state["seconds"]
+    fresh = not resumed  # a resumed run was evaluated at this step before it stopped
+    with interruptible() as interrupted:
+        while True:
+            if fresh and (trainer.step % config.eval_interval == 0 or trainer.step >= config.max_iters):
+                paused = time.perf_counter()
+                state["seconds"] = seconds_before + paused - session_clock
+                evaluate()
+                rate_clock += time.perf_counter() - paused  # tokens/s is the speed of training alone
+            fresh = True
+            if trainer.step >= config.max_iters:
+                break
+            if interrupted:
+                state["seconds"] = seconds_before + time.perf_counter() - session_clock
+                save_last()
+                say(f"stopped at step {trainer.step}; {out}/last is saved: the same command with --resume goes on")
+                raise KeyboardInterrupt
+            sums = trainer.update()
+            rate_tokens += tokens_per_step
+            if trainer.step % config.log_interval == 0 or trainer.step == config.max_iters:
+                values = {name: trainer.sum_up(value).item() for name, value in sums.items()}  # waits for the device
+                stop_if_not_finite(values["total"], trainer.step, out)
+                now = time.perf_counter()
+                speed, elapsed = rate_tokens / (now - rate_clock), seconds_before + now - session_clock
+                state["train_seconds"] += now - rate_clock
+                rate_clock, rate_tokens = now, 0
+                rate = learning_rate(config, trainer.step - 1)
+                left = (config.max_iters - trainer.step) * tokens_per_step / speed
+                named = {"loss": values.pop("total"), **{k if k == "grad_norm" else f"{k}_loss": v for k, v in values.items()}}
+                shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in named.items() if key != "token_loss")
+                say(
+                    f"step {trainer.step}/{config.max_iters}: {shown}, lr {rate:.2e}, {speed:,.0f} tokens/s, "
+                    f"{duration(elapsed)} gone, {duration(left)} to go",
+                    flush=True,
+                )
+                log({"step": trainer.step, "tokens": trainer.step * tokens_per_step, "kind": "train", **named, "lr": rate,
+                     "tokens_per_second": speed, "seconds": elapsed})  # fmt: skip
+
+    state["seconds"] = seconds_before + time.perf_counter() - session_clock
+    say("evaluating on the whole validation file")
+    val_loss = trainer.full_loss("val")
+    summary = {
+        "run": out.name, "model": config.model, "dataset": config.dataset,
+        "parameters": model.get_num_params(), "flops_per_token": model.flops_per_token(),
+        "steps": trainer.step, "tokens": trainer.step * tokens_per_step,
+        "train_loss": trainer.estimate("train"), "val_loss": val_loss,
+        "val_bits_per_byte": val_loss / math.log(2) / data.bytes_per_token,
+        "best_val_loss": state["best_val_loss"], "best_step": state["best_step"],
+        "seconds": state["seconds"], "tokens_per_second": trainer.step * tokens_per_step / max(state["train_seconds"], 1e-9),
+        "peak_memory_bytes": machine.peak_memory_bytes(), "seed": config.seed, "commit": git_commit(), "data_hash": data.hash,
+        "torch": torch.__version__, "device": device_name(machine), "dtype": str(machine.dtype).removeprefix("torch."),
+        "compiled": machine.compile, "world_size": machine.world_size,
+    }  # fmt: skip
+    if getattr(model, "embedding_loss", None) is not None:
+        with machine.autocast():
+            batch = trainer.load_batch("train", data.eval_starts("train", config.batch_size))[0]
+            summary["embedding_loss"] = model.embedding_loss_report(batch)["embedding_loss"]
+    if machine.is_main:
+        checkpoint.write_json(out / "summary.json", summary)
+    if wandb_run:
+        wandb_run.summary.update(summary)
+        wandb_run.finish()
+    say(
+        f"done: validation loss {val_loss:.4f} nats per token, {summary['val_bits_per_byte']:.4f} bits per byte over "
+        f"{len(data.val):,} tokens; {duration(state['seconds'])}; {out}/summary.json"
+    )
+    return summary
+
+
+@contextlib.contextmanager
+def interruptible():
+    """
+    Inside, Ctrl-C and SIGTERM (a cluster's warning) do not stop the program between two halves of an update, but append to
+    the yielded list, which is to be looked at between steps. A second Ctrl-C stops at once.
+    """
+    received: list[int] = []
+
+    def remember(number: int, frame) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield received
+        return
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_if_not_finite(loss: float, step: int, out: Path) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss became {loss} at step {step}; {out}/last holds the last good checkpoint; "
+            "try a lower learning_rate, grad_clip=1.0, or another dtype"
+        )
+
+
+def device_name(machine: runtime.Runtime) -> str:
+    if machine.device.type == "cuda":
+        return torch.cuda.get_device_name(machine.device)
+    return f"{machine.device.type}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    with configurator.exit_on_user_error():
+        main()
