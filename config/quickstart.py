@@ -1,8 +1,9 @@
-"""Encoder-decoder of 1.1 M parameters, a few minutes on two CPU cores; the other half is quickstart_baseline.py."""
-
+"""Encoder-decoder of 1.1 M parameters with rotary positions, a few minutes on two CPU cores. Its rival: quickstart_baseline.py."""
 base = "stdlib/encdec_plain.py"
-pos_sub = "plain"
+position = "rope"  # learns about twice as fast as a position table in runs this short
 batch_size = 4
-max_iters = 2400
-eval_interval = 600
+learning_rate = 3e-3
+min_lr = 3e-4
+max_iters = 2000
+eval_interval = 500
 log_interval = 100

@@ -1,7 +1,9 @@
 """Decoder-only baseline of 1.1 M parameters on the tokens of quickstart.py."""
-
 base = "stdlib/baseline.py"
+position = "rope"
 batch_size = 4
-max_iters = 2400
-eval_interval = 600
+learning_rate = 3e-3
+min_lr = 3e-4
+max_iters = 2000
+eval_interval = 500
 log_interval = 100
