@@ -8,8 +8,8 @@ batch_size = 8  # x 256 tokens = 2,048 tokens a step
 gradient_accumulation_steps = 1
 max_iters = 4000
 warmup_iters = 100
-learning_rate = 1e-3
-min_lr = 1e-4
+learning_rate = 2e-3
+min_lr = 2e-4
 eval_interval = 500
 eval_iters = 25
 log_interval = 50
