@@ -23,10 +23,7 @@ import tokenizer
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from model import EncoderDecoder, EncoderDecoderConfig
 
-MODELS = {
-    "encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
-    "decoder_only": (DecoderOnlyConfig, DecoderOnly),
-}
+MODELS = {"encoder_decoder": (EncoderDecoderConfig, EncoderDecoder), "decoder_only": (DecoderOnlyConfig, DecoderOnly)}
 CONFIGS = {name: config for name, (config, _) in MODELS.items()}
 
 
@@ -53,7 +50,7 @@ def read_json(path: Path) -> dict:
 # settings that may differ between a run and its continuation without making it another run
 FREE_ON_RESUME = {
     "resume", "overwrite", "out_dir", "max_iters", "eval_interval", "log_interval", "eval_sample_tokens", "eval_sample_prompt",
-    "wandb", "wandb_project", "wandb_run_name", "device", "compile", "dataset", "init_from",
+    "wandb", "wandb_project", "wandb_run_name", "device", "compile", "dataset", "init_from", "final_eval_tokens",
 }  # fmt: skip
 
 

@@ -34,35 +34,15 @@ class CompareConfig:
 
 # Settings that do not change what is learned, or, like the seed, are what a row's spread is taken over.
 NOT_OF_A_ROW = {
-    "seed",
-    "out_dir",
-    "resume",
-    "overwrite",
-    "eval_interval",
-    "log_interval",
-    "eval_sample_tokens",
-    "eval_sample_prompt",
-    "wandb",
-    "wandb_project",
-    "wandb_run_name",
-    "device",
-    "compile",
-}
+    "seed", "out_dir", "resume", "overwrite", "eval_interval", "log_interval", "eval_sample_tokens", "eval_sample_prompt",
+    "wandb", "wandb_project", "wandb_run_name", "device", "compile", "final_eval_tokens",
+}  # fmt: skip
 NEEDED = (
-    "val_loss",
-    "val_bits_per_byte",
-    "train_loss",
-    "parameters",
-    "flops_per_token",
-    "tokens",
-    "tokens_per_second",
-    "seed",
-    "commit",
-    "dataset",
-    "data_hash",
-)
+    "val_loss", "val_bits_per_byte", "train_loss", "parameters", "flops_per_token", "tokens", "tokens_per_second", "seed",
+    "commit", "dataset", "data_hash", "val_tokens",
+)  # fmt: skip
 
-# README of the original encoder-decoder code (yif-AI): name, embedding loss, its weight, pos_sub, train loss, validation loss
+# README of the original encoder-decoder code: name, embedding loss, its weight, pos_sub, train loss, validation loss
 PUBLISHED = [
     ("encdec_mse_possub", "mse", "8", "plain", 2.982, 3.378),
     ("encdec_possub", "none", "–", "plain", 2.979, 3.381),
@@ -190,6 +170,11 @@ def check_same_data(runs: list[Run]) -> None:
         if run.summary["data_hash"] != first.summary["data_hash"]:
             a, b = (f"{r.path} ({r.summary['dataset']}, sha256 {r.summary['data_hash'][:12]})" for r in (first, run))
             raise ValueError(f"{a} and {b} were judged on different validation files: compare runs of one data set at a time")
+        if run.summary["val_tokens"] != first.summary["val_tokens"]:
+            raise ValueError(
+                f"{first.path} was judged on {first.summary['val_tokens']:,} validation tokens, {run.path} on "
+                f"{run.summary['val_tokens']:,}: evaluate both with the same --final_eval_tokens (--resume does only that)"
+            )
         if not math.isclose(bits_per_nat(run), bits_per_nat(first), rel_tol=1e-6):
             raise ValueError(f"{first.path} and {run.path} count different bytes per token: their tokenizers differ")
 
@@ -312,18 +297,9 @@ def short_commit(run: Run) -> str:
 
 def table(rows: list[Row]) -> str:
     header = [
-        "run",
-        "parameters",
-        "FLOPs/token",
-        "tokens",
-        "seeds",
-        "train loss",
-        "validation loss",
-        "bits per byte",
-        "tokens/s",
-        "peak memory",
-        "commit",
-    ]
+        "run", "parameters", "FLOPs/token", "tokens", "seeds", "train loss", "validation loss", "bits per byte", "tokens/s",
+        "peak memory", "commit",
+    ]  # fmt: skip
     lines = []
     for row in rows:
         first = row.runs[0].summary
@@ -349,7 +325,8 @@ def table(rows: list[Row]) -> str:
 def table_notes(rows: list[Row]) -> str:
     first = rows[0].runs[0].summary
     data = f"{first['dataset']}, sha256 {first['data_hash'][:12]}"
-    notes = [f"Losses in nats per token, mean ± sample standard deviation over seeds; validation over the whole file ({data})."]
+    judged = f"validation over {first['val_tokens']:,} tokens ({data})"
+    notes = [f"Losses in nats per token, mean ± sample standard deviation over seeds; {judged}."]
     for key, what in (("tokens", "training tokens"), ("commit", "commits"), ("device", "devices"), ("dtype", "dtypes")):
         if len({str(run.summary.get(key)) for row in rows for run in row.runs}) > 1:
             notes.append(f"The runs differ in {what}.")

@@ -176,14 +176,18 @@ class TokenData:
         windows = torch.from_numpy(windows.astype(np.int64))
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
-    def full_windows(self, split: str, rows: int, rank: int = 0, world: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The whole split in fixed order: batches (x, y) of exactly (rows, T), batch i going to process i % world.
+    def full_windows(
+        self, split: str, rows: int, rank: int = 0, world: int = 1, first_targets: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The whole split in fixed order, or what predicts its `first_targets` first targets: batches (x, y) of exactly (rows, T),
+        batch i going to process i % world.
 
         Over all ranks every token except the first is a target exactly once. What pads the last window and the last batch has
         input 0 and target -1 (ignored), so that a compiled model sees one shape and the *sum* of the losses does not depend on
         `rows` or `world`. Processes may get different numbers of batches.
         """
-        tokens, T = len(self._maps[split]), self.block_size
+        ids, T = self._maps[split], self.block_size
+        tokens = len(ids) if first_targets is None else min(len(ids), first_targets + 1)
         batch = rows * T  # targets per batch
         for first in range(rank * batch, tokens - 1, world * batch):
             starts = np.arange(first, min(first + batch, tokens - 1), T)
@@ -191,6 +195,6 @@ class TokenData:
             whole = starts[starts + T < tokens]
             x[: len(whole)], y[: len(whole)] = self.gather(split, whole)
             if len(whole) < len(starts):  # the end of the split, shorter than a window
-                tail = torch.from_numpy(self._maps[split][starts[-1] :].astype(np.int64))
+                tail = torch.from_numpy(ids[starts[-1] : tokens].astype(np.int64))
                 x[len(whole), : len(tail) - 1], y[len(whole), : len(tail) - 1] = tail[:-1], tail[1:]
             yield x, y

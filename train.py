@@ -64,6 +64,7 @@ class TrainConfig:
     # evaluation and logging
     eval_interval: int = 250  # steps between evaluations; each writes the last/ checkpoint
     eval_iters: int = 20  # batches of an evaluation, the same windows every time and in every run
+    final_eval_tokens: int | None = None  # validation tokens that the final evaluation predicts; none: the whole file
     log_interval: int = 10  # steps between progress lines
     eval_sample_tokens: int = 0  # length of a sample printed at evaluations; 0: none
     eval_sample_prompt: str = "\n"  # what that sample begins with
@@ -76,8 +77,8 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
 
     def __post_init__(self):
-        for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
+        for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "final_eval_tokens"):
+            require(getattr(self, key) is None or getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
         for key in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "eval_sample_tokens", "seed"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
         require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
@@ -206,11 +207,12 @@ class Trainer:
                 total += self.model(x, y)[1]["token"].double().cpu()
         return self.sum_up(total).item() / config.eval_iters
 
-    def full_loss(self, split: str = "val", rows: int | None = None) -> float:
-        """Mean loss, nats per token, over the whole split: see evaluate_all. Every process does its share."""
-        rows = rows or max(1, FULL_EVAL_TOKENS // self.data.block_size)
-        total, count = evaluate_all(self.model, self.data, split, rows, self.machine)
-        return (self.sum_up(total) / self.sum_up(count)).item()
+    def final_loss(self) -> tuple[float, int]:
+        """Mean loss, nats per token, over the validation file, and the number of tokens. Every process does its share."""
+        rows = max(1, FULL_EVAL_TOKENS // self.data.block_size)
+        total, count = evaluate_all(self.model, self.data, "val", rows, self.machine, self.config.final_eval_tokens)
+        count = self.sum_up(count)
+        return (self.sum_up(total) / count).item(), int(count)
 
     def sum_up(self, value: torch.Tensor) -> torch.Tensor:
         """Sum of a scalar over processes, on the CPU."""
@@ -221,7 +223,12 @@ class Trainer:
 
 @torch.no_grad()
 def evaluate_all(
-    model: torch.nn.Module, data: dataloader.TokenData, split: str, rows: int, machine: runtime.Runtime
+    model: torch.nn.Module,
+    data: dataloader.TokenData,
+    split: str,
+    rows: int,
+    machine: runtime.Runtime,
+    first_targets: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     (sum of token losses in nats, number of tokens), float64 scalars, over this process's share of a whole split, which is
@@ -229,7 +236,7 @@ def evaluate_all(
     """
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for x, y in data.full_windows(split, rows, machine.rank, machine.world_size):
+    for x, y in data.full_windows(split, rows, machine.rank, machine.world_size, first_targets):
         x, y = x.to(machine.device), y.to(machine.device)
         with machine.autocast():
             mean = model(x, y)[1]["token"]
@@ -440,13 +447,13 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                      "tokens_per_second": speed, "seconds": elapsed})  # fmt: skip
 
     state["seconds"] = seconds_before + time.perf_counter() - session_clock
-    say("evaluating on the whole validation file")
-    val_loss = trainer.full_loss("val")
+    say(f"evaluating on {'the whole validation file' if config.final_eval_tokens is None else 'part of the validation file'}")
+    val_loss, val_tokens = trainer.final_loss()
     summary = {
         "run": out.name, "model": config.model, "dataset": config.dataset,
         "parameters": model.get_num_params(), "flops_per_token": model.flops_per_token(),
         "steps": trainer.step, "tokens": trainer.step * tokens_per_step,
-        "train_loss": trainer.estimate("train"), "val_loss": val_loss,
+        "train_loss": trainer.estimate("train"), "val_loss": val_loss, "val_tokens": val_tokens,
         "val_bits_per_byte": val_loss / math.log(2) / data.bytes_per_token,
         "best_val_loss": state["best_val_loss"], "best_step": state["best_step"],
         "seconds": state["seconds"], "tokens_per_second": trainer.step * tokens_per_step / max(state["train_seconds"], 1e-9),
@@ -465,7 +472,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         wandb_run.finish()
     say(
         f"done: validation loss {val_loss:.4f} nats per token, {summary['val_bits_per_byte']:.4f} bits per byte over "
-        f"{len(data.val):,} tokens; {duration(state['seconds'])}; {out}/summary.json"
+        f"{val_tokens:,} tokens; {duration(state['seconds'])}; {out}/summary.json"
     )
     return summary
 

@@ -55,6 +55,7 @@ def write_run(folder: Path, seed=1, val_loss=3.4, *, train=None, model=None, eva
         "seed": seed,
         "commit": "0123456789abcdef",
         "data_hash": "ab" * 32,
+        "val_tokens": 4_000,
         "torch": "2.13.0",
         "device": "NVIDIA A100",
         "dtype": "bfloat16",
@@ -342,6 +343,9 @@ def test_different_validation_data_is_refused(tmp_path):
     c = write_run(tmp_path / "c", 1, 3.0, summary={"val_bits_per_byte": 3.0})
     with pytest.raises(ValueError, match=r"a \(wikipedia, sha256 abab.*b \(stdlib, sha256 cdcd"):
         compare.main([str(a), str(b), "--plot=none"])
+    part = write_run(tmp_path / "part", 1, 2.0, summary={"val_tokens": 100})
+    with pytest.raises(ValueError, match="4,000 validation tokens, .*part on 100"):
+        compare.main([str(a), str(part), "--plot=none"])
     with pytest.raises(ValueError, match="a and .*c .*tokenizers differ"):
         compare.main([str(a), str(c), "--plot=none"])
 
