@@ -1,7 +1,7 @@
 """
 Train any model of the project: one loop for all.
 
-    python train.py config/quickstart_encdec.py                      # a config file
+    python train.py config/quickstart.py                             # a config file
     python train.py config/stdlib/baseline.py --seed=2               # flags override it
     python train.py config/stdlib/baseline.py --resume               # go on where it stopped, bit for bit
     torchrun --standalone --nproc_per_node=4 train.py config/wikipedia/encdec_mse_possub.py

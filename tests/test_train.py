@@ -192,6 +192,29 @@ def test_half_written_checkpoint_is_not_used(tiny_data, tmp_path, reference):
     assert checkpoint.read_json(out / "last" / "trainer.json")["step"] == 7
 
 
+def test_crash_between_the_two_renames(tmp_path, monkeypatch):
+    """Guards save(): until the new folder is in place the old one must be complete under one of its names."""
+    run, model = tmp_path / "run", make_model("decoder_only", {}, dtype=torch.float32)
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    checkpoint.save(run / "last", model, None, {"step": 1})
+    rename = Path.rename
+
+    def crash(path: Path, target: Path):
+        if path.name.endswith(".tmp"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", crash)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(run / "last", model, None, {"step": 2})
+    assert checkpoint.read_json(checkpoint.find(run, "last") / "trainer.json")["step"] == 1
+    monkeypatch.undo()
+    checkpoint.save(run / "last", model, None, {"step": 3})
+    assert checkpoint.read_json(checkpoint.find(run, "last") / "trainer.json")["step"] == 3
+    assert sorted(p.name for p in run.iterdir()) == ["config.json", "last"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # evaluation leaves no trace, and counts everything once
 
