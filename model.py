@@ -110,11 +110,14 @@ class LayerCache:
         self.k: torch.Tensor | None = None
         self.v: torch.Tensor | None = None
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v (B, H, T, D) at slots start..start+T-1; return all S = start + T of them, (B, H, S, D)."""
+    def append(self, k: torch.Tensor, v: torch.Tensor, start: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k, v (B, H, T, D) at slots start..start+T-1; return all S = start + T of them (static: S = capacity)."""
         if self.k is None:
             B, H, _, D = k.shape
-            self.k, self.v = (torch.empty(B, H, self.capacity, D, dtype=k.dtype, device=k.device) for _ in range(2))
+            self.k, self.v = (torch.zeros(B, H, self.capacity, D, dtype=k.dtype, device=k.device) for _ in range(2))
+        if isinstance(start, torch.Tensor):
+            slots = start + torch.arange(k.size(2), device=k.device)
+            return self.k.index_copy_(2, slots, k), self.v.index_copy_(2, slots, v)
         end = start + k.size(2)
         assert end <= self.capacity, f"cache of {self.capacity} slots cannot hold {end}"
         self.k[:, :, start:end], self.v[:, :, start:end] = k, v
@@ -126,17 +129,26 @@ class Cache:
     What a model has computed for the first `length` tokens: keys and values of all its attention layers, encoder self,
     decoder self and cross alike. All of them are causal, so all of them only ever grow by appending, and one length and
     one slot numbering serve them all. Passed to forward(), which appends to it; never stored on a module.
+    A static one counts in a tensor on its device and always shows all slots, under a mask: no shape changes from step to
+    step, which is what torch.compile and CUDA graphs need. Whoever uses one has to see to it that the tokens fit.
     """
 
-    def __init__(self, n_layer_cache: int, capacity: int):
+    def __init__(self, n_layer_cache: int, capacity: int, static_on: torch.device | None = None):
         self.layers = [LayerCache(capacity) for _ in range(n_layer_cache)]
         self.capacity = capacity
-        self.length = 0
+        self.length = 0 if static_on is None else torch.zeros((), dtype=torch.int64, device=static_on)
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
         assert 0 <= length <= self.length, f"cannot truncate a cache of {self.length} tokens to {length}"
         self.length = length
+
+    def keep(self, length: int, start: int, count: int) -> None:
+        """Keep the first `length` tokens and, moved up behind them, the `count` tokens from slot `start` on."""
+        assert 0 <= length <= start and start + count <= self.length, f"{length=} {start=} {count=} of {self.length} tokens"
+        for x in (x for layer in self.layers for x in (layer.k, layer.v) if count and start > length):
+            x[:, :, length : length + count] = x[:, :, start : start + count].clone()  # the two may overlap
+        self.length = length + count
 
 
 @dataclass
@@ -146,7 +158,7 @@ class Context:
     mask: torch.Tensor | None  # bool (T, S), True = may look; None: the plain causal square, or one token that sees all
     causal: bool  # mask is None and T == S: let the kernel mask
     rotary: dict[int, tuple[torch.Tensor, torch.Tensor]]  # head width -> cos, sin; empty with learned positions
-    start: int  # tokens in the cache before this call
+    start: int | torch.Tensor  # tokens in the cache before this call
     dropout: float  # of attention weights; 0 outside training
 
 
@@ -280,9 +292,10 @@ class CausalModel(nn.Module):
     sets `config`, `n_layer_cache` (attention layers to cache) and `head_widths`, and calls `initialize` when it is built.
     """
 
-    def make_cache(self, capacity: int | None = None) -> Cache:
+    def make_cache(self, capacity: int | None = None, static: bool = False) -> Cache:
         """An empty cache for `capacity` tokens (default: block_size), to be passed to forward()."""
-        return Cache(self.n_layer_cache, capacity or self.config.block_size)
+        static_on = next(self.parameters()).device if static else None
+        return Cache(self.n_layer_cache, capacity or self.config.block_size, static_on)
 
     def place(
         self, idx: torch.Tensor, cache: Cache | None, positions: torch.Tensor | None, mask: torch.Tensor | None
@@ -293,11 +306,14 @@ class CausalModel(nn.Module):
         """
         T, config = idx.size(1), self.config
         start = cache.length if cache is not None else 0
+        static = isinstance(start, torch.Tensor)
         if positions is None:
-            if start + T > config.block_size:
+            if not static and start + T > config.block_size:
                 raise ValueError(f"{start + T} tokens do not fit into the context of block_size={config.block_size}")
-            positions = torch.arange(start, start + T, device=idx.device)
-        if mask is None and start > 0 and T > 1:
+            positions = start + torch.arange(T, device=idx.device)
+        if mask is None and static:
+            mask = torch.arange(cache.capacity, device=idx.device) <= positions[:, None]
+        elif mask is None and start > 0 and T > 1:
             # is_causal would align its triangle with the *first* key, which is wrong behind a cache: write the mask out
             mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
         rotary = {width: rotary_angles(positions, width) for width in self.head_widths} if config.position == "rope" else {}

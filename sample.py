@@ -4,12 +4,14 @@ Sample text from a run directory; nothing else is needed, neither its data set n
     python sample.py out/run --prompt="def " --max_new_tokens=200 --temperature=0.8 --top_k=50 --top_p=0.95 --num_samples=3
     python sample.py out/run --prompt=FILE:prompt.txt --stream      # the prompt from a file
     echo "import os" | python sample.py out/run --prompt=-          # or from standard input
+    python sample.py out/run --lookahead=4,3,4 --check              # several tokens a step, and the same text: lookahead.py
 """
 
 import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +21,9 @@ import torch
 import checkpoint
 import configurator
 import generate
+import lookahead
 import runtime
+from lookahead import Setting
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class SampleConfig:
     eos: bool = True  # end at the end-of-document token, where the tokenizer has one
     stream: bool = False  # print tokens as they come; needs num_samples=1
     cache: bool = True  # false: compute the whole context again for every token
+    lookahead: str | None = None  # several tokens a step, the same text: W,N,G such as 4,3,4, see lookahead.py; auto tries some
+    check: bool = False  # sample again by the plain path (without the cache, if this was it); exit status 1 if texts differ
+    compile: bool = False  # torch.compile for the steps of one token; takes a minute to start
     checkpoint: Literal["best", "last"] = "best"  # lowest validation loss, or latest
     json: bool = False  # print one line of JSON at the end
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
@@ -48,7 +55,22 @@ class SampleConfig:
             raise ValueError("stream=true prints one text as it grows; use num_samples=1")
         if self.stop == "":
             raise ValueError("stop='' would end every text at once; use none to have no stop string")
+        if self.lookahead is not None:
+            if self.num_samples > 1:
+                raise ValueError(
+                    f"lookahead continues one text at a time, because each accepts another number of tokens in a step; "
+                    f"num_samples={self.num_samples} needs lookahead=none"
+                )
+            if self.compile or not self.cache:
+                raise ValueError("lookahead needs cache=true and compile=false")
+            self.setting()
+        if self.compile and not self.cache:
+            raise ValueError("compile=true compiles the step behind a cache; use cache=true")
         self.sampling()
+
+    def setting(self) -> Setting | None:
+        """None: plain decoding, or what lookahead=auto begins with."""
+        return None if self.lookahead in (None, "auto") else lookahead.parse(self.lookahead)
 
     def sampling(self) -> generate.Sampling:
         return generate.Sampling(self.temperature, self.top_k, self.top_p, self.seed)
@@ -65,8 +87,24 @@ def read_prompt(word: str) -> str:
     return word
 
 
+def look_ahead(model: torch.nn.Module, sample: generate.Continuation, config: SampleConfig, counts: dict) -> Iterator[None]:
+    """Continue one sample by lookahead; leaves in `counts` what it did."""
+    run = lookahead.Lookahead(model, sample, config.sampling(), config.setting())
+    for said in lookahead.tune(run) if config.lookahead == "auto" else ():
+        if said:
+            print(said, file=sys.stderr)
+        yield
+    while not sample.finished:
+        run.step()
+        yield
+    counts |= {
+        "lookahead": str(run.setting or "plain"), "steps": run.steps, "drafted": run.drafted, "accepted": run.accepted,
+        "tokens_per_step": len(sample.output) / run.steps, "accepted_share": run.accepted / max(run.drafted, 1),
+    }  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> list[str]:
-    """Print the continuations; returns their texts."""
+    """Print the continuations; returns their texts. With check=true, SystemExit(1) if the plain path gives another text."""
     settings = configurator.configure(argv, [SampleConfig], description=__doc__, positional="RUN")
     (config,), (run,) = settings.sections, settings.words
     machine = runtime.start(config.device, config.dtype, "off")
@@ -74,6 +112,7 @@ def main(argv: list[str] | None = None) -> list[str]:
         machine = dataclasses.replace(machine, dtype=torch.float32)
     model, text, trainer = checkpoint.load_run(run, config.checkpoint, machine.device)
     model.to(machine.weight_dtype)
+    generate.lay_out_for_decoding(model)
 
     written = read_prompt(config.prompt)
     prompt = text.encode(written)
@@ -83,20 +122,27 @@ def main(argv: list[str] | None = None) -> list[str]:
                 "the prompt is empty, and this tokenizer has no end-of-document token to begin with; give a prompt"
             )
         prompt = [text.eos]
-    write = (lambda piece: print(piece, end="", flush=True)) if config.stream else None
-    samples = [
-        generate.Continuation(
-            prompt, config.max_new_tokens, text, text.eos if config.eos else None, (config.stop,) if config.stop else (), write
-        )
-        for _ in range(config.num_samples)
-    ]
+
+    def start(write=None) -> list[generate.Continuation]:
+        eos, stop = text.eos if config.eos else None, (config.stop,) if config.stop else ()
+        return [generate.Continuation(prompt, config.max_new_tokens, text, eos, stop, write) for _ in range(config.num_samples)]
+
+    def timed(steps: Iterator[None]) -> float:
+        began = time.perf_counter()
+        with machine.autocast():
+            for _ in steps:
+                pass
+        return time.perf_counter() - began
+
+    samples = start((lambda piece: print(piece, end="", flush=True)) if config.stream else None)
     if config.stream:
         print(written, end="", flush=True)
-    began = time.perf_counter()
-    with machine.autocast():
-        for _ in generate.sample_together(model, samples, config.sampling(), config.cache):
-            pass
-    seconds = time.perf_counter() - began
+    counts = {}
+    if config.lookahead is not None:
+        seconds = timed(look_ahead(model, samples[0], config, counts))
+    else:
+        backend = "inductor" if config.compile else None
+        seconds = timed(generate.sample_together(model, samples, config.sampling(), config.cache, compile=backend))
     if config.stream:
         print()
     else:
@@ -109,10 +155,25 @@ def main(argv: list[str] | None = None) -> list[str]:
         "run": str(run), "step": trainer["step"], "samples": len(samples), "prompt_tokens": len(prompt), "tokens": tokens,
         "seconds": seconds, "tokens_per_second": tokens / seconds, "ended": [sample.reason for sample in samples],
         "device": str(machine.device), "dtype": str(machine.dtype).removeprefix("torch."),
-    }  # fmt: skip
-    print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    } | counts  # fmt: skip
+    line = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s"
+    if counts:
+        line += f"; lookahead {counts['lookahead']}: {counts['tokens_per_step']:.2f} tokens/step, "
+        line += f"{counts['accepted_share']:.0%} of {counts['drafted']} drafted tokens accepted"
+    print(line, file=sys.stderr)
+    if config.check:
+        others = start()
+        others_cache = config.lookahead is not None or config.compile
+        seconds = timed(generate.sample_together(model, others, config.sampling(), others_cache))
+        same = [(sample.output, sample.reason) for sample in samples] == [(other.output, other.reason) for other in others]
+        report |= {"same": same, "plain_tokens_per_second": sum(len(other.output) for other in others) / seconds}
+        path = "plain cached" if others_cache else "uncached"
+        speed = f"{report['plain_tokens_per_second']:.1f} tokens/s"
+        print(f"check: the {path} path gives {'the same' if same else 'ANOTHER'} text, at {speed}", file=sys.stderr)
     if config.json:
         print(json.dumps(report))
+    if config.check and not same:
+        raise SystemExit(1)
     return [sample.text for sample in samples]
 
 

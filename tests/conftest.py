@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("WANDB_SILENT", "true")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors, and pytest -n runs one process a core: more threads would only wait for each other
 
 import tokenizer  # noqa: E402
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig  # noqa: E402

@@ -159,6 +159,18 @@ def test_cached_text_equals_uncached_text_beyond_the_context(name, sampling):
         assert tokens[3:] == cached[0]
 
 
+@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
+def test_layout_for_decoding_changes_no_value(name):
+    """Guards the column-wise weights of sample.py: the same numbers in the same places, tied weights still tied."""
+    model = make_model(name, {"pos_sub": "plain"})
+    x = torch.randint(31, (2, 12))
+    before, state = model(x)[0], {key: value.clone() for key, value in model.state_dict().items()}
+    count = sum(1 for _ in model.parameters())
+    generate.lay_out_for_decoding(model)
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert (model(x)[0] - before).abs().max() < 1e-12 and sum(1 for _ in model.parameters()) == count
+
+
 def test_context_never_overflows_and_never_empties():
     for block_size in (1, 2, 3, 12):
         for n in range(1, 60):

@@ -1,0 +1,185 @@
+"""
+Shorter and longer sequences: S tokens into one latent and back, for the compression head and the text autoencoder.
+
+Down: log2(S) convolutions of stride 2. A layer pads k - 2 zeros on the LEFT and nothing on the right, so its output j ends
+exactly at its input 2j+1, and latent j of the stack ends exactly at token (j+1)S - 1: it may be used from that token on.
+(k - 1 zeros, the habit from stride 1, would be causal as well, but every latent would end S - 1 tokens too early.) It sees the
+1 + (k-1)(S-1) tokens that end there; with k = 2 (Kaiser et al. 2018, arXiv:1803.03382) just its own block.
+Up: each layer doubles the length. `dense` is Kaiser's linear map to twice the width, reshaped to twice the length, which is a
+transposed convolution of kernel 2 and stride 2 and therefore stays inside a block; `transposed` is the one of kernel 4, stride
+2, padding 1, in which every output also sees a neighbour of its block.
+
+Every layer is x + LayerNorm(convolution(relu(x))), the shortcut averaging or repeating positions where the length changes. The
+order matters: relu keeps zeros, and normalization comes last, so masked states, zeroed once in front of a layer, stand for
+exactly the zero padding behind the end, and padding on the right changes nothing. Normalization is per position only: any norm
+over time (GroupNorm, BatchNorm) would tell a position about later ones.
+
+Shapes: B batch, L positions, C width, S tokens per latent, k kernel size, M latents.
+"""
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+DownState = list[torch.Tensor]  # per layer the inputs (B, k-2 or k-1, C) that later outputs still need
+
+
+def doublings(factor: int) -> int:
+    """log2 of the compression factor S. Raises ValueError unless S is a power of two."""
+    if factor < 1 or factor & (factor - 1):
+        raise ValueError(
+            f"factor={factor} tokens per latent: layers halve the length, so use 1, 2, 4, 8 or another power of two"
+        )
+    return factor.bit_length() - 1
+
+
+def zero_masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """x (B, L, C) with zeros where mask (B, L) is False."""
+    return x if mask is None else torch.where(mask[..., None], x, 0.0)
+
+
+def convolve(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A convolution over time for x (B, L, C), with the activation in front of it."""
+    return convolution(F.relu(x).transpose(1, 2)).transpose(1, 2)
+
+
+class DownLayer(nn.Module):
+    """Two positions into one; see the top of this file."""
+
+    def __init__(self, width: int, kernel: int, bias: bool):
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, kernel, stride=2, bias=bias)
+        self.norm = nn.LayerNorm(width, bias=bias)
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, L, C) after `state` (the inputs before it that are still needed) -> all new complete outputs, new state."""
+        x = torch.cat((state.type_as(x), x), dim=1)
+        left = self.conv.kernel_size[0] - 2
+        n = (x.size(1) - left) // 2
+        state = x[:, 2 * n :]  # k - 2 inputs, and one more if it still waits for the other half of its pair
+        if n == 0:
+            return x[:, :0], state
+        x = x[:, : left + 2 * n]
+        shortcut = x[:, left:].unflatten(1, (n, 2)).mean(dim=2)  # (B, 2n, C) -> (B, n, 2, C) -> (B, n, C)
+        return shortcut + self.norm(convolve(self.conv, x)), state
+
+
+class CausalDownsample(nn.Module):
+    """
+    x (B, T, C) -> latents (B, M, C), latent j ending exactly at position (j+1)S - 1.
+
+    width C; factor S, a power of two; kernel k >= 2 (2: no latent sees beyond its own block).
+    keep_partial=False, for a causal model: M = floor(T/S), a latent is valid if all its S positions are.
+    keep_partial=True, for an autoencoder, which sees the whole text anyway: M = ceil(T/S), valid if any of them is.
+    Raises ValueError for a factor or kernel that cannot work.
+    """
+
+    def __init__(self, width: int, factor: int, kernel: int = 3, keep_partial: bool = False, bias: bool = False):
+        super().__init__()
+        if kernel < 2:
+            raise ValueError(f"kernel={kernel}: a layer that joins two positions needs a kernel of at least 2")
+        self.width, self.kernel, self.keep_partial = width, kernel, keep_partial
+        self.layers = nn.ModuleList(DownLayer(width, kernel, bias) for _ in range(doublings(factor)))
+
+    def initial_state(self, x: torch.Tensor) -> DownState:
+        """State before the first position, for a batch, device and dtype like those of x (B, ..., C)."""
+        return [x.new_zeros(x.size(0), self.kernel - 2, self.width) for _ in self.layers]
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x (B, T, C) of any length, mask (B, T) True = real -> latents (B, M, C), zero where masked, and their mask (B, M)."""
+        x = zero_masked(x, mask)
+        for layer, state in zip(self.layers, self.initial_state(x)):
+            if self.keep_partial and x.size(1) % 2:  # ceil(ceil(T/2)/2) = ceil(T/4), and so on: pad layer by layer
+                if mask is None:
+                    mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+                x, mask = F.pad(x, (0, 0, 0, 1)), F.pad(mask, (0, 1))
+            x, _ = layer(x, state)
+            if mask is not None:
+                first, second = mask[:, 0 : 2 * x.size(1) : 2], mask[:, 1::2]
+                mask = first | second if self.keep_partial else first & second
+                x = zero_masked(x, mask)
+        return x, mask
+
+    def advance(self, x: torch.Tensor, state: DownState) -> tuple[torch.Tensor, DownState]:
+        """
+        The next positions x (B, L, C), L >= 0, all real -> the latents (B, 0 or more, C) they complete, and the state to
+        pass with those after them. `state` itself is left as it is, so that one can go back to it.
+        Together the latents of all chunks are those of forward() on the whole, except that a partial block never comes out.
+        """
+        after = []
+        for layer, before in zip(self.layers, state):
+            x, left_over = layer(x, before)
+            after.append(left_over)
+        return x, after
+
+
+class ResidualConvBlock(nn.Module):
+    """x + LayerNorm(conv3(relu(x))): causal, seeing two positions back, or one to each side."""
+
+    def __init__(self, width: int, causal: bool, bias: bool = False):
+        super().__init__()
+        self.causal = causal
+        self.conv = nn.Conv1d(width, width, 3, bias=bias)
+        self.norm = nn.LayerNorm(width, bias=bias)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, L, C), mask (B, L) True = real -> (B, L, C), zero where masked."""
+        x = zero_masked(x, mask)
+        if x.size(1) == 0:
+            return x
+        padded = F.pad(x, (0, 0, 2, 0) if self.causal else (0, 0, 1, 1))
+        return zero_masked(x + self.norm(convolve(self.conv, padded)), mask)
+
+    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+        """State before the first position, for a batch, device and dtype like those of x (B, ..., C)."""
+        return x.new_zeros(x.size(0), 2, x.size(-1))
+
+    def advance(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Causal blocks only: the next positions x (B, L, C) -> their outputs (B, L, C), and the state for those after them."""
+        assert self.causal, "a block that sees the next position cannot run ahead of it"
+        seen = torch.cat((state.type_as(x), x), dim=1)
+        if x.size(1) > 0:
+            x = x + self.norm(convolve(self.conv, seen))
+        return x, seen[:, -2:]
+
+
+class UpLayer(nn.Module):
+    """One position into two; see the top of this file."""
+
+    def __init__(self, width: int, kind: str, bias: bool):
+        super().__init__()
+        self.dense = nn.Linear(width, 2 * width, bias=bias) if kind == "dense" else None
+        self.conv = nn.ConvTranspose1d(width, width, 4, stride=2, padding=1, bias=bias) if kind == "transposed" else None
+        self.norm = nn.LayerNorm(width, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x.repeat_interleave(2, dim=1)
+        if x.size(1) == 0:
+            return shortcut
+        if self.dense is not None:
+            y = self.dense(F.relu(x)).reshape(shortcut.shape)  # (B, L, 2C) -> (B, 2L, C)
+        else:
+            y = convolve(self.conv, x)
+        return shortcut + self.norm(y)
+
+
+class Upsample(nn.Module):
+    """
+    Latents (B, M, C) -> positions (B, M S, C). kind: `dense` keeps to the block, `transposed` mixes neighbouring blocks.
+    Raises ValueError for a factor that is no power of two, or another kind.
+    """
+
+    def __init__(self, width: int, factor: int, kind: str = "dense", bias: bool = False):
+        super().__init__()
+        if kind not in ("dense", "transposed"):
+            raise ValueError(f"kind={kind}: upsampling is dense or transposed")
+        self.layers = nn.ModuleList(UpLayer(width, kind, bias) for _ in range(doublings(factor)))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x (B, M, C), mask (B, M) True = real -> (B, M S, C), zero where masked, and the mask (B, M S)."""
+        x = zero_masked(x, mask)
+        for layer in self.layers:
+            x = layer(x)
+            mask = None if mask is None else mask.repeat_interleave(2, dim=1)
+            x = zero_masked(x, mask)
+        return x, mask

@@ -1,0 +1,505 @@
+"""Lookahead decoding against plain decoding: the same text, whatever is guessed; and the mask, the cache, the coupling."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import configurator
+import generate
+import lookahead
+import sample
+import tokenizer
+from conftest import ALL_MODELS, make_model
+from generate import Continuation, Sampling
+from lookahead import Lookahead, Setting, layout
+from model import Cache
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are so small that a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def start(case: dict) -> Continuation:
+    case["streamed"] = []
+    more = (tokenizer.ByteTokenizer(), case["eos"], case["stop"], case["streamed"].append)
+    return Continuation(case["prompt"], case["max_new_tokens"], *more)
+
+
+def result(text: Continuation, case: dict) -> tuple:
+    return text.output, text.reason, text.text, "".join(case["streamed"])
+
+
+def plain(case: dict) -> tuple:
+    text = start(case)
+    for _ in generate.sample_together(case["model"], [text], case["sampling"]):
+        pass
+    return result(text, case)
+
+
+def ahead(case: dict, between=lambda run: None) -> tuple[tuple, Lookahead, list[int]]:
+    """Result, the finished run, and how many tokens each step emitted."""
+    run, emitted = Lookahead(case["model"], start(case), case["sampling"], case["setting"]), []
+    while not run.sample.finished:
+        between(run)
+        emitted.append(run.step())
+    return result(run.sample, case), run, emitted
+
+
+def random_case(seed: int, temperature: float | None = None) -> dict:
+    """A tiny model and all that can be asked of it. Few tokens and large weights make it repeat itself, as trained ones do."""
+    rng = random.Random(seed)
+    name, options = rng.choice(ALL_MODELS)
+    vocab_size, block_size = rng.choice([4, 7, 31]), rng.choice([12, 12, 24])
+    dtype = rng.choice([torch.float64, torch.float32])
+    temperature = rng.choice([0.0, 0.3, 0.8, 1.0]) if temperature is None else temperature
+    return {
+        "model": make_model(name, options, seed, dtype, vocab_size=vocab_size, block_size=block_size),
+        "sampling": Sampling(temperature, rng.choice([None, None, 3]), rng.choice([1.0, 1.0, 0.9]), seed),
+        "prompt": [rng.randrange(vocab_size) for _ in range(rng.choice([1, 1, 2, 5, block_size]))],
+        "max_new_tokens": rng.choice([1, 9, 25, 40]),  # often beyond the context
+        "eos": rng.choice([None, None, rng.randrange(vocab_size)]),
+        "stop": rng.choice([(), (), (chr(rng.randrange(vocab_size)) + chr(rng.randrange(vocab_size)),)]),
+        "setting": Setting(
+            rng.randint(0, 6), rng.randint(2, 5), rng.randint(0, 4), rng.random() < 0.5, rng.choice([None, True, False])
+        ),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the same text
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 0.8, 1.0])
+def test_lookahead_equals_plain(temperature):
+    """Guards everything at once: 520 random cases, token for token, and that drafts were really accepted in them."""
+    steps = tokens = 0
+    for seed in range(130):
+        case = random_case(1000 * int(10 * temperature) + seed, temperature)
+        expected = plain(case)
+        found, run, emitted = ahead(case)
+        assert found == expected, f"{seed=} {case['setting']}"
+        assert run.accepted >= sum(emitted) - run.steps
+        steps, tokens = steps + run.steps, tokens + sum(emitted)
+    assert tokens / steps > 1.15, f"only {tokens / steps:.2f} tokens a step: this test would see nothing"
+
+
+def test_a_text_may_end_inside_an_accepted_draft():
+    """Guards the end of a text: EOS, a stop string and the last token, each placed so that an accepted draft goes on behind it."""
+    placed = {"eos": 0, "stop": 0, "length": 0}
+    for seed in range(24):
+        case = random_case(4000 + seed) | {"max_new_tokens": 40, "eos": None, "stop": (), "setting": Setting(4, 4, 4)}
+        (output, *_), _, emitted = ahead(case)
+        ends = [sum(emitted[: i + 1]) for i in range(len(emitted))]
+        inside = [t for t in range(1, 40) if t + 1 not in ends]  # not the last token of its step
+        for t in inside[:8]:
+            stop = bytes(output[t - 1 : t + 1])
+            for reason, change in (
+                ("eos", {"eos": output[t]} if output.index(output[t]) == t else {}),
+                ("stop", {"stop": (stop.decode(),)} if bytes(output).find(stop) == t - 1 else {}),
+                ("length", {"max_new_tokens": t + 1} if t == inside[0] else {}),
+            ):
+                if change:
+                    found = ahead(case | change)[0]
+                    assert found == plain(case | change) and found[1] == reason
+                    assert len(found[0]) == t + (reason != "eos")
+                    placed[reason] += 1
+    assert min(placed.values()) >= 10, placed
+
+
+@pytest.mark.parametrize("setting", [(1, 2, 0), (1, 2, 3), (3, 2, 3), (1, 5, 2), (0, 4, 3), (6, 4, 0), (9, 16, 2)])
+def test_extreme_settings(setting):
+    """Guards N = 2, one column, none, no drafts, and steps longer than the context; at most N tokens a step."""
+    for seed in range(8):
+        case = random_case(seed) | {"setting": Setting(*setting), "max_new_tokens": 30, "eos": None, "stop": ()}
+        found, run, emitted = ahead(case)
+        assert found == plain(case)
+        assert 1 <= min(emitted) <= max(emitted) <= setting[1]
+        assert setting[2] > 0 or max(emitted) == 1
+
+
+def test_junk_in_pool_and_window_never_changes_the_text():
+    """Guards verification: drafts are not trusted, whoever wrote them."""
+    rng = random.Random(0)
+
+    def junk(run):
+        V, N = run.model.config.vocab_size, run.setting.ngram
+        run.window = [[rng.randrange(V) for _ in row] for row in run.window]
+        for first in range(V):
+            for _ in range(2):
+                run.pool.add(first, tuple(rng.randrange(V) for _ in range(N - 1)), rng.choice([0, len(run.sample.tokens) - 1]))
+
+    accepted = 0
+    for seed in range(60):
+        case = random_case(5000 + seed)
+        found, run, _ = ahead(case, junk)
+        assert found == plain(case)
+        accepted += run.accepted
+    assert accepted > 30
+
+
+def test_setting_may_change_between_steps():
+    """Guards lookahead=auto: plain steps and others in one text, and it ends on a setting and says why."""
+    case = random_case(3) | {"max_new_tokens": 400, "eos": None, "stop": (), "setting": None}
+    expected = plain(case)
+    run = Lookahead(case["model"], start(case), case["sampling"], None)
+    said = [line for line in lookahead.tune(run, steps=6) if line]
+    assert len(said) == 1 and "is the fastest here" in said[0] and str(run.setting or "plain") in said[0]
+    settings = [None, Setting(2, 3, 2), Setting(8, 5, 8), Setting(1, 2, 1)]
+    while not run.sample.finished:
+        run.use(settings[run.steps % 4])
+        run.step()
+        if not run.sample.finished:
+            run.step()
+    assert result(run.sample, case) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one step
+
+
+def by_definition(W: int, N: int, drafts: int, length: int) -> tuple[list[tuple], dict[tuple, set[tuple]]]:
+    """Names of the slots in order, and whom each one sees, as the specification lists them."""
+    y = ("y",)
+    names, sees = [y], {y: {y}}
+    for d in range(drafts):
+        for k in range(length):
+            names.append(("draft", d, k))
+            sees[names[-1]] = {y} | {("draft", d, j) for j in range(k + 1)}
+    for level in range(N - 1):
+        for i in range(W):
+            if (level, i) != (0, 0):
+                names.append(("window", level, i))
+                line = {y} | {("window", 0, j) for j in range(1, i + 1)}
+                sees[names[-1]] = line | {("window", other, i) for other in range(1, level + 1)}
+    return names, sees
+
+
+@pytest.mark.parametrize(
+    "W, N, drafts, length", [(5, 4, 2, 3), (1, 2, 3, 1), (4, 2, 0, 1), (0, 4, 2, 3), (3, 3, 4, 1), (2, 5, 1, 4)]
+)
+def test_each_slot_is_a_text_of_its_own(W, N, drafts, length):
+    """Guards mask and positions: a slot's logits are those of a separate plain pass over its own chain, float64."""
+    shape = layout(W, N, drafts, length, CPU)
+    names, sees = by_definition(W, N, drafts, length)
+    assert len(names) == len(shape.chains) == 1 + drafts * length + max(0, (N - 1) * W - 1)
+    for slot, name in enumerate(names):
+        assert {names[i] for i in shape.mask[slot].nonzero().flatten().tolist()} == sees[name]
+        offset = {"y": lambda: 0, "draft": lambda d, k: 1 + k, "window": lambda level, i: level + i}[name[0]](*name[1:])
+        assert shape.offsets[slot] == offset
+    for name, options in ALL_MODELS:
+        model = make_model(name, options, block_size=24)
+        prefix, new = torch.randint(31, (1, 7)), torch.randint(31, (1, len(names)))
+        cache = model.make_cache(64)
+        with torch.no_grad():
+            model(prefix, cache=cache)
+            mask = torch.cat((torch.ones(len(names), 7, dtype=torch.bool), shape.mask), dim=1)
+            logits = model(new, cache=cache, positions=shape.offsets + 7, mask=mask)[0][0]
+            for slot, chain in enumerate(shape.chains):
+                alone = model(torch.cat((prefix, new[:, chain]), dim=1))[0][0, -1]
+                assert (logits[slot] - alone).abs().max() < 1e-10
+
+
+def test_the_cache_after_every_step_is_that_of_the_text():
+    """Guards the commit: keys and values of all layers equal those of a plain pass over the same tokens."""
+    moved = 0
+    for seed in range(12):
+        case = random_case(6000 + seed) | {"max_new_tokens": 30, "eos": None, "stop": ()}
+        case["model"].double()
+        run = Lookahead(case["model"], start(case), case["sampling"], case["setting"])
+        while not run.sample.finished:
+            moved += run.step() > 1
+            context = run.sample.tokens[run.start : run.start + run.cache.length]
+            fresh = run.model.make_cache()
+            with torch.no_grad():
+                run.model(torch.tensor([context]), cache=fresh)
+            for one, other in zip(run.cache.layers, fresh.layers):
+                for a, b in ((one.k, other.k), (one.v, other.v)):
+                    assert (a[:, :, : fresh.length] - b[:, :, : fresh.length]).abs().max() < 1e-10
+    assert moved > 20
+
+
+def test_pool():
+    """Guards the pool: bounded, the latest first, and before them guesses for that very position."""
+    pool = lookahead.Pool(2)
+    for rest, position in (((1, 1), 5), ((2, 2), 6), ((1, 1), 7), ((3, 3), 8)):
+        pool.add(9, rest, position)
+    assert pool.drafts(9, 0, 2) == [(3, 3), (1, 1)] and pool.drafts(9, 7, 2) == [(1, 1), (3, 3)]
+    assert pool.drafts(8, 0, 2) == pool.drafts(9, 0, 0) == []
+    pool.add(9, (3, 4), 9)
+    assert pool.drafts(9, 0, 1) == [(3,)], "two drafts that begin alike are one when they are cut"
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_guesses_keep_their_positions(shift):
+    """Guards the window (no text can show it): levels move down by one, and by a column for each token of a draft accepted."""
+    accepted = 0
+    for seed in range(6):
+        more = {"setting": Setting(6, 3, 3, shift=shift), "eos": None, "stop": (), "max_new_tokens": 8, "prompt": [1, 2]}
+        case = random_case(9000 + seed) | more
+        run = Lookahead(case["model"], start(case), Sampling(0.8, seed=seed), case["setting"])
+        while not run.sample.finished:
+            before, first = run.window, run.start
+            drop = (run.step() - 1) if shift else 0
+            if before and run.start == first and len(run.sample.tokens) < 10:
+                assert run.window[0][: 6 - drop] == before[1][drop:]
+                accepted += drop
+    assert accepted > 0 or not shift
+
+
+def test_noise_behind_the_text_is_forgotten():
+    """Guards memory: with 50,257 tokens a row of noise is 0.4 MB, and each position needs one."""
+    case = random_case(1) | {"max_new_tokens": 60, "eos": None, "stop": (), "setting": Setting(4, 4, 4)}
+    run = Lookahead(case["model"], start(case), Sampling(1.0), case["setting"])
+    while not run.sample.finished:
+        run.step()
+        assert len(run.noise._drawn) <= 4 + 4  # positions p+1 .. p+N+W-1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# would a mistake be seen?
+
+
+def drafts_see_the_window(mask, drafts, length):
+    mask[1 : 1 + drafts * length, 1 + drafts * length :] = True
+
+
+def drafts_see_their_neighbours(mask, drafts, length):
+    mask[1 : 1 + drafts * length, 1 : 1 + drafts * length] = True
+
+
+def drafts_do_not_see_the_last_token(mask, drafts, length):
+    mask[1 : 1 + drafts * length, 0] = False
+
+
+def nothing_is_moved(self, length, start, count):
+    self.length = length + count
+
+
+def the_next_slot_is_kept(self, length, start, count):
+    keep(self, length, min(start + 1, self.length - count), count)
+
+
+keep = Cache.keep
+
+
+def texts_differ() -> bool:
+    for seed in range(40):
+        case = random_case(7000 + seed) | {"setting": Setting(4, 4, 4), "max_new_tokens": 30, "eos": None, "stop": ()}
+        if ahead(case)[0] != plain(case):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("mutate", [drafts_see_the_window, drafts_see_their_neighbours, drafts_do_not_see_the_last_token])
+def test_a_wrong_mask_is_noticed(mutate, monkeypatch):
+    """Guards the tests above: with such a mask their texts differ."""
+
+    def wrong(window, ngram, drafts, length, device):
+        right = layout(window, ngram, drafts, length, device)
+        mask = right.mask.clone()
+        mutate(mask, drafts, length)
+        return right._replace(mask=mask)
+
+    monkeypatch.setattr(lookahead, "layout", wrong)
+    assert texts_differ()
+
+
+@pytest.mark.parametrize("wrong", [nothing_is_moved, the_next_slot_is_kept])
+def test_a_wrong_commit_is_noticed(wrong, monkeypatch):
+    monkeypatch.setattr(Cache, "keep", wrong)
+    assert texts_differ()
+
+
+def test_without_a_mistake_nothing_differs():
+    assert not texts_differ()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# low precision
+
+
+def test_bfloat16_differs_only_at_near_ties(capsys, monkeypatch):
+    """Guards the claim for half precision: where texts differ, the two tokens scored alike within the rounding of logits."""
+    seen: list[tuple[int, torch.Tensor]] = []  # position and logits of every pick
+    pick, rows, rows_at = generate.pick, generate.Noise.rows, generate.Noise.rows_at
+
+    def recording_pick(logits, noise, sampling):
+        seen.extend(zip(positions, logits.double()))
+        return pick(logits, noise, sampling)
+
+    positions = []
+    monkeypatch.setattr(generate, "pick", recording_pick)
+    monkeypatch.setattr(
+        generate.Noise, "rows", lambda self, i, p: (positions.__setitem__(slice(None), [p]), rows(self, i, p))[1]
+    )
+    monkeypatch.setattr(
+        generate.Noise, "rows_at", lambda self, i, p: (positions.__setitem__(slice(None), p), rows_at(self, i, p))[1]
+    )
+    texts, diverged = 40, 0
+    for seed in range(texts):
+        case = random_case(8000 + seed) | {"max_new_tokens": 40, "eos": None, "stop": (), "setting": Setting(3, 3, 3)}
+        case["sampling"] = Sampling(case["sampling"].temperature, seed=seed)
+        case["model"].float()
+        with torch.autocast("cpu", torch.bfloat16):
+            seen.clear()
+            one, by_plain = plain(case)[0], dict(seen)
+            seen.clear()
+            other = ahead(case)[0][0]
+        if one == other:
+            continue
+        diverged += 1
+        at = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
+        position, t = len(case["prompt"]) + at, case["sampling"].temperature
+        noise = generate.gumbel_noise(seed, 0, position, case["model"].config.vocab_size)
+        rounding = min(
+            (logits - by_plain[position]).abs().max()
+            for p, logits in seen
+            if p == position and (logits + t * noise).argmax() == other[at]
+        )
+        score = by_plain[position] + t * noise
+        gap = score[one[at]] - score[other[at]]
+        assert gap < 10 * rounding, f"{seed=} {gap=} {rounding=}"
+    with capsys.disabled():
+        print(f" [bfloat16: {diverged} of {texts} texts of 40 tokens differ, each from a near-tie on]", end="")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# why common noise
+
+
+def test_coupling_formula():
+    """Guards the analysis: the formula against 20,000 draws by our own noise and pick, and between its bounds."""
+    generator = torch.Generator().manual_seed(0)
+    for K in (2, 5, 12):
+        a, b = (2 * torch.randn(K, generator=generator, dtype=torch.float64) for _ in range(2))
+        b = 0.5 * a + 0.5 * b
+        p, q = a.softmax(0), b.softmax(0)
+        common, independent = lookahead.coupling(p, q)
+        noise = torch.stack([generate.gumbel_noise(seed, 0, 1, K) for seed in range(20_000)])
+        other = torch.stack([generate.gumbel_noise(seed, 1, 1, K) for seed in range(20_000)])
+        i, j, k = (generate.pick(x.expand(20_000, -1), g, Sampling(1.0)) for x, g in ((a, noise), (b, noise), (b, other)))
+        assert abs((i == j).double().mean() - common) < 0.015  # 4 standard deviations
+        assert abs((i == k).double().mean() - independent) < 0.015
+        distance = (p - q).abs().sum().item() / 2
+        assert (1 - distance) / (1 + distance) <= common <= 1 - distance
+        assert lookahead.coupling(p, p)[0] == pytest.approx(1)
+    assert lookahead.coupling(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])) == (0.0, 0.0)
+    p, q = torch.rand(700, generator=generator), torch.rand(700, generator=generator)  # more than one piece
+    p[:300], q[500:] = 0, 0
+    p, q = p.double() / p.double().sum(), q.double() / q.double().sum()
+    slow = sum(1 / sum(max(p[j] / p[k], q[j] / q[k]) for j in range(0, 700)) for k in range(300, 302))
+    fast = 1 / torch.maximum(p / p[300:302, None], q / q[300:302, None]).sum(1)
+    assert fast.sum() == pytest.approx(slow.item()) and lookahead.coupling(p, q)[0] > slow
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# shapes that never change
+
+
+def test_static_cache_equals_the_growing_one():
+    """Guards the static cache: the same logits, in one go, in pieces and behind each other, float64."""
+    for name, options in ALL_MODELS:
+        model = make_model(name, options)
+        x = torch.randint(31, (2, 12))
+        for chunks in ([5, 1, 1, 2, 3], [1] * 12):
+            cache = model.make_cache(static=True)
+            with torch.no_grad():
+                parts = [model(piece, cache=cache)[0] for piece in x.split(chunks, dim=1)]
+                assert (torch.cat(parts, dim=1) - model(x)[0]).abs().max() < 1e-10
+            assert cache.length == 12
+
+
+@pytest.mark.parametrize("name, options", [ALL_MODELS[3], ("decoder_only", {"pos_sub": "plain"})])
+def test_compiled_step(name, options):
+    """Guards torch.compile: one graph without breaks serves all steps, and the text is the same beyond the context."""
+    torch._dynamo.reset()
+    model = make_model(name, options)
+    one, other = Continuation([1, 2, 3], 30), Continuation([1, 2, 3], 30)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in generate.sample_together(model, [one], Sampling(0.8), compile="aot_eager"):
+            pass
+    for _ in generate.sample_together(model, [other], Sampling(0.8)):
+        pass
+    assert one.output == other.output
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the front door
+
+
+def write_run(folder: Path, name: str = "encoder_decoder", **options) -> Path:
+    """A run directory of an untrained byte model."""
+    model = make_model(name, options, dtype=torch.float32, **({"vocab_size": 256, "block_size": 48} | options))
+    folder.mkdir(parents=True)
+    settings = {"train": {"model": name}, "model": configurator.to_dict(model.config)}
+    checkpoint.write_json(folder / "config.json", settings)
+    tokenizer.save(tokenizer.ByteTokenizer(), folder)
+    checkpoint.save(folder / "last", model, None, {"step": 1})
+    return folder
+
+
+def test_sample_script_with_lookahead(tmp_path, capsys, monkeypatch):
+    """Guards sample.py: the same text with each setting, --check says so, and it exits 1 where lookahead is made wrong."""
+    run = str(write_run(tmp_path / "run"))
+    common = [run, "--device=cpu", "--prompt=ab", "--max_new_tokens=60", "--temperature=0.3", "--top_k=4"]
+    texts = sample.main(common)
+    for word in ("4,3,4", "1,2,1", "0,4,4", "auto"):
+        capsys.readouterr()
+        assert sample.main([*common, f"--lookahead={word}", "--check", "--json"]) == texts
+        shown = capsys.readouterr()
+        report = json.loads(shown.out.splitlines()[-1])
+        assert report["same"] is True and "gives the same text" in shown.err
+        assert report["tokens_per_step"] == pytest.approx(60 / report["steps"]) and "tokens/step" in shown.err
+    assert sample.main([*common, "--cache=false", "--check"]) == texts
+    assert sample.main([*common, "--lookahead=4,3,4", "--stream"]) == texts
+    monkeypatch.setattr(lookahead, "agreement", lambda first, draft, picks: [first, *draft])
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([*common, "--lookahead=4,3,4", "--check"])
+    assert stopped.value.code == 1 and "ANOTHER text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (["--lookahead=4,3"], "three integers W,N,G"),
+        (["--lookahead=a,b,c"], "three integers W,N,G"),
+        (["--lookahead=4,1,4"], "N=1 is out of range"),
+        (["--lookahead=-1,3,4"], "W=-1 is out of range"),
+        (["--lookahead=4,3,65"], "G=65 is out of range"),
+        (["--lookahead=4,3,4", "--num_samples=2"], "one text at a time"),
+        (["--lookahead=4,3,4", "--cache=false"], "cache=true"),
+        (["--lookahead=auto", "--compile"], "compile=false"),
+    ],
+)
+def test_bad_lookahead(bad, message):
+    with pytest.raises(ValueError, match=message):
+        sample.main(["out/none", *bad])
+
+
+def test_auto_prefers_what_is_faster(monkeypatch):
+    """Guards the choice: a clock that runs faster for lookahead makes it plain decoding, and the other way round."""
+    case = random_case(2) | {"max_new_tokens": 900, "eos": None, "stop": ()}
+    for slow_plain in (True, False):
+        run, clock = Lookahead(case["model"], start(case), case["sampling"], None), [0.0]
+        step = run.step
+
+        def timed_step(run=run, step=step, clock=clock, slow_plain=slow_plain):
+            clock[0] += 100.0 if (run.setting is None) == slow_plain else 1.0
+            return step()
+
+        run.step = timed_step
+        monkeypatch.setattr(time, "perf_counter", lambda clock=clock: clock[0])
+        list(lookahead.tune(run))
+        assert (run.setting is None) != slow_plain
