@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from conftest import ALL_MODELS, ALL_MODELS_IDS, TINY_BASELINE, TINY_ENCODER_DECODER, make_model
-from model import EmbeddingLoss, EncoderDecoder, EncoderDecoderConfig, rotary_angles, rotate
+from model import (
+    Context, EmbeddingLoss, EncoderDecoder, EncoderDecoderConfig, attend, attend_in_products, rotary_angles, rotate,
+)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # sizes and names
@@ -215,6 +217,24 @@ def test_baseline_equals_torch_layers(pos_sub):
     if pos_sub == "ln":
         h = F.layer_norm(h, (12,), parts.ln_pos_sub.weight, parts.ln_pos_sub.bias)
     assert (h @ model.lm_head.weight.T - model(x)[0]).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["causal", "mask", "all"])
+def test_attention_in_products_equals_the_kernel(kind):
+    """Guards the CPU's bfloat16 path: value and gradients of attention, against torch's kernel in float32."""
+    torch.manual_seed(0)
+    T, S = (9, 9) if kind == "causal" else (5, 9)
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (T, S, S))
+    mask = torch.ones(T, S, dtype=torch.bool).tril(4) if kind == "mask" else None
+    context = Context(mask, causal=kind == "causal", rotary={}, start=S - T, dropout=0.0)
+    assert attend(q, k, v, context, None).shape == (2, T, 24)
+    fast, weight = attend_in_products(q, k, v, context), torch.randn(2, 3, T, 8)
+    grads = torch.autograd.grad((fast * weight).sum(), (q, k, v))
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    slow = F.scaled_dot_product_attention(*exact, attn_mask=mask, is_causal=kind == "causal")
+    assert (fast - slow).norm() / slow.norm() < 0.01
+    for a, b in zip(grads, torch.autograd.grad((slow * weight).sum(), exact)):
+        assert (a - b).norm() / b.norm() < 0.02
 
 
 @pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
