@@ -11,7 +11,14 @@ from torch.nn import functional as F
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from conftest import ALL_MODELS, ALL_MODELS_IDS, TINY_BASELINE, TINY_ENCODER_DECODER, make_model
 from model import (
-    Context, EmbeddingLoss, EncoderDecoder, EncoderDecoderConfig, attend, attend_in_products, rotary_angles, rotate,
+    Context,
+    EmbeddingLoss,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    attend,
+    attend_in_products,
+    rotary_angles,
+    rotate,
 )  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
