@@ -22,8 +22,10 @@ class Train:
 
     model: str = "encoder_decoder"  # which model to train
     # optimizer
+    # fmt: off
     learning_rate: float = 1e-3  # peak of the schedule,
-    # reached after warm-up
+                                 # reached after warm-up
+    # fmt: on
     grad_clip: float | None = None  # none: no clipping
     max_iters: int = 1000  # steps, as in issue #12
     # input and output

@@ -393,7 +393,11 @@ def test_wandb_offline_writes_a_run(tiny_data, tmp_path, monkeypatch):
     out = tmp_path / "run"
     run(tiny_data, out, "--wandb=offline")
     files = list(out.rglob("*.wandb"))
-    assert len(files) == 1 and files[0].stat().st_size > 1000
+    assert len(files) == 1
+    deadline = time.time() + 60  # wandb's own process writes the file, and may do so after finish() on a busy machine
+    while files[0].stat().st_size < 1000 and time.time() < deadline:
+        time.sleep(0.2)
+    assert files[0].stat().st_size > 1000
     assert checkpoint.read_json(out / "last" / "trainer.json")["wandb_id"] in files[0].name
 
 
