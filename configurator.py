@@ -417,6 +417,8 @@ def field_comments(cls: type) -> dict[str, tuple[str, str]]:
             code, comment = re.fullmatch(r"(.*?)(?:(?<!\S)#\s*(.*))?", line).groups(default="")
             if re.match(r"    (def|@|class)\b", code):
                 break  # what follows are methods
+            if comment.startswith("fmt:"):  # a word to the formatter
+                continue
             if field := re.match(r"    (\w+)\s*:", code):
                 key = field[1]
                 found[key], heading = (heading, comment), ""
