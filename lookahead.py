@@ -232,7 +232,7 @@ class Lookahead:
 AUTO = (Setting(0, 4, 4), Setting(4, 3, 4), Setting(5, 4, 4), Setting(10, 5, 10))  # tried by `tune`
 
 
-def tune(run: Lookahead, steps: int = 24) -> Iterator[str]:
+def tune(run: Lookahead, steps: int = 12) -> Iterator[str]:
     """
     Make the first steps with plain decoding and with each setting of AUTO, and stay with the one that made the most tokens a
     second. They are steps of the text itself, so nothing is computed twice. Yields after every step; at last, why.
