@@ -31,6 +31,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from kernels import at_least_float32, attend_in_products, head_loss
+
 
 def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) for a setting that cannot work."""
@@ -82,11 +84,6 @@ def check_sizes(config, *keys: str) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # blocks, shared by every model of the project
-
-
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Losses and statistics are computed in float32 under bfloat16 autocast, and in float64 in float64 tests."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class LayerNorm(nn.Module):
@@ -185,22 +182,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, 
     if cache is not None:
         k, v = cache.append(k, v, context.start)  # (B, H, S, D)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.size(2) <= 512:
-        y = attend_in_products(q, k, v, context)
+        y = attend_in_products(q, k, v, context.mask, context.causal, context.dropout)
     else:
         y = F.scaled_dot_product_attention(q, k, v, context.mask, dropout_p=context.dropout, is_causal=context.causal)
     return y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H, D) -> (B, T, C)
-
-
-def attend_in_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context) -> torch.Tensor:
-    """The same as two plain products: for short texts in bfloat16 on a CPU a third faster than torch's kernel (dev/LOG.md)."""
-    bias = torch.zeros(q.size(2), k.size(2), dtype=q.dtype)  # (T, S), -inf where a key is hidden
-    if context.causal:
-        bias = bias.fill_(-math.inf).triu_(1)
-    elif context.mask is not None:
-        bias = bias.masked_fill_(~context.mask, -math.inf)
-    scores = torch.baddbmm(bias, q.flatten(0, 1) / math.sqrt(q.size(3)), k.flatten(0, 1).mT)  # (B H, T, S)
-    weights = F.dropout(scores.softmax(-1), context.dropout).type_as(v)
-    return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2])  # (B H, T, D) -> (B, H, T, D)
 
 
 def split_heads(x: torch.Tensor, n_head: int) -> torch.Tensor:
@@ -350,12 +335,6 @@ class CausalModel(nn.Module):
         (PaLM, arXiv:2204.02311, appendix B): 6 N + 12 C T for each attention layer, masked-out products included.
         """
         return 6 * self.get_num_params() + 12 * self.config.n_embd * self.config.block_size * self.n_layer_cache
-
-
-def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy, nats per token, of targets (B, T) under softmax(x weight^T), x (B, T, C); targets of -1 do not count."""
-    logits = F.linear(x, weight)
-    return F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import Block, Cache, CausalModel, LayerNorm, check_sizes, head_loss, require
+from kernels import head_loss
+from model import Block, Cache, CausalModel, LayerNorm, check_sizes, require
 
 
 @dataclass(frozen=True)

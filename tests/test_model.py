@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from conftest import ALL_MODELS, ALL_MODELS_IDS, TINY_BASELINE, TINY_ENCODER_DECODER, make_model
+from kernels import attend_in_products
 from model import (
     Context,
     EmbeddingLoss,
     EncoderDecoder,
     EncoderDecoderConfig,
     attend,
-    attend_in_products,
     rotary_angles,
     rotate,
 )  # fmt: skip
@@ -235,7 +235,7 @@ def test_attention_in_products_equals_the_kernel(kind):
     mask = torch.ones(T, S, dtype=torch.bool).tril(4) if kind == "mask" else None
     context = Context(mask, causal=kind == "causal", rotary={}, start=S - T, dropout=0.0)
     assert attend(q, k, v, context, None).shape == (2, T, 24)
-    fast, weight = attend_in_products(q, k, v, context), torch.randn(2, 3, T, 8)
+    fast, weight = attend_in_products(q, k, v, context.mask, context.causal, context.dropout), torch.randn(2, 3, T, 8)
     grads = torch.autograd.grad((fast * weight).sum(), (q, k, v))
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
     slow = F.scaled_dot_product_attention(*exact, attn_mask=mask, is_causal=kind == "causal")

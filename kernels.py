@@ -1,0 +1,36 @@
+"""
+Numerical building blocks written for speed: attention for short texts on a CPU, and the output layer's loss. Each states the
+plain computation it equals; tests hold it to that.
+
+Shapes: B batch, T tokens of this call, S keys, C width, H heads, D head width, V vocabulary.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Losses and statistics are computed in float32 under bfloat16 autocast, and in float64 in float64 tests."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def attend_in_products(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, dropout: float
+) -> torch.Tensor:
+    """The same as two plain products: for short texts in bfloat16 on a CPU a third faster than torch's kernel (dev/LOG.md)."""
+    bias = torch.zeros(q.size(2), k.size(2), dtype=q.dtype)  # (T, S), -inf where a key is hidden
+    if causal:
+        bias = bias.fill_(-math.inf).triu_(1)
+    elif mask is not None:
+        bias = bias.masked_fill_(~mask, -math.inf)
+    scores = torch.baddbmm(bias, q.flatten(0, 1) / math.sqrt(q.size(3)), k.flatten(0, 1).mT)  # (B H, T, S)
+    weights = F.dropout(scores.softmax(-1), dropout).type_as(v)
+    return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2])  # (B H, T, D) -> (B, H, T, D)
+
+
+def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy, nats per token, of targets (B, T) under softmax(x weight^T), x (B, T, C); targets of -1 do not count."""
+    logits = F.linear(x, weight)
+    return F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
