@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
+from stepper import Stepper, can_step
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,23 @@ def lay_out_for_decoding(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.t().contiguous().t()
 
 
+def cached_step(model: torch.nn.Module) -> Callable:
+    """
+    A function (idx, cache) from the tokens (B, T) behind those in the cache, which takes them in, to the logits (B, V) of the
+    next: a Stepper for one token of one text on a CPU, the model's own forward pass for all else.
+    """
+    stepper = None
+
+    def step(idx: torch.Tensor, cache) -> torch.Tensor:
+        nonlocal stepper
+        if idx.shape != (1, 1) or cache.length == 0 or not can_step(model):
+            return model(idx, cache=cache)[0][:, -1]
+        stepper = stepper or Stepper(model)  # packed when it is needed: then precision and weights are final
+        return stepper(idx.item(), cache)[None]
+
+    return step
+
+
 def decode_logits(model: torch.nn.Module, use_cache: bool, compile: str | None = None) -> Callable:
     """
     A function from the tokens so far (B, n) to the next token's logits (B, V). With a cache it computes only what is new since
@@ -242,7 +260,9 @@ def decode_logits(model: torch.nn.Module, use_cache: bool, compile: str | None =
     for the steps of one token, whose shapes are then always the same.
     """
     block_size, cache, start, cached = model.config.block_size, None, 0, 0
-    step = model if compile is None else torch.compile(model, backend=compile, fullgraph=True, dynamic=False)
+    step = cached_step(model)
+    if compile is not None:
+        compiled = torch.compile(model, backend=compile, fullgraph=True, dynamic=False)
 
     def logits(idx: torch.Tensor) -> torch.Tensor:
         nonlocal cache, start, cached
@@ -252,7 +272,9 @@ def decode_logits(model: torch.nn.Module, use_cache: bool, compile: str | None =
         if cache is None or start != context_start(n, block_size):
             start, cached, cache = context_start(n, block_size), 0, model.make_cache(static=compile is not None)
         new, cached = idx[:, start + cached :].clone(memory_format=torch.contiguous_format), n - start  # strides: compile
-        return (step if new.size(1) == 1 else model)(new, cache=cache)[0][:, -1]
+        if compile is None:
+            return step(new, cache)
+        return (compiled if new.size(1) == 1 else model)(new, cache=cache)[0][:, -1]
 
     return logits
 

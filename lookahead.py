@@ -162,6 +162,7 @@ class Lookahead:
         self.noise = generate.Noise(sampling, model.config.vocab_size)
         self.random = random.Random(0)  # fills columns of which nothing is known; no part of the text
         self.steps = self.drafted = self.accepted = 0  # forward passes, tokens of drafts, and those of them that were right
+        self.plain_step = generate.cached_step(model)
         self.use(setting)
 
     def use(self, setting: Setting | None) -> None:
@@ -180,7 +181,7 @@ class Lookahead:
         self.steps += 1
         if self.setting is None or before - start - self.cache.length > 1:
             new = torch.tensor([tokens[start + self.cache.length :]], device=self.device)
-            logits = self.model(new, cache=self.cache)[0][:, -1]
+            logits = self.plain_step(new, self.cache)
             chosen = generate.pick(logits, self.noise.rows_at(self.number, [before]), self.sampling)
             self.sample.accept(chosen.tolist())
         else:

@@ -100,25 +100,24 @@ class LayerNorm(nn.Module):
 
 
 class LayerCache:
-    """Keys and values of one attention layer, (B, H, capacity, D), allocated when the first ones arrive."""
+    """Keys and values of one attention layer, (2, B, H, capacity, D), allocated when the first ones arrive."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.k: torch.Tensor | None = None
-        self.v: torch.Tensor | None = None
+        self.kv: torch.Tensor | None = None
 
     def append(self, k: torch.Tensor, v: torch.Tensor, start: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write k, v (B, H, T, D) at slots start..start+T-1; return all S = start + T of them (static: S = capacity)."""
-        if self.k is None:
+        if self.kv is None:
             B, H, _, D = k.shape
-            self.k, self.v = (torch.zeros(B, H, self.capacity, D, dtype=k.dtype, device=k.device) for _ in range(2))
+            self.kv = torch.zeros(2, B, H, self.capacity, D, dtype=k.dtype, device=k.device)
         if isinstance(start, torch.Tensor):
             slots = start + torch.arange(k.size(2), device=k.device)
-            return self.k.index_copy_(2, slots, k), self.v.index_copy_(2, slots, v)
+            return self.kv[0].index_copy_(2, slots, k), self.kv[1].index_copy_(2, slots, v)
         end = start + k.size(2)
         assert end <= self.capacity, f"cache of {self.capacity} slots cannot hold {end}"
-        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
-        return self.k[:, :, :end], self.v[:, :, :end]
+        self.kv[0, :, :, start:end], self.kv[1, :, :, start:end] = k, v
+        return self.kv[0, :, :, :end], self.kv[1, :, :, :end]
 
 
 class Cache:
@@ -143,8 +142,8 @@ class Cache:
     def keep(self, length: int, start: int, count: int) -> None:
         """Keep the first `length` tokens and, moved up behind them, the `count` tokens from slot `start` on."""
         assert 0 <= length <= start and start + count <= self.length, f"{length=} {start=} {count=} of {self.length} tokens"
-        for x in (x for layer in self.layers for x in (layer.k, layer.v) if count and start > length):
-            x[:, :, length : length + count] = x[:, :, start : start + count].clone()  # the two may overlap
+        for layer in self.layers if count and start > length else ():
+            layer.kv[..., length : length + count, :] = layer.kv[..., start : start + count, :].clone()  # the two may overlap
         self.length = length + count
 
 

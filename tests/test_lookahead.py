@@ -225,7 +225,7 @@ def test_the_cache_after_every_step_is_that_of_the_text():
             with torch.no_grad():
                 run.model(torch.tensor([context]), cache=fresh)
             for one, other in zip(run.cache.layers, fresh.layers):
-                for a, b in ((one.k, other.k), (one.v, other.v)):
+                for a, b in zip(one.kv, other.kv):
                     assert (a[:, :, : fresh.length] - b[:, :, : fresh.length]).abs().max() < 1e-10
     assert moved > 20
 

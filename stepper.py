@@ -1,0 +1,234 @@
+"""
+One token of one text at a time, on a CPU: the cached forward pass of a model as matrix-vector products.
+
+At this size a general forward pass of one token spends most of its time around the arithmetic: modules, shapes, kernels that
+are started for a handful of numbers. A `Stepper` computes the same from the same cache, with weights packed once:
+
+- a product with a vector adds up columns or takes inner products of rows, whichever the shape makes faster, and adds the
+  residual on the way;
+- 1 / sqrt(D) is folded into the queries' weights, and LayerNorm's gains in front of the cross-attention keys and values into
+  theirs: all decoder layers read the same normalized encoder state, so one product gives the keys and values of all of them;
+- under bfloat16 autocast, weights are stored in bfloat16 and everything between the products is float32.
+
+Shapes: C width, H heads, D head width, S keys (cached ones and the new one), V vocabulary.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from baseline_transformer.model import DecoderOnly
+from model import (
+    Block,
+    Cache,
+    CrossAttention,
+    DecoderBlock,
+    EncoderDecoder,
+    LayerCache,
+    LayerNorm,
+    SelfAttention,
+    rotary_angles,
+)
+
+
+def can_step(model: torch.nn.Module) -> bool:
+    """Whether there is a stepper for this model on its device."""
+    return isinstance(model, (DecoderOnly, EncoderDecoder)) and not next(model.parameters()).is_cuda
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """F.gelu without the library that torch starts for it, which takes 40 microseconds for a few hundred numbers."""
+    return x * torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
+
+
+class Product:
+    """y = W x + b of vectors; W (out, in) may be several stacked matrices."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+        self.half = dtype in (torch.bfloat16, torch.float16)
+        # measured: the long side of a matrix should be the one that is contiguous in memory; in half precision, rows
+        columns = weight.size(0) >= weight.size(1) and not self.half
+        self.weight = (weight.t().contiguous().t() if columns else weight.contiguous()).to(dtype)
+        self.bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.mv(self.weight, x.to(self.weight.dtype)).to(x.dtype) if self.half else torch.mv(self.weight, x)
+        return y if self.bias is None else y + self.bias
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """residual + W x + b."""
+        if self.half or self.bias is not None:
+            return residual + self(x)
+        return torch.addmv(residual, self.weight, x)
+
+
+class Norm:
+    """LayerNorm of a vector, without the calls around it."""
+
+    def __init__(self, norm: LayerNorm):
+        self.weight, self.bias, self.shape = norm.weight, norm.bias, (norm.width,)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.layer_norm(x, self.shape, self.weight, self.bias, 1e-5)
+
+
+class Rotation:
+    """Rotary embedding of one position at a time: model.rotate with the angles of all positions at hand."""
+
+    def __init__(self, block_size: int, head_width: int, like: torch.Tensor):
+        half = head_width // 2
+        cos, sin = rotary_angles(torch.arange(block_size), head_width)  # (T, D // 2)
+        rest = head_width - 2 * half  # 1 channel that is not rotated, if the width is odd
+        self.cos = torch.cat((cos, cos, torch.ones(block_size, rest)), -1).to(like)  # (T, D)
+        self.sin = torch.cat((-sin, sin, torch.zeros(block_size, rest)), -1).to(like)
+        channels = torch.arange(head_width)
+        self.partner = torch.cat((channels[half : 2 * half], channels[:half], channels[2 * half :]))
+
+    def __call__(self, x: torch.Tensor, position: int) -> torch.Tensor:
+        """x (..., D) turned to its position."""
+        return torch.addcmul(x * self.cos[position], x[..., self.partner], self.sin[position])
+
+
+class Stepper:
+    """`stepper(token, cache)` appends one token to the cache of a text, and gives the logits (V,) of the next."""
+
+    def __init__(self, model: EncoderDecoder | DecoderOnly):
+        assert can_step(model), f"no stepper for {type(model).__name__}"
+        autocast = torch.is_autocast_enabled("cpu")
+        self.model, config = model, model.config
+        self.state_dtype = next(model.parameters()).dtype
+        self.weight_dtype = torch.get_autocast_dtype("cpu") if autocast else self.state_dtype
+        like = torch.empty(0, dtype=self.state_dtype)
+        self.rotations = {
+            width: Rotation(config.block_size, width, like)
+            for width in (model.head_widths if config.position == "rope" else ())
+        }
+        if isinstance(model, EncoderDecoder):
+            self.wte, parts = model.wte.weight, model
+            self.encoder = [self.pack(block) for block in model.encoder]
+            self.decoder = [self.pack(block) for block in model.decoder]
+            self.ln_bridge = None if model.ln_bridge is None else Norm(model.ln_bridge)
+            self.bridge = self.product(model.bridge)
+            kv = [self.fold(block.ln_cross_kv, block.cross_attn.c_kv) for block in model.decoder]
+            bias = None if kv[0][1] is None else torch.cat([b for _, b in kv])
+            self.cross_kv = Product(torch.cat([w for w, _ in kv]), bias, self.weight_dtype)  # all layers: (n 2C, C)
+        else:
+            parts = model.transformer
+            self.wte = model.lm_head.weight
+            self.encoder = []
+            self.decoder = [self.pack(block) for block in parts.h]
+        self.head = Product(self.wte, None, self.weight_dtype)
+        self.ln_f = Norm(parts.ln_f)
+        self.ln_pos_sub = Norm(parts.ln_pos_sub) if config.pos_sub == "ln" else None
+        self.wpe = None if config.position == "rope" else parts.wpe.weight
+        self.wpe_next = None
+        if config.pos_sub != "none" or getattr(config, "decoder_pos_emb", False):
+            self.wpe_next = parts.wpe.weight[1:] if self.wpe is not None else parts.wpe_next.weight  # row t: position t + 1
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # packing
+
+    def product(self, linear: torch.nn.Linear) -> Product:
+        return Product(linear.weight, linear.bias, self.weight_dtype)
+
+    def fold(self, norm: LayerNorm, linear: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias that do to a vector of mean 0 and variance 1 what norm's gain and bias, then linear, would."""
+        bias = linear.bias
+        if norm.bias is not None:
+            bias = F.linear(norm.bias, linear.weight, bias)
+        return linear.weight * norm.weight, bias
+
+    def queries_first(self, linear: torch.nn.Linear, n_head: int) -> Product:
+        """The product of a packed linear layer whose first C rows are queries, these divided by sqrt(D)."""
+        C = linear.in_features
+        scale = torch.ones(linear.out_features, dtype=self.state_dtype)
+        scale[:C] = 1 / math.sqrt(C // n_head)
+        return Product(linear.weight * scale[:, None], None if linear.bias is None else linear.bias * scale, self.weight_dtype)
+
+    def pack_attention(self, layer: SelfAttention | CrossAttention, queries: torch.nn.Linear, norm: LayerNorm) -> tuple:
+        return Norm(norm), self.queries_first(queries, layer.n_head), self.product(layer.c_proj), layer.n_head
+
+    def pack(self, block: Block | DecoderBlock) -> dict[str, tuple]:
+        """The parts of a block in the order in which they run."""
+        mlp = (Norm(block.ln_2), self.product(block.mlp.c_fc), self.product(block.mlp.c_proj))
+        own = self.pack_attention(block.attn, block.attn.c_attn, block.ln_1)
+        if not isinstance(block, DecoderBlock):
+            return {"self": own, "mlp": mlp}
+        cross = self.pack_attention(block.cross_attn, block.cross_attn.c_q, block.ln_cross_q)
+        return {"cross": cross, "self": own, "mlp": mlp} if block.cross_first else {"self": own, "cross": cross, "mlp": mlp}
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # the step
+
+    def turn(self, x: torch.Tensor, position: int) -> torch.Tensor:
+        """Queries or keys (..., D) with their position, if it is rotary."""
+        return self.rotations[x.size(-1)](x, position) if self.rotations else x
+
+    def attend(self, q: torch.Tensor, cache: LayerCache, n: int) -> torch.Tensor:
+        """q (H, D), scaled, over the first n keys and values of a layer -> (C,)."""
+        k, v = cache.kv[:, 0, :, :n]  # (H, S, D)
+        weights = torch.bmm(q[:, None], k.mT).softmax(-1)  # (H, 1, S)
+        return torch.bmm(weights, v).view(-1)
+
+    def self_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, position: int) -> torch.Tensor:
+        norm, c_attn, c_proj, n_head = parts
+        qkv = c_attn(norm(x)).view(3, n_head, -1)  # (3, H, D)
+        if self.rotations:
+            qkv = torch.cat((self.turn(qkv[:2], position), qkv[2:]))
+        cache.kv[:, 0, :, position] = qkv[1:]
+        return c_proj.add_to(x, self.attend(qkv[0], cache, position + 1))
+
+    def cross_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, position: int) -> torch.Tensor:
+        norm, c_q, c_proj, n_head = parts
+        q = self.turn(c_q(norm(x)).view(n_head, -1), position)  # (H, D)
+        return c_proj.add_to(x, self.attend(q, cache, position + 1))
+
+    def mlp(self, parts: tuple, x: torch.Tensor) -> torch.Tensor:
+        norm, c_fc, c_proj = parts
+        return c_proj.add_to(x, gelu(c_fc(norm(x))))
+
+    def read(self, x: torch.Tensor, caches: list[LayerCache], position: int) -> torch.Tensor:
+        """What the encoder state x (C,) gives the cross-attention of every layer goes into their caches; the bridge's output."""
+        normed = torch.layer_norm(x, x.shape, None, None, 1e-5)
+        kv = self.cross_kv(normed).view(len(caches), 2, self.model.config.n_cross_head, -1)  # (layers, 2, H, D)
+        if self.rotations:
+            kv = torch.stack((self.turn(kv[:, 0], position), kv[:, 1]), dim=1)
+        for cache, pair in zip(caches, kv):
+            cache.kv[:, 0, :, position] = pair
+        x = self.bridge(x if self.ln_bridge is None else self.ln_bridge(x))
+        return x + self.wpe_next[position] if self.model.config.decoder_pos_emb else x
+
+    @torch.inference_mode()
+    def __call__(self, token: int, cache: Cache) -> torch.Tensor:
+        """Logits (V,) of the token after `token`, which is appended to the cache (of one text, not empty)."""
+        position, layers = cache.length, cache.layers
+        for layer in layers:
+            if layer.kv.dtype != self.state_dtype:  # filled under autocast
+                layer.kv = layer.kv.to(self.state_dtype)
+        x = self.wte[token]
+        if self.wpe is not None:
+            x = x + self.wpe[position]
+        for parts, own in zip(self.encoder, layers):
+            x = self.mlp(parts["mlp"], self.self_attention(parts["self"], x, own, position))
+        layers = layers[len(self.encoder) :]
+        if self.encoder:  # its decoder's layers have two caches each
+            own_caches, cross_caches = layers[::2], layers[1::2]
+            x = self.read(x, cross_caches, position)
+        else:
+            own_caches = cross_caches = layers
+        for parts, own, cross in zip(self.decoder, own_caches, cross_caches):
+            for name, part in parts.items():
+                if name == "self":
+                    x = self.self_attention(part, x, own, position)
+                elif name == "cross":
+                    x = self.cross_attention(part, x, cross, position)
+                else:
+                    x = self.mlp(part, x)
+        x = self.ln_f(x)
+        if self.model.config.pos_sub != "none":
+            x = x - self.wpe_next[position]
+        if self.ln_pos_sub is not None:
+            x = self.ln_pos_sub(x)
+        cache.length += 1
+        return self.head(x)

@@ -1,0 +1,49 @@
+"""One token at a time as matrix-vector products, against the models' own cached forward pass."""
+
+import pytest
+import torch
+
+import stepper
+from conftest import ALL_MODELS, ALL_MODELS_IDS, make_model
+
+
+def paths(model, tokens: torch.Tensor, n_prompt: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (T - n_prompt, V) of all tokens behind the prompt: by the stepper, and by the model."""
+    ours, theirs = model.make_cache(), model.make_cache()
+    with torch.inference_mode():
+        step = stepper.Stepper(model)
+        for cache in (ours, theirs):
+            model(tokens[None, :n_prompt], cache=cache)
+        stepped = torch.stack([step(token, ours) for token in tokens[n_prompt:].tolist()])
+        plain = torch.cat([model(token.view(1, 1), cache=theirs)[0][0] for token in tokens[n_prompt:]])
+    assert ours.length == theirs.length == len(tokens)
+    for one, other in zip(ours.layers, theirs.layers):  # what it leaves behind must serve the general path as well
+        error = (one.kv.double() - other.kv.double()).norm() / one.kv.norm()
+        assert error < (1e-10 if plain.dtype == torch.float64 else 0.03)
+    return stepped, plain
+
+
+@pytest.mark.parametrize("name, options", ALL_MODELS, ids=ALL_MODELS_IDS)
+def test_steps_equal_the_models_own(name, options):
+    """Guards every option: a norm, bias, rotation or order that the packed weights forget, or another slot of the cache."""
+    model = make_model(name, options)
+    tokens = torch.randint(model.config.vocab_size, (model.config.block_size,))
+    for n_prompt in (1, 5):
+        stepped, plain = paths(model, tokens, n_prompt)
+        assert (stepped - plain).abs().max() < 1e-10 * plain.abs().max()
+
+
+def test_bfloat16_weights():
+    """Guards the half-precision products: as far from float32 as autocast's own logits, not further."""
+    model = make_model("encoder_decoder", {}, dtype=torch.float32, n_embd=32, n_head=4, n_cross_head=8)
+    tokens = torch.randint(model.config.vocab_size, (model.config.block_size,))
+    exact = paths(model, tokens, 3)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        stepped, plain = paths(model, tokens, 3)
+    assert 0 < (stepped - exact).norm() <= 1.5 * (plain - exact).norm() < 0.1 * exact.norm()
+
+
+def test_who_has_a_stepper():
+    """Guards the general path for everything else."""
+    assert stepper.can_step(make_model("encoder_decoder", {})) and stepper.can_step(make_model("decoder_only", {}))
+    assert not stepper.can_step(torch.nn.Linear(2, 2))
