@@ -30,7 +30,58 @@ def attend_in_products(
     return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2])  # (B H, T, D) -> (B, H, T, D)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# the output layer and its loss
+
+# logits held at a time: on a CPU what its caches hold in float32, on a GPU a few percent of its memory
+CHUNK = {"cpu": 2**24, "cuda": 2**29}
+
+
 def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy, nats per token, of targets (B, T) under softmax(x weight^T), x (B, T, C); targets of -1 do not count."""
-    logits = F.linear(x, weight)
-    return F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    """
+    Mean cross-entropy, nats per token, of targets (B, T) under softmax(x weight^T), x (B, T, C), weight (V, C); targets of -1 do
+    not count. Where B T V logits are too many to hold, a chunk of tokens at a time gives its losses and, when they will be
+    needed, its gradients, and the logits are forgotten: memory O(V C) instead of O(B T V). Softmax in float32 at least.
+    Not differentiable twice.
+    """
+    x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+    rows = max(1, CHUNK.get(x.device.type, 2**26) // weight.size(0))
+    if rows >= len(x):
+        return F.cross_entropy(at_least_float32(F.linear(x, weight)), targets, ignore_index=-1)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return ChunkedHeadLoss.apply(x, weight, targets, rows) / (targets >= 0).sum()
+
+
+class ChunkedHeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of targets (N,) under x (N, C) and weight (V, C), `rows` tokens at a time."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
+        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        with torch.autocast(x.device.type, enabled=False):
+            total, grads = x.new_zeros((), dtype=at_least_float32(x[:0]).dtype), []
+            grad_weight = torch.zeros_like(weight, dtype=total.dtype) if needed else None
+            for part, target in zip(x.split(rows), targets.split(rows)):
+                logits = at_least_float32(part @ weight.T)  # (rows, V)
+                valid, column = target >= 0, target.clamp(min=0)[:, None]
+                log_sum = logits.logsumexp(-1, keepdim=True)
+                total = total + torch.where(valid, (log_sum - logits.gather(1, column)).squeeze(1), 0.0).sum()
+                if needed:  # d loss / d logits = softmax - one-hot
+                    grad = (logits - log_sum).exp_()
+                    grad.scatter_add_(1, column, torch.full_like(log_sum, -1.0))
+                    grad = torch.where(valid[:, None], grad, 0.0).to(x.dtype)
+                    grads.append(grad @ weight)
+                    if grad.dtype == grad_weight.dtype:
+                        grad_weight.addmm_(grad.T, part)
+                    else:
+                        grad_weight += grad.T @ part
+        if needed:
+            ctx.save_for_backward(torch.cat(grads), grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: torch.Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None

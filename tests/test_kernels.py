@@ -1,0 +1,79 @@
+"""What is written for speed, against the plain computation that it equals."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import kernels
+from conftest import make_model
+
+
+def case(dtype: torch.dtype, tokens: int = 23, width: int = 12, vocab: int = 31):
+    torch.manual_seed(0)
+    x = torch.randn(2, tokens, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab, width, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocab, (2, tokens))
+    targets[0, 3:7] = targets[1, -1] = -1
+    return x, weight, targets
+
+
+def plain_loss(x, weight, targets):
+    return F.cross_entropy(F.linear(x, weight).flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 46, 1000])
+def test_head_loss_equals_the_plain_one(rows, monkeypatch):
+    """Guards value and gradients: a chunk left out, targets of -1 counted, or a mean over chunks instead of tokens."""
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        x, weight, targets = case(dtype)
+        exact = plain_loss(x, weight, targets)
+        gradients = torch.autograd.grad(3 * exact, (x, weight))
+        monkeypatch.setitem(kernels.CHUNK, "cpu", rows * len(weight))
+        loss = kernels.head_loss(x, weight, targets)
+        assert abs(loss - exact) < tolerance * exact
+        for ours, theirs in zip(torch.autograd.grad(3 * loss, (x, weight)), gradients):
+            assert (ours - theirs).norm() < tolerance * theirs.norm()
+        with torch.no_grad():
+            assert abs(kernels.head_loss(x, weight, targets) - exact) < tolerance * exact
+
+
+def test_head_loss_under_autocast(monkeypatch):
+    """Guards the half-precision path: no further from float64 than torch's own under autocast, gradients in the weights' dtype."""
+    x, weight, targets = case(torch.float32, tokens=200, width=64, vocab=500)
+    exact = plain_loss(x.double(), weight.double(), targets)
+    gradients = torch.autograd.grad(exact, (x, weight))
+    found = []
+    for chunk in (2**30, 50 * len(weight)):
+        monkeypatch.setitem(kernels.CHUNK, "cpu", chunk)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = kernels.head_loss(x, weight, targets)
+        assert loss.dtype == torch.float32
+        grads = torch.autograd.grad(loss, (x, weight))
+        assert [g.dtype for g in grads] == [torch.float32] * 2
+        found.append([abs(loss - exact).item()] + [((a - b).norm() / b.norm()).item() for a, b in zip(grads, gradients)])
+    for theirs, ours in zip(*found):
+        assert ours < max(1.5 * theirs, 0.01), found
+
+
+@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
+def test_a_model_with_chunks_trains_as_without(name, monkeypatch):
+    """Guards tied weights, whose gradient comes from both ends, and the compiler: same losses over ten AdamW steps."""
+    tokens = torch.randint(31, (10, 4, 13), generator=torch.Generator().manual_seed(3))
+
+    def losses(chunk: int, backend: str | None = None) -> torch.Tensor:
+        monkeypatch.setitem(kernels.CHUNK, "cpu", chunk)
+        model = make_model(name, {}).train()
+        forward = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        found = []
+        for batch in tokens:
+            loss = forward(batch[:, :-1], batch[:, 1:])[1]["total"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return torch.tensor(found, dtype=torch.float64)
+
+    whole, chunked = losses(2**30), losses(31 * 20)
+    assert (whole - chunked).abs().max() < 1e-10 and whole[0] - whole[-1] > 1e-3
+    assert (whole - losses(31 * 20, "aot_eager")).abs().max() < 1e-10
