@@ -21,9 +21,14 @@ import torch
 import configurator
 import tokenizer
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
+from latent.autoencoder import Autoencoder, AutoencoderConfig
 from model import EncoderDecoder, EncoderDecoderConfig
 
-MODELS = {"encoder_decoder": (EncoderDecoderConfig, EncoderDecoder), "decoder_only": (DecoderOnlyConfig, DecoderOnly)}
+MODELS = {
+    "encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
+    "decoder_only": (DecoderOnlyConfig, DecoderOnly),
+    "autoencoder": (AutoencoderConfig, Autoencoder),
+}
 CONFIGS = {name: config for name, (config, _) in MODELS.items()}
 
 
