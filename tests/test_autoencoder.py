@@ -96,6 +96,17 @@ def test_logits_depend_on_blocks_up_to_their_own(options):
         assert not changed_positions[:, : block * S].any() and changed_positions[:, block * S :].all()
 
 
+def test_a_block_is_decoded_as_a_whole():
+    """Guards the mask: under a plain causal one the first token of a block would be guessed before its others are looked at."""
+    model, codes = make(), torch.zeros(1, 4, 3, dtype=torch.int64)
+    before = model.decode(codes)
+    bump = torch.zeros(1, 16, 12).double()
+    bump[:, 7] = torch.arange(12) / 4  # in front of the trunk, at the last position of block 1
+    model.up.register_forward_hook(lambda module, inputs, output: (output[0] + bump, output[1]))
+    changed = (model.decode(codes) != before).any(-1)[0]
+    assert changed.tolist() == [False] * 4 + [True] * 12
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=IDS)
 def test_decoding_codes_is_the_second_half_of_forward(options):
     """Guards decode(): whatever is sampled from codes must be what was trained, at any length, partial blocks included."""
