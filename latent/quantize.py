@@ -16,7 +16,8 @@ Residual vector quantization: a latent vector becomes D codes out of K, level by
    taken rather than FSQ because it keeps K codes on D levels of any width: the same codes, stack, prior and metrics.
 5. Until k-means has seen enough vectors, an `ema` codebook is random, of the length that serves a Gaussian latent best: one
    code path from the first step on, in which codes are codes and evaluation is honest (passing z through unquantized would
-   report the loss of another model). Wait for `initialized` before codes are stored.
+   report the loss of another model). Wait for `initialized` before codes are stored. A model may train on z itself until then
+   (latent/autoencoder.py does: random codes would pull its latents together before they have spread), but evaluates on codes.
 
 DistributedDataParallel needs broadcast_buffers=False, or rank 0's statistics replace those of the others; step() sums them.
 Float32 outside autocast (float64 in a float64 model). Shapes: N latents (of any leading dimensions), Z width, K codes, D levels,

@@ -214,7 +214,8 @@ def test_codes_start_when_they_are_told_to():
     assert model.quantizer.initialized  # 30 x 64 latents are more than 50 x 8
     hits = model.quantizer.codebook.ema_count[0].sum()
     assert abs(hits - 64) < 1e-6, "averages on the scale of all steps so far instead of one would take a thousand to move"
-    assert model(idx, idx)[1]["commitment"] > 0
+    losses = model(idx, idx)[1]
+    assert losses["commitment"] > 0 and losses["total"] == losses["token"] + 0.25 * losses["commitment"]
     fresh = make(quantize_after=30)
     unquantized = make(quantize_after=30).train()
     assert fresh(idx, idx)[1]["token"] != unquantized(idx, idx)[1]["token"]
