@@ -1,0 +1,15 @@
+"""Text autoencoder, 1,099,520 parameters: 4 bytes become 4 codes of 512, 9 bits a byte. Less than an hour on two CPU cores."""
+
+base = "../stdlib/common.py"
+model = "autoencoder"
+latent_factor = 4
+latent_dim = 64
+codebook_size = 512
+codebook_levels = 4
+n_encoder_layer = 1
+n_decoder_layer = 3
+n_head = 4
+n_embd = 128
+quantize_after = 200  # by then the latents say the bytes, and codes can be made of them
+max_iters = 13000
+eval_interval = 1000
