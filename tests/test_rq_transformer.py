@@ -1,0 +1,238 @@
+"""The prior over codes: one code path for training and steps, what it may see, the bound, sampling, and whole runs."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from latent.autoencoder import Autoencoder, AutoencoderConfig
+from latent.rq_transformer import RQTransformer, RQTransformerConfig, soft_codes
+from model import Context, rotary_angles
+
+AUTOENCODER = dict(
+    vocab_size=31, block_size=24, latent_factor=4, latent_dim=6, codebook_size=7, codebook_levels=3,
+    n_encoder_layer=1, n_decoder_layer=1, n_head=2, n_embd=12,
+)  # fmt: skip
+PRIOR = dict(n_spatial_layer=2, n_depth_layer=2, n_head=2, n_embd=12)
+
+
+def disturb(module: torch.nn.Module) -> None:
+    """Weights of order one: at initialisation attention is almost uniform and would hide a wrong mask."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+
+
+def make_autoencoder(seed: int = 0, **options) -> Autoencoder:
+    torch.manual_seed(seed)
+    autoencoder = Autoencoder(AutoencoderConfig(**(AUTOENCODER | options)))
+    disturb(autoencoder)
+    autoencoder.quantizer.codebook.initialized.fill_(True)
+    return autoencoder.double().eval()
+
+
+def make_prior(seed: int = 0, prior: dict | None = None, **options) -> RQTransformer:
+    """A tiny prior with its tiny autoencoder, in float64."""
+    autoencoder = make_autoencoder(seed, **options)
+    config = RQTransformerConfig(**(PRIOR | (prior or {}))).fitted_to(autoencoder)
+    model = RQTransformer(config)
+    disturb(model)
+    model.double().eval().attach(autoencoder)
+    return model
+
+
+def random_codes(model: RQTransformer, rows: int = 2, seed: int = 1) -> torch.Tensor:
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    return torch.randint(config.codebook_size, (rows, config.blocks, config.codebook_levels), generator=generator)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what the model computes
+
+
+@pytest.mark.parametrize("options", [{}, {"codebook_levels": 1}, {"shared_codebook": True}, {"latent_factor": 8}])
+@pytest.mark.parametrize("prefill", [0, 1, 3])
+def test_steps_equal_teacher_forcing(options, prefill):
+    """
+    Guards the loop that the original got wrong twice: one position late, and a depth transformer without a prefix. Steps through
+    both caches, with or without a prefill, give the logits of one teacher-forced pass at every position and depth.
+    """
+    model = make_prior(**options)
+    codes, D = random_codes(model), model.config.codebook_levels
+    prefill = min(prefill, model.config.blocks - 1)
+    with torch.no_grad():
+        expected, table = model.logits(codes), model.table()
+        spatial, depth = model.spatial.make_cache(), model.depth.make_cache()
+        for m in range(prefill, model.config.blocks):
+            h = model.states(codes[:, :m], table, spatial)[:, -1]
+            depth.truncate(0)
+            for d in range(D):
+                step = model.code_logits(h, codes[:, m, :d], table, depth)
+                assert step.shape[1] == 1 and (step[:, 0] - expected[:, m, d]).abs().max() < 1e-10, (m, d)
+            assert spatial.length == m + 1 and depth.length == D
+
+
+def test_codes_are_predicted_in_raster_order():
+    """Guards causality: another code (m, d) changes the logits of (m, d + 1), or of the next stack, and none up to (m, d)."""
+    model = make_prior()
+    codes = random_codes(model)
+    M, D, K = model.config.blocks, model.config.codebook_levels, model.config.codebook_size
+    with torch.no_grad():
+        before = model.logits(codes).flatten(1, 2)  # (B, M D, K), raster order
+        for place in range(M * D):
+            other = codes.flatten(1).clone()
+            other[:, place] = (other[:, place] + 1 + place % (K - 1)) % K
+            after = model.logits(other.view_as(codes)).flatten(1, 2)
+            assert torch.equal(after[:, : place + 1], before[:, : place + 1]), place
+            if place + 1 < M * D:
+                assert ((after - before)[:, place + 1].abs().amax(-1) > 1e-6).all(), place
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_order_of_a_stack_matters(shared):
+    """Guards the embedding: with one table for all depths, (1, 2, 3) and (3, 2, 1) would be the same context."""
+    model = make_prior(shared_codebook=shared)
+    codes = random_codes(model)
+    codes[:, 0] = torch.tensor([1, 2, 3])
+    turned = codes.clone()
+    turned[:, 0] = torch.tensor([3, 2, 1])
+    with torch.no_grad():
+        a, b = (model.states(c[:, :-1], model.table()) for c in (codes, turned))
+    assert torch.equal(a[:, 0], b[:, 0]) and ((a - b)[:, 1:].abs().amax(-1) > 1e-3).all()
+
+
+def test_one_level_is_a_plain_transformer():
+    """Guards the wiring: with D = 1 it is an ordinary auto-regressive transformer over codes, written out here."""
+    model = make_prior(codebook_levels=1)
+    codes = random_codes(model)[..., 0]  # (B, M)
+    B, M = codes.shape
+    book = model.autoencoder.quantizer.vectors()[0]
+    with torch.no_grad():
+        x = book[codes[:, :-1]] / book.pow(2).mean().sqrt() @ model.project[0]
+        x = torch.cat((model.start.expand(B, 1, -1), x), dim=1)  # (B, M, C): shifted right behind the start
+        rotary = {6: rotary_angles(torch.arange(M), 6)}
+        for block in model.spatial.blocks:
+            x = block(x, Context(torch.ones(M, M, dtype=torch.bool).tril(), False, rotary, 0, 0.0))
+        x = x + model.wpe_depth[0]
+        for block in model.depth.blocks:  # each position sees itself, at rotary position 0
+            x = block(x, Context(torch.eye(M, dtype=torch.bool), False, {6: rotary_angles(torch.zeros(M), 6)}, 0, 0.0))
+        assert (model.heads[0](x) - model(codes[..., None])[0][:, :, 0]).abs().max() < 1e-10
+
+
+def test_empty_blocks_do_not_count():
+    """Guards the mask: -1 (no text) adds nothing to the context, the loss, or the number of tokens."""
+    model = make_prior().train()
+    codes = random_codes(model)
+    short = codes[:, :4].clone()
+    padded = codes.clone()
+    padded[:, 4:] = -1
+    expected, found = (model(c, c)[1] for c in (short, padded))
+    assert all(abs(expected[name] - found[name]) < 1e-12 for name in ("code", "token", "total"))
+    full = F.cross_entropy(model.logits(short).flatten(0, 2), short.flatten(), reduction="none")
+    assert abs(found["total"] - full.mean()) < 1e-12 and abs(found["token"] - full.sum() / (2 * 4 * 4)) < 1e-12
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the bound, soft targets, and the autoencoder that is not a part
+
+
+@pytest.mark.parametrize("real", [24, 22, 9, 1])
+def test_the_bound_is_what_a_slow_loop_finds(real):
+    """Guards the honest number: nats of every code of every block with text, and of every token given the codes, per token."""
+    model = make_prior()
+    config = model.config
+    x = torch.randint(31, (3, 24), generator=torch.Generator().manual_seed(2))
+    y = torch.full_like(x, 5)
+    y[1, real:] = -1
+    y[2, 5:] = -1
+    nats_codes, nats_tokens, tokens = torch.zeros(3), 0.0, 0
+    with torch.no_grad():
+        for row, length in enumerate((24, real, 5)):
+            text = x[row : row + 1, :length]
+            codes = model.autoencoder.encode(text)
+            prior, given_codes = model.logits(codes).log_softmax(-1)[0], model.autoencoder.decode(codes).log_softmax(-1)[0]
+            for m in range(-(-length // config.latent_factor)):
+                for d in range(config.codebook_levels):
+                    nats_codes[d] -= prior[m, d, codes[0, m, d]]
+            nats_tokens -= sum(given_codes[t, text[0, t]] for t in range(length))
+            tokens += length
+        bound = (nats_codes.sum() + nats_tokens) / tokens
+        assert abs(model(x, y)[1]["token"] - bound) < 1e-6
+        said = model.summarize(model.measure(x, y))
+    bits = torch.log(torch.tensor(2.0)) * (said["code_bits_per_token"] + said["token_bits_per_token"])
+    assert abs(bits - bound) < 1e-6 and said["token_bits_per_token"] > 0 and len(said["code_loss"]) == 3
+
+
+def test_soft_codes_are_draws_and_their_distribution():
+    """Guards Lee's targets: Q is softmax(-distance^2 / tau) of the residual of what was *drawn*; tau -> 0 gives the hard codes."""
+    model = make_prior()
+    quantizer, z = model.autoencoder.quantizer, torch.randn(500, 6, dtype=torch.float64)
+    codes, targets = soft_codes(z, quantizer.vectors(), 0.7)
+    residual, surprise = z, 0.0
+    for d, book in enumerate(quantizer.vectors()):
+        q = (-(residual[:, None] - book).pow(2).sum(-1) / 0.7).softmax(-1)
+        assert (q - targets[:, d]).abs().max() < 1e-9
+        surprise += (-q.gather(1, codes[:, d : d + 1]).log().mean() / -(q * q.log()).sum(-1).mean()).item() / 3
+        residual = residual - book[codes[:, d]]
+    assert 0.8 < surprise < 1.2, "codes are not draws from Q"
+    assert torch.equal(soft_codes(z, quantizer.vectors(), 1e-6)[0], quantizer.encode(z))
+
+
+def test_soft_labels_are_for_training_only():
+    """Guards the evaluation: random codes would make its likelihood that of another model; blocks without text stay out."""
+    model = make_prior(prior={"soft_labels": 2.0})
+    x = torch.randint(31, (3, 24), generator=torch.Generator().manual_seed(3))
+    y = x.clone()
+    y[0, 10:] = -1
+    assert model(x, y)[1]["token"] == model(x, y)[1]["token"]
+    model.train()
+    losses = [model(x, y)[1] for _ in range(2)]
+    assert losses[0]["total"] != losses[1]["total"] and model.sums(x, y)["stacks"] == 6 + 6 + 3
+    assert abs(losses[0]["token"] * (10 + 24 + 24) - losses[0]["code"] * 15 * 3) < 1e-9
+    losses[0]["total"].backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_autoencoder_is_attached_but_no_part(tmp_path):
+    """Guards the freeze: not trained, not counted, not stored, not switched to training; but it moves with the model."""
+    model = make_prior()
+    assert not any("autoencoder" in name or "vectors" in name for name in model.state_dict())
+    assert sum(p.numel() for p in model.parameters()) == model.get_num_params() + model.wpe_depth.numel()
+    before = {name: value.clone() for name, value in model.autoencoder.state_dict().items()}
+    model.train()
+    assert not model.autoencoder.training
+    codes = random_codes(model)
+    model(codes, codes)[1]["total"].backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.autoencoder.parameters())
+    model.float()
+    assert model.autoencoder.wte.weight.dtype == torch.float32 == model.vectors.dtype
+    assert all(torch.equal(value.float(), before[name].float()) for name, value in model.autoencoder.state_dict().items())
+
+
+def test_another_autoencoder_is_refused():
+    """Guards the hash: with other codebooks every code would mean something else, and nothing would notice."""
+    model, other = make_prior(), make_autoencoder(seed=5)
+    with pytest.raises(ValueError, match=f"{other.codebook_hash()[:12]}.*{model.config.codebook_hash[:12]}.*train this model again"):
+        model.attach(other)
+    with pytest.raises(ValueError, match="train this model again"):
+        dataclasses.replace(model.config).fitted_to(other, {"codebook_hash": model.config.codebook_hash})
+    with pytest.raises(ValueError, match="latent_factor=8, but the autoencoder .* has 4; leave latent_factor out"):
+        model.config.fitted_to(other, {"latent_factor": 8})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"n_embd": 10, "n_head": 4}, "n_embd=10 is not divisible by n_head=4"),
+        ({"n_depth_layer": 0}, "n_depth_layer=0: at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"soft_labels": -1.0}, "soft_labels=-1.0: a temperature"),
+        ({"soft_labels": 0.5, "code_offsets": 2}, "leave code_offsets at 1"),
+        ({"block_size": 10}, "block_size=10 is not a multiple of latent_factor=4"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        RQTransformerConfig(**options)
