@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import generate
+import tokenizer
+from generate import BlockSampling, Continuation, Sampling
 from latent.autoencoder import Autoencoder, AutoencoderConfig
 from latent.rq_transformer import RQTransformer, RQTransformerConfig, soft_codes
 from model import Context, rotary_angles
@@ -220,6 +223,114 @@ def test_another_autoencoder_is_refused():
         dataclasses.replace(model.config).fitted_to(other, {"codebook_hash": model.config.codebook_hash})
     with pytest.raises(ValueError, match="latent_factor=8, but the autoencoder .* has 4; leave latent_factor out"):
         model.config.fitted_to(other, {"latent_factor": 8})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sampling
+
+GREEDY = BlockSampling((Sampling(temperature=0.0),))
+MIXED = BlockSampling((Sampling(0.9, seed=3), Sampling(1.3, 4, seed=3), Sampling(0.6, None, 0.8, seed=3)), Sampling(0.7, seed=3))
+
+
+def continued(model, prompts, tokens, sampling, **how) -> list[Continuation]:
+    samples = [Continuation(prompt, tokens) for prompt in prompts]
+    for _ in generate.sample_together(model, samples, sampling, **how):
+        pass
+    return samples
+
+
+def slow_greedy(model: RQTransformer, prompt: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
+    """Text and the codes of its last context: at every depth the whole teacher-forced model, of which one number is used."""
+    S, M, D = model.config.latent_factor, model.config.blocks, model.config.codebook_levels
+    text, codes = prompt[:1] * (-len(prompt) % S) + prompt, None
+    begin = len(text)
+    with torch.no_grad():
+        while len(text) < begin + tokens:
+            if codes is None or codes.size(1) == M:
+                blocks = len(text) // S if codes is None and len(text) < M * S else M // 2
+                codes = model.autoencoder.encode(torch.tensor([text[-blocks * S :]]))
+            codes = torch.cat((codes, torch.zeros(1, 1, D, dtype=torch.int64)), dim=1)
+            for d in range(D):
+                codes[0, -1, d] = model.logits(codes)[0, -1, d].argmax()
+            text += model.autoencoder.decode(codes)[0, -S:].argmax(-1).tolist()
+    return text[begin : begin + tokens], codes
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 9, 20, 23, 24])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_sampling_is_the_argmax_of_teacher_forcing(length, use_cache):
+    """
+    Guards the whole loop, far beyond the context: what is sampled is the argmax of the teacher-forced model on its own output,
+    for prompts shorter than a block, of broken blocks, and as long as the context.
+    """
+    model = make_prior(seed=length)
+    prompt = torch.randint(31, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    (sample,) = continued(model, [prompt], 50, GREEDY, use_cache=use_cache)
+    expected, codes = slow_greedy(model, prompt, 50)
+    assert sample.output == expected and sample.reason == "length" and len(set(expected)) > 2
+    logits = model.logits(codes)[:, -1]
+    assert torch.equal(logits.argmax(-1), codes[:, -1])
+
+
+@pytest.mark.parametrize("options", [{}, {"latent_factor": 8}, {"block_size": 4}, {"block_size": 12}])
+def test_texts_do_not_depend_on_batch_or_cache(options):
+    """Guards the noise and the caches: sample i is the same text in a batch, alone, and computed without caches."""
+    model = make_prior(**options)
+    length = min(6, model.config.block_size)
+    prompts = [list(range(i, i + length)) for i in range(3)]
+    together = [sample.output for sample in continued(model, prompts, 60, MIXED)]
+    assert together == [sample.output for sample in continued(model, prompts, 60, MIXED, use_cache=False)]
+    for i, prompt in enumerate(prompts):
+        assert continued(model, [prompt], 60, MIXED, first_sample=i)[0].output == together[i]
+    assert together[0] != continued(model, prompts[:1], 60, MIXED, first_sample=1)[0].output
+
+
+def test_codes_are_drawn_with_the_settings_of_their_level():
+    """Guards per-depth settings: top_k=1 on the first level leaves one code there, and the others stay free."""
+    model = make_prior()
+    drawn = []
+    model.autoencoder.decode = lambda codes, cache=None, f=model.autoencoder.decode: drawn.append(codes[:, -1]) or f(codes, cache)
+    sampling = BlockSampling((Sampling(1.0, top_k=1), Sampling(2.0), Sampling(2.0)))
+    continued(model, [[1, 2, 3, 4]] * 40, 4, sampling)
+    used = [len(set(level)) for level in drawn[-1].T.tolist()]
+    assert used[0] == 1 and used[1] > 2 and used[2] > 2
+    with pytest.raises(ValueError, match="2 values of temperature, top_k or top_p for a model of 3 code levels"):
+        continued(model, [[1]], 4, BlockSampling(sampling.levels[:2]))
+
+
+def test_texts_end_inside_a_block():
+    """Guards accept(): an end-of-document token, a stop string, or the last token may come in the middle of a block."""
+    model = make_prior(vocab_size=256)
+    text = continued(model, [[10, 11]], 40, GREEDY)[0].output
+    place = next(i for i in range(5, 40) if i % 4 == 1 and text[i] not in text[:i])
+    assert generate.generate(model, [[10, 11]], 40, GREEDY, eos=text[place]) == [text[:place]]
+    assert generate.generate(model, [[10, 11]], 7, Sampling(0.0)) == [text[:7]]
+    written = []
+    sample = Continuation([10, 11], 40, tokenizer.ByteTokenizer(), write=written.append)
+    for _ in generate.sample_together(model, [sample], GREEDY):
+        pass
+    assert "".join(written) == sample.text
+
+
+def test_a_short_prompt_is_filled_in_front():
+    """Guards the block border: "ab" is continued as the line break, once or more, and "ab" are."""
+    model = make_prior(vocab_size=256)
+
+    def text(prompt: str) -> list[int]:
+        sample = Continuation(list(prompt.encode()), 20, tokenizer.ByteTokenizer())
+        for _ in generate.sample_together(model, [sample], GREEDY):
+            pass
+        return sample.output
+
+    assert text("ab") == text("\n\nab") and text("abcde") == text("\n\n\nabcde") != text("abcd")
+    chars = Continuation([2, 1], 1, tokenizer.CharTokenizer("abc"))
+    assert generate.filler(chars) == 2 == generate.filler(Continuation([2, 1], 1))
+    with pytest.raises(ValueError, match="use compile=false"):
+        continued(model, [[1]], 4, GREEDY, compile="eager")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# settings
 
 
 @pytest.mark.parametrize(
