@@ -292,7 +292,7 @@ def sample_together(
     check_prompts(model, [sample.tokens for sample in samples])
     if getattr(model, "autoencoder", None) is not None:
         if compile is not None:
-            raise ValueError("compile=true is for models that write one token a step; this one writes blocks: use compile=false")
+            raise ValueError("compile=true is for models that write one token a step, not blocks; use compile=false")
         how = sampling if isinstance(sampling, BlockSampling) else BlockSampling((sampling,))
         yield from sample_in_blocks(model, samples, how, use_cache, first_sample)
         return
@@ -320,11 +320,7 @@ def filler(sample: Continuation) -> int:
 
 
 def sample_in_blocks(
-    model: torch.nn.Module,
-    samples: list[Continuation],
-    sampling: BlockSampling,
-    use_cache: bool = True,
-    first_sample: int = 0,
+    model: torch.nn.Module, samples: list[Continuation], sampling: BlockSampling, use_cache: bool = True, first_sample: int = 0
 ) -> Iterator[None]:
     """
     sample_together for a model over codes: at every step one spatial step, D depth steps that choose the codes of one block,
@@ -341,7 +337,7 @@ def sample_in_blocks(
     token_noise = Noise(sampling.tokens, config.vocab_size)
     numbers = [first_sample + i for i in range(len(samples))]
     idx = torch.tensor([[filler(sample)] * (-len(sample.tokens) % S) + sample.tokens for sample in samples], device=device)
-    table, codes, known = model.table(), None, 0  # known: blocks in the decoder's cache
+    table, codes = model.table(), None
     while not all(sample.finished for sample in samples):
         n = idx.size(1) // S  # blocks of text, hence the number of the next one
         if codes is None or codes.size(1) == M:
@@ -349,8 +345,8 @@ def sample_in_blocks(
             codes = torch.empty(len(samples), 0, D, dtype=torch.int64, device=device)
             if kept > 0:
                 codes = model.encode(idx[:, -kept * S :].contiguous(), None)[0]
-            spatial, depth, decoder = model.spatial.make_cache(), model.depth.make_cache(), model.autoencoder.make_decoder_cache(M)
-            known = 0
+            spatial, depth = model.spatial.make_cache(), model.depth.make_cache()
+            decoder, known = model.autoencoder.make_decoder_cache(M), 0  # known: blocks in it
         h = model.states(codes, table, spatial if use_cache else None)[:, -1]
         stack = codes.new_empty(len(samples), 0)  # (B, d)
         depth.truncate(0)

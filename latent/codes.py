@@ -43,20 +43,18 @@ class CodeData:
             "latent_factor": config.latent_factor, "codebook_levels": config.codebook_levels,
             "codebook_size": config.codebook_size, "offsets": begins, "windows": len(starts),
         }  # fmt: skip
+        self.windows, path = len(starts), folder / "codes.bin"
+        size = 2 * self.windows * int(np.prod(self.shape))  # bytes
         if not distributed() or dist.get_rank() == 0:
             found = read_meta(folder)
-            if found != meta:
+            if found != meta or not path.is_file() or path.stat().st_size != size:
                 if found:
-                    changed = ", ".join(key for key in meta if found.get(key) != meta[key])
-                    print(f"note: {folder} holds codes of something else ({changed}): they are extracted again")
+                    changed = ", ".join(key for key in meta if found.get(key) != meta[key]) or "codes.bin is damaged"
+                    print(f"note: {folder} does not hold what is needed ({changed}): the codes are extracted again")
                 extract(folder, data, autoencoder, starts, meta)
         if distributed():
             dist.barrier()
-        self.windows = len(starts)
-        self._file = io.FileIO(folder / "codes.bin")  # not a map, whose pages would stay resident
-        size, expected = os.fstat(self._file.fileno()).st_size, 2 * self.windows * int(np.prod(self.shape))
-        if size != expected:
-            raise ValueError(f"{folder}/codes.bin has {size:,} bytes instead of {expected:,}: delete {folder}, to have it made again")
+        self._file = io.FileIO(path)  # not a map, whose pages would stay resident
 
     def batch_starts(self, seed: int, step: int, count: int) -> np.ndarray:
         """(count,) int64 numbers of the windows of one optimizer step, a pure function of the arguments."""

@@ -48,9 +48,10 @@ def test_in_turns(monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "sample is missing"),
+        ([], "sample.latent is missing"),
         (["smaple"], "did you mean 'sample'"),
         (["sample", "--tokens=0"], "tokens=0"),
+        (["latent", "--batch=0"], "batch=0"),
         (["sample", "--batc=1"], "did you mean 'batch'"),
     ],
 )

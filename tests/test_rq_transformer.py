@@ -1,7 +1,6 @@
 """The prior over codes: one code path for training and steps, what it may see, the bound, sampling, and whole runs."""
 
 import dataclasses
-import shutil
 
 import pytest
 import torch
