@@ -13,6 +13,7 @@ resuming, evaluating more often, or adding processes does not change a run.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -141,6 +143,7 @@ class Trainer:
                 f"processes; choose a multiple of {machine.world_size} (and a smaller batch_size to keep the tokens per step)"
             )
         self.config, self.raw_model, self.data, self.machine = config, raw_model, data, machine
+        self.train_data = data  # what update() draws from; a model may put something else made of it here
         self.optimizer = make_optimizer(raw_model, config, machine.device)
         # float16 gradients underflow unless the loss is scaled up; for all other types this does nothing
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
@@ -151,9 +154,10 @@ class Trainer:
             ids = [machine.device.index] if machine.device.type == "cuda" else None
             self.train_model = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
         self.step = 0
+        self.full_rows = max(1, FULL_EVAL_TOKENS // data.block_size)
 
-    def load_batch(self, split: str, starts) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = self.data.gather(split, starts)
+    def load_batch(self, split: str, starts, data=None) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = (data or self.data).gather(split, starts)
         if self.machine.device.type == "cuda":  # from pinned memory the copy overlaps with what the GPU is doing
             return tuple(t.pin_memory().to(self.machine.device, non_blocking=True) for t in (x, y))
         return x.to(self.machine.device), y.to(self.machine.device)
@@ -165,13 +169,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         accumulation = config.gradient_accumulation_steps
-        starts = self.data.batch_starts(config.seed, self.step, config.batch_size * accumulation)
+        starts = self.train_data.batch_starts(config.seed, self.step, config.batch_size * accumulation)
         mine = range(machine.rank, accumulation, machine.world_size)
         sums: dict[str, torch.Tensor] = {}
         self.train_model.train()
         for micro in mine:
             runtime.seed_everything(config.seed, self.step, micro)
-            x, y = self.load_batch("train", starts[micro * config.batch_size : (micro + 1) * config.batch_size])
+            these = starts[micro * config.batch_size : (micro + 1) * config.batch_size]
+            x, y = self.load_batch("train", these, self.train_data)
             if machine.world_size > 1:  # exchange gradients once a step, not once a micro-batch
                 self.train_model.require_backward_grad_sync = micro == mine[-1]
             with machine.autocast():
@@ -188,34 +193,54 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if hasattr(self.raw_model, "after_step"):
+            self.raw_model.after_step()
         self.step += 1
         return sums
 
     # ------------------------------------------------------------------------------------------------------------------
     # evaluation: its own windows, no dropout, no random numbers, so that it leaves no trace in the run
 
+    def eval_batches(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This process's share of the fixed evaluation windows of a split."""
+        config, machine = self.config, self.machine
+        starts = self.data.eval_starts(split, config.batch_size * config.eval_iters)
+        for i in range(machine.rank, config.eval_iters, machine.world_size):
+            yield self.load_batch(split, starts[i * config.batch_size : (i + 1) * config.batch_size])
+
     @torch.no_grad()
     def estimate(self, split: str) -> float:
-        """Mean loss, nats per token, over the fixed evaluation windows of a split, shared out among the processes."""
-        config, machine = self.config, self.machine
+        """Mean loss, nats per token, over the evaluation windows of a split."""
         self.model.eval()
-        starts = self.data.eval_starts(split, config.batch_size * config.eval_iters)
         total = torch.zeros((), dtype=torch.float64)
-        for i in range(machine.rank, config.eval_iters, machine.world_size):
-            x, y = self.load_batch(split, starts[i * config.batch_size : (i + 1) * config.batch_size])
-            with machine.autocast():
+        for x, y in self.eval_batches(split):
+            with self.machine.autocast():
                 total += self.model(x, y)[1]["token"].double().cpu()
-        return self.sum_up(total).item() / config.eval_iters
+        return self.sum_up(total).item() / self.config.eval_iters
 
     def final_loss(self) -> tuple[float, int]:
         """Mean loss, nats per token, over the validation file, and the number of tokens. Every process does its share."""
-        rows = max(1, FULL_EVAL_TOKENS // self.data.block_size)
-        total, count = evaluate_all(self.model, self.data, "val", rows, self.machine, self.config.final_eval_tokens)
+        rows, first = self.full_rows, self.config.final_eval_tokens
+        total, count = evaluate_all(self.model, self.data, "val", rows, self.machine, first)
         count = self.sum_up(count)
         return (self.sum_up(total) / count).item(), int(count)
 
+    def measure(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float | int | list]:
+        """What the model says of itself on batches (x, y), this process's share of them; nothing if it has nothing to say."""
+        if not hasattr(self.raw_model, "measure"):
+            return {}
+        self.raw_model.eval()
+        # a process may get no batch at all, but has to sum up as many numbers as the others: begin with one in which nothing counts
+        nothing = torch.zeros(1, self.data.block_size, dtype=torch.int64)
+        sums: dict[str, torch.Tensor] = {}
+        for x, y in itertools.chain([(nothing, nothing - 1)], batches):
+            with self.machine.autocast():
+                part = self.raw_model.measure(x.to(self.machine.device), y.to(self.machine.device))
+            sums = {name: sums.get(name, 0) + value for name, value in part.items()}
+        return self.raw_model.summarize({name: self.sum_up(value) for name, value in sums.items()})
+
     def sum_up(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum of a scalar over processes, on the CPU."""
+        """Sum over processes, on the CPU."""
         if self.machine.world_size == 1:
             return value.cpu()
         return self.machine.sum_over_processes(value.to(self.machine.device)).cpu()  # NCCL wants it on the GPU
@@ -341,6 +366,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     model = checkpoint.build(config.model, model_config)
     if config.init_from:
         checkpoint.init_from(model, Path(config.init_from))
+    reconstructs = getattr(model, "predicts", "next") == "itself"
+    what = "reconstruction loss" if reconstructs else "loss"
     model.to(device=machine.device, dtype=machine.weight_dtype)
     trainer = Trainer(config, model, data, machine)
     settings = {"train": configurator.to_dict(config), "model": configurator.to_dict(model_config)}
@@ -362,6 +389,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     elif machine.is_main:
         checkpoint.start_run(settings, data.folder, out, config.overwrite)
 
+    if hasattr(model, "training_data"):
+        trainer.train_data = model.training_data(data)
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model_config.block_size
     say(
         f"{config.model}: {model.get_num_params():,} parameters, {model.flops_per_token() / 1e6:.1f} MFLOP per token; "
@@ -395,7 +424,10 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
             with machine.autocast():
                 record |= model.embedding_loss_report(trainer.load_batch("train", starts)[0])
         stop_if_not_finite(record["val_loss"], trainer.step, out)
-        say(f"step {trainer.step}: train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}")
+        if trainer.step > 0:  # of an untrained model there is nothing to say
+            record |= trainer.measure(trainer.eval_batches("val"))
+        accuracy = f", accuracy {record['token_accuracy']:.2%}" if "token_accuracy" in record else ""
+        say(f"step {trainer.step}: train {what} {record['train_loss']:.4f}, val {what} {record['val_loss']:.4f}{accuracy}")
         log(record)
         if text is not None and machine.is_main:
             prompt = text.encode(config.eval_sample_prompt)
@@ -454,25 +486,31 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         "parameters": model.get_num_params(), "flops_per_token": model.flops_per_token(),
         "steps": trainer.step, "tokens": trainer.step * tokens_per_step,
         "train_loss": trainer.estimate("train"), "val_loss": val_loss, "val_tokens": val_tokens,
-        "val_bits_per_byte": val_loss / math.log(2) / data.bytes_per_token,
         "best_val_loss": state["best_val_loss"], "best_step": state["best_step"],
         "seconds": state["seconds"], "tokens_per_second": trainer.step * tokens_per_step / max(state["train_seconds"], 1e-9),
         "peak_memory_bytes": machine.peak_memory_bytes(), "seed": config.seed, "commit": git_commit(), "data_hash": data.hash,
         "torch": torch.__version__, "device": device_name(machine), "dtype": str(machine.dtype).removeprefix("torch."),
         "compiled": machine.compile, "world_size": machine.world_size,
     }  # fmt: skip
+    if reconstructs:  # a loss that no language model's may be compared with
+        summary["reconstruction"] = True
+    else:
+        summary["val_bits_per_byte"] = val_loss / math.log(2) / data.bytes_per_token
+    windows = data.full_windows("val", trainer.full_rows, machine.rank, machine.world_size, config.final_eval_tokens)
+    summary |= trainer.measure(windows)
     if getattr(model, "embedding_loss", None) is not None:
         with machine.autocast():
             batch = trainer.load_batch("train", data.eval_starts("train", config.batch_size))[0]
             summary["embedding_loss"] = model.embedding_loss_report(batch)["embedding_loss"]
+    found = f"{summary['token_accuracy']:.2%} right" if reconstructs else f"{summary['val_bits_per_byte']:.4f} bits per byte"
     if machine.is_main:
         checkpoint.write_json(out / "summary.json", summary)
     if wandb_run:
         wandb_run.summary.update(summary)
         wandb_run.finish()
     say(
-        f"done: validation loss {val_loss:.4f} nats per token, {summary['val_bits_per_byte']:.4f} bits per byte over "
-        f"{val_tokens:,} tokens; {duration(state['seconds'])}; {out}/summary.json"
+        f"done: validation {what} {val_loss:.4f} nats per token, {found} over {val_tokens:,} tokens; "
+        f"{duration(state['seconds'])}; {out}/summary.json"
     )
     return summary
 

@@ -204,14 +204,14 @@ class EMACodebook(nn.Module):
         self.seen.add_(keep.sum())
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, initialize: bool) -> None:
         """One update from all that was collected since the last one, in all processes."""
         if distributed():
             dist.all_reduce(self.pending_count)
             dist.all_reduce(self.pending_sum)
         if not self.initialized:
             enough = self.seen >= len(self.recent) - 1
-            if self.from_rank_0(enough.long()):
+            if initialize and self.from_rank_0(enough.long()):
                 self.initialize()
         elif self.pending_count.sum() > 0:  # else nothing was collected, and the averages must not fade
             self.update()
@@ -317,7 +317,7 @@ class SimVQCodebook(nn.Module):
     def collect(self, residuals: list[torch.Tensor], codes: list[torch.Tensor], valid: torch.Tensor) -> None:
         pass
 
-    def step(self) -> None:
+    def step(self, initialize: bool) -> None:
         pass
 
 
@@ -343,9 +343,12 @@ class ResidualQuantizer(nn.Module):
         """Codes replaced so far, per codebook. On data that do not change it must stop growing."""
         return self.codebook.restarts.tolist()
 
-    def step(self) -> None:
-        """Update the codebooks: once after each optimizer step, by every process. forward() never does."""
-        self.codebook.step()
+    def step(self, initialize: bool = True) -> None:
+        """
+        Update the codebooks: once after each optimizer step, by every process. forward() never does. initialize=False: k-means
+        waits, although there may be latents enough.
+        """
+        self.codebook.step(initialize)
 
     def vectors(self) -> list[torch.Tensor]:
         """The codebook (K, Z) of each level."""

@@ -1,0 +1,271 @@
+"""
+A text autoencoder with discrete codes in the middle (an RQ-VAE: arXiv:1711.00937, arXiv:2203.01941; no KL term, so "VAE" in
+name only). S tokens become one stack of D codes out of K, and the codes become the tokens again, all of them at once:
+
+    tokens -> causal trunk -> down -> Linear to Z -> refine -> norm -> D codes -> refine -> Linear to C -> up -> trunk -> logits
+
+1. Encoding is causal and aligned to blocks of S tokens: the codes of a prefix are those of the whole text on complete blocks,
+   or nothing that was trained on codes could continue a prompt.
+2. Decoding is causal by blocks: position t of block j sees all positions of the blocks up to j, so text can be written as its
+   codes arrive. Nothing else needs a mask there: what stands behind the end of a text is in later blocks.
+3. It predicts tokens that it has seen: `token` is the cross-entropy of a reconstruction, never a language model's loss.
+
+Shapes: B batch, T tokens, C width, S tokens per latent, M = ceil(T / S) latents, Z latent width, K codes of a level, D levels,
+V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from kernels import at_least_float32, head_loss
+from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer
+from latent.resample import CausalDownsample, Upsample, doublings
+from model import Block, Cache, CausalModel, LayerNorm, check_sizes, require
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    vocab_size: int = 256  # number of token ids; train.py takes it from the data set unless given
+    block_size: int = 256  # longest text, tokens; a multiple of latent_factor
+    latent_factor: int = 4  # tokens S that become one latent, a power of two
+    n_encoder_layer: int = 1  # blocks in front of the codes
+    n_decoder_layer: int = 3  # blocks behind them
+    n_head: int = 4  # attention heads
+    n_embd: int = 128  # width C
+    bias: bool = False  # biases in linear layers, convolutions and LayerNorms
+    dropout: float = 0.0  # on embeddings, attention weights and residual branches, in training only
+    position: Literal["learned", "rope"] = "rope"  # a table added to the input, or rotary keys and queries
+    # codes: latent/quantize.py explains them
+    latent_dim: int = 64  # width Z of a latent
+    codebook_size: int = 512  # codes K of a level
+    codebook_levels: int = 4  # levels D; a token costs D log2(K) / S bits
+    codebook_kind: Literal["ema", "simvq"] = "ema"  # how codebooks learn: moving averages, or gradients of a linear map
+    shared_codebook: bool = False  # one codebook for all levels
+    commitment_weight: float = 0.25  # of the commitment loss in the total
+    quantizer_gradient: Literal["straight_through", "rotation"] = "straight_through"  # how gradients pass the codes
+    quantize_dropout: float = 0.0  # probability that a training step uses only the first 1..D-1 levels
+    codebook_decay: float = 0.99  # ema: weight of the past in the moving averages, per step
+    quantize_after: int = 300  # ema: steps of training without codes before k-means makes the codebooks
+
+    def __post_init__(self):
+        check_sizes(self, "vocab_size", "block_size", "n_encoder_layer", "n_decoder_layer", "n_head", "n_embd")
+        require(
+            self.n_embd % self.n_head == 0,
+            f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; choose a divisor of n_embd",
+        )
+        require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout}: a probability in [0, 1) is needed")
+        require(self.quantize_after >= 0, f"quantize_after={self.quantize_after} must not be negative")
+        doublings(self.latent_factor)
+        require(
+            self.block_size % self.latent_factor == 0,
+            f"block_size={self.block_size} is not a multiple of latent_factor={self.latent_factor}, but a text is cut into "
+            "blocks of that many tokens; choose another block_size",
+        )
+        self.quantizer_config()
+
+    def quantizer_config(self) -> QuantizerConfig:
+        """Settings of the quantizer. Raises ValueError where they cannot work."""
+        return QuantizerConfig(
+            latent_dim=self.latent_dim,
+            codebook_size=self.codebook_size,
+            codebook_levels=self.codebook_levels,
+            kind=self.codebook_kind,
+            shared_codebook=self.shared_codebook,
+            commitment_weight=self.commitment_weight,
+            gradient=self.quantizer_gradient,
+            quantize_dropout=self.quantize_dropout,
+            decay=self.codebook_decay,
+            restart_interval=max(100, math.ceil(1 / max(1 - self.codebook_decay, 1e-9))),
+        )
+
+
+class SwiGLU(nn.Module):
+    """x + W_o (silu(W_g n) * W_u n) with n = LayerNorm(x), for each latent by itself (arXiv:2002.05202)."""
+
+    def __init__(self, width: int, bias: bool):
+        super().__init__()
+        self.norm = LayerNorm(width, bias)
+        self.c_fc = nn.Linear(width, 8 * width, bias=bias)  # gate, value
+        self.c_proj = nn.Linear(4 * width, width, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, value = self.c_fc(self.norm(x)).chunk(2, dim=-1)
+        return x + self.c_proj(F.silu(gate) * value)
+
+
+class Autoencoder(CausalModel):
+    """See the top of this file. Parameter names are part of the checkpoint format; those of the trunk are EncoderDecoder's."""
+
+    predicts = "itself"
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        C, Z, S, learned = config.n_embd, config.latent_dim, config.latent_factor, config.position == "learned"
+        self.n_layer_cache = config.n_encoder_layer + config.n_decoder_layer
+        self.head_widths = {C // config.n_head}
+        block = (C, config.n_head, config.bias, config.dropout)
+        self.wte = nn.Embedding(config.vocab_size, C)  # also the output layer
+        self.wpe = nn.Embedding(config.block_size, C) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.encoder = nn.ModuleList(Block(*block) for _ in range(config.n_encoder_layer))
+        self.down = CausalDownsample(C, S, keep_partial=True, bias=config.bias)
+        self.to_latent = nn.Linear(C, Z, bias=config.bias)
+        self.refine_encoder = SwiGLU(Z, config.bias)
+        self.ln_latent = LayerNorm(Z, config.bias, affine=False)  # no gain: it would shrink to please the commitment loss
+        self.quantizer = ResidualQuantizer(config.quantizer_config())
+        self.refine_decoder = SwiGLU(Z, config.bias)
+        self.from_latent = nn.Linear(Z, C, bias=config.bias)
+        self.up = Upsample(C, S, bias=config.bias)
+        self.wpe_decoder = nn.Embedding(config.block_size, C) if learned else None
+        self.decoder = nn.ModuleList(Block(*block) for _ in range(config.n_decoder_layer))
+        self.ln_f = LayerNorm(C, config.bias)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # optimizer steps so far
+        self.initialize([self.encoder, self.decoder])
+
+    def compress(self, idx: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens idx (B, T), mask (B, T) True = real, all of them in front -> latents (B, M, Z) and which are real (B, M)."""
+        positions, context = self.place(idx, None, None, None)
+        x = self.wte(idx)
+        x = self.dropout(x if self.wpe is None else x + self.wpe(positions))
+        for block in self.encoder:
+            x = block(x, context)
+        x, mask = self.down(x, mask)
+        return self.ln_latent(self.refine_encoder(self.to_latent(x))), mask
+
+    def expand(self, z: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """Quantized latents z (B, M, Z), of the blocks behind those in the cache -> states (B, M S, C) for the output layer."""
+        x, _ = self.up(self.from_latent(self.refine_decoder(z)))
+        S, start = self.config.latent_factor, cache.length if cache is not None else 0
+        block = torch.arange(start + x.size(1), device=x.device) // S
+        positions, context = self.place(x, cache, None, block <= block[start:, None])
+        x = self.dropout(x if self.wpe_decoder is None else x + self.wpe_decoder(positions))
+        for i, layer in enumerate(self.decoder):
+            x = layer(x, context, cache.layers[i] if cache is not None else None)
+        if cache is not None:
+            cache.length += x.size(1)
+        return self.ln_f(x)
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """
+        idx (B, T) token ids -> logits (B, T, V) of the same tokens and no losses. With targets (B, T), which only say which
+        tokens are real (>= 0, all of them in front), no logits but the losses by name: `total` (to minimise), `token` (nats
+        per token, of the reconstruction), `commitment` and, with simvq, `codebook` (unweighted).
+        """
+        mask = None if targets is None else targets >= 0
+        latent, real = self.compress(idx, mask)
+        z, _, losses, _ = self.quantizer(latent, real)
+        if self.training:  # codes that come from no data would pull the latents together before they have spread
+            with_codes = self.quantizer.codebook.initialized
+            z = torch.where(with_codes, z, latent)
+            losses = {name: torch.where(with_codes, loss, 0.0) for name, loss in losses.items()}
+        x = self.expand(z)[:, : idx.size(1)]
+        if targets is None:
+            return F.linear(x, self.wte.weight), {}
+        losses["token"] = head_loss(x, self.wte.weight, torch.where(mask, idx, -1))
+        weights = self.quantizer.config.loss_weights
+        losses["total"] = losses["token"] + sum(weight * losses[name] for name, weight in weights.items())
+        return None, losses
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # text to codes, codes to text
+
+    @torch.no_grad()
+    def encode(self, idx: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (B, T), mask (B, T) True = real, all of them in front -> codes (B, M, D), -1 for a block without real tokens."""
+        return self.quantizer.encode(*self.compress(idx, mask))
+
+    def decode(self, codes: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """
+        Codes (B, M, d) of the first d <= D levels -> logits (B, M S, V). With a cache they are those of the blocks behind
+        the ones already in it, and are appended to it. Raises ValueError beyond block_size, or for too many levels.
+        """
+        return F.linear(self.expand(self.quantizer.decode(codes), cache), self.wte.weight)
+
+    def make_decoder_cache(self, capacity_blocks: int | None = None) -> Cache:
+        """An empty cache for decode(), for so many blocks of S tokens (default: block_size tokens); its length is in tokens."""
+        S = self.config.latent_factor
+        return Cache(self.config.n_decoder_layer, (capacity_blocks or self.config.block_size // S) * S)
+
+    def codebook_hash(self) -> str:
+        return self.quantizer.codebook_hash()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # hooks of train.py
+
+    def after_step(self) -> None:
+        """Once after each optimizer step, in every process."""
+        self.steps += 1
+        self.quantizer.step(initialize=bool(self.steps >= self.config.quantize_after))
+
+    @torch.no_grad()
+    def measure(self, idx: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        What summarize() needs of a batch, in evaluation mode: float64 sums on the CPU, to be added over batches and
+        processes. Arguments as in forward().
+        """
+        assert not self.training, "measured with dropout, and it would collect statistics"
+        S, T, mask = self.config.latent_factor, idx.size(1), targets >= 0
+        latent, real = self.compress(idx, mask)
+        quantized = self.quantizer(latent, real)
+        usage = CodeUsage(self.quantizer.config)
+        usage.add(quantized.codes)
+        right_by_depth = []
+        for depth in range(1, self.config.codebook_levels + 1):
+            states = self.expand(self.quantizer.decode(quantized.codes[..., :depth]))[:, :T]
+            nats, right = self.judge(states, idx)
+            right_by_depth.append((right & mask).sum())
+        wrong = F.pad(mask & ~right, (0, -T % S)).unflatten(1, (-1, S)).any(-1)  # (B, T) -> (B, M S) -> (B, M, S) -> (B, M)
+        sums = {
+            "nats": by_position(torch.where(mask, nats, 0.0), S),
+            "tokens": by_position(mask, S),
+            "right_by_depth": torch.stack(right_by_depth),
+            "latents": real.sum(),
+            "exact_blocks": (real & ~wrong).sum(),
+            "codes": usage.counts,
+            "squared_residual": quantized.distortion * real.sum(),
+        }
+        return {name: value.cpu().double() for name, value in sums.items()}
+
+    def judge(self, x: torch.Tensor, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States x (B, T, C) and the tokens idx (B, T) they stand for -> nats and whether the most likely token is right (B, T)."""
+        nats, right = [], []
+        for states, tokens in zip(x, idx):  # a row at a time: the logits of a whole batch may not fit into memory
+            logits = at_least_float32(F.linear(states, self.wte.weight))
+            nats.append(F.cross_entropy(logits, tokens, reduction="none"))
+            right.append(logits.argmax(-1) == tokens)
+        return torch.stack(nats), torch.stack(right)
+
+    def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, float | int | list[float]]:
+        """Entries of summary.json from the sums of measure(). Warns of levels that say next to nothing."""
+        config, tokens = self.config, sums["tokens"].sum()
+        usage = CodeUsage(self.quantizer.config)
+        usage.counts = sums["codes"].long()
+        if self.quantizer.initialized:
+            usage.warn_if_collapsed()
+        report = usage.report()
+        accuracy = (sums["right_by_depth"] / tokens).tolist()
+        return {
+            "token_accuracy": accuracy[-1],
+            "exact_blocks": (sums["exact_blocks"] / sums["latents"]).item(),  # all S tokens right
+            "accuracy_by_depth": accuracy,  # decoded from the first 1..D levels
+            "loss_by_position": (sums["nats"] / sums["tokens"].clamp(min=1)).tolist(),  # in its block, nats per token
+            "residual_by_depth": (sums["squared_residual"] / sums["squared_residual"][0]).sqrt().tolist(),  # |r_d| / |z|
+            "code_usage": report["usage"],  # per level: the fraction of codes that occur
+            "code_perplexity": report["perplexity"],
+            "code_bits_per_token": config.codebook_levels * math.log2(config.codebook_size) / config.latent_factor,
+            "code_entropy_per_token": report["bits"] / config.latent_factor,  # bits, levels and latents each by themselves
+            "code_restarts": sum(self.quantizer.restarts),
+        }
+
+
+def by_position(values: torch.Tensor, S: int) -> torch.Tensor:
+    """Sums (S,) of values (B, T) over all that stand at the same place in their block of S."""
+    return F.pad(values, (0, -values.size(1) % S)).unflatten(1, (-1, S)).sum((0, 1))  # (B, M S) -> (B, M, S) -> (S,)
