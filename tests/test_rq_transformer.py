@@ -1,13 +1,21 @@
 """The prior over codes: one code path for training and steps, what it may see, the bound, sampling, and whole runs."""
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch.nn import functional as F
 
 import generate
+import sample
 import tokenizer
+import train
+from conftest import write_tokens
 from generate import BlockSampling, Continuation, Sampling
 from latent.autoencoder import Autoencoder, AutoencoderConfig
 from latent.rq_transformer import RQTransformer, RQTransformerConfig, soft_codes
@@ -346,3 +354,131 @@ def test_a_short_prompt_is_filled_in_front():
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         RQTransformerConfig(**options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# whole runs
+
+TINY = {
+    "autoencoder": "--model=autoencoder --latent_dim=8 --codebook_size=8 --codebook_levels=2 --n_encoder_layer=1 --n_decoder_layer=1 "
+    "--n_head=2 --n_embd=16 --block_size=32 --quantize_after=10 --max_iters=30 --eval_interval=30",
+    "rq_transformer": "--model=rq_transformer --n_spatial_layer=1 --n_depth_layer=1 --n_head=2 --n_embd=16 --max_iters=6 "
+    "--eval_interval=3",
+}  # fmt: skip
+SHORT = "--warmup_iters=2 --eval_iters=2 --log_interval=1 --batch_size=4 --device=cpu --dtype=float32 --final_eval_tokens=400"
+
+
+def run(model: str, data: Path, out: Path, *more: str) -> dict:
+    return train.main([f"--dataset={data}", f"--out_dir={out}", *TINY[model].split(), *SHORT.split(), *more])
+
+
+@pytest.fixture(scope="module")
+def autoencoder_run(tiny_data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "autoencoder"
+    run("autoencoder", tiny_data, out)
+    return out
+
+
+@pytest.fixture
+def own_autoencoder(autoencoder_run, tmp_path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(autoencoder_run, tmp_path / "autoencoder"))
+
+
+@pytest.mark.parametrize("more", [["--dropout=0.1", "--code_offsets=2"], ["--soft_labels=0.5"]], ids=["stored", "soft"])
+def test_resumed_equals_unbroken(autoencoder_run, tiny_data, tmp_path, more):
+    """Guards resuming, bit for bit: the order of stored codes, dropout, and the draws of soft labels are functions of the step."""
+    more = [f"--autoencoder={autoencoder_run}", "--lr_decay_iters=6", *more]
+    summary = run("rq_transformer", tiny_data, tmp_path / "a", *more)
+    run("rq_transformer", tiny_data, tmp_path / "b", *more, "--max_iters=3")
+    run("rq_transformer", tiny_data, tmp_path / "b", *more, "--resume")
+    a, b = (safetensors.torch.load_file(tmp_path / name / "last" / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert not any("autoencoder" in key for key in a)
+    assert summary["val_bits_per_byte"] == pytest.approx(summary["code_bits_per_byte"] + summary["token_bits_per_byte"])
+    assert len(summary["code_loss"]) == 2 and all(loss < 3 for loss in summary["code_loss"])
+
+
+def test_learns_codes_by_heart(tmp_path):
+    """Guards the whole chain: autoencoder, stored codes, prior, sampling; a text with period 24 is continued as it was."""
+    text = np.resize(np.frombuffer(b"the quick brown foxes.. ", dtype=np.uint8), 4000)
+    data = write_tokens(tmp_path / "data", text, text[:500])
+    run("autoencoder", data, tmp_path / "autoencoder", "--max_iters=250", "--eval_interval=250", "--learning_rate=1e-2",
+        "--n_embd=32", "--codebook_size=32", "--log_interval=50")  # fmt: skip
+    summary = run("rq_transformer", data, tmp_path / "prior", f"--autoencoder={tmp_path / 'autoencoder'}", "--max_iters=150",
+                  "--eval_interval=150", "--learning_rate=1e-2", "--n_embd=32", "--code_offsets=4")  # fmt: skip
+    assert summary["val_bits_per_byte"] < 0.5 and summary["best_step"] == 150
+    words = ["--prompt=the quick brown ", "--temperature=0", "--max_new_tokens=18", "--device=cpu", "--check"]
+    assert sample.main([str(tmp_path / "prior"), *words]) == ["foxes.. the quick "]
+
+
+def test_a_run_directory_is_all_that_sampling_needs(own_autoencoder, tiny_data, tmp_path, capsys):
+    """Guards self-containment: with the autoencoder's run, its store of codes and the data set gone, the same text comes out."""
+    out = tmp_path / "prior"
+    run("rq_transformer", tiny_data, out, f"--autoencoder={own_autoencoder}", "--eval_sample_tokens=9")
+    assert "sample: " in capsys.readouterr().out
+    words = [str(out), "--prompt=def f", "--max_new_tokens=70", "--device=cpu", "--temperature=1.0,0.8", "--top_k=5"]
+    before = sample.main([*words, "--num_samples=2", "--token_temperature=0.5", "--check"])
+    shutil.rmtree(own_autoencoder)
+    assert sample.main([*words, "--num_samples=2", "--token_temperature=0.5"]) == before
+    assert sample.main([*words, "--stream", "--token_temperature=0.5", "--dtype=float32"]) == before[:1]
+    for flags, message in (
+        (["--lookahead=auto"], "lookahead drafts single tokens"),
+        (["--temperature=1,2,3"], "3 values of temperature.* 2 code levels"),
+        (["--compile"], "use compile=false"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample.main([str(out), "--device=cpu", *flags])
+    with pytest.raises(ValueError, match="autoencoder=.* is not a directory.*rqvae_stdlib"):
+        run("rq_transformer", tiny_data, out, f"--autoencoder={own_autoencoder}", "--resume")
+
+
+def test_settings_of_codes_are_refused_by_plain_models(tiny_data, tmp_path):
+    """Guards sample.py: a setting that does nothing would be believed to have done something."""
+    run_small = ["--model=decoder_only", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--max_iters=1"]
+    train.main([f"--dataset={tiny_data}", f"--out_dir={tmp_path / 'plain'}", *run_small, *SHORT.split(), "--warmup_iters=0"])
+    for flags, message in (
+        (["--temperature=1,2"], "give one value"),
+        (["--token_temperature=0.5"], "no token_temperature"),
+        (["--temperature=1,2", "--top_k=1,2,3"], "temperature has 2, top_k has 3"),
+        (["--top_p=0.5,1.5"], "top_p=1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample.main([str(tmp_path / "plain"), "--device=cpu", *flags])
+
+
+def test_other_codebooks_are_refused_wherever_they_meet(own_autoencoder, tiny_data, tmp_path):
+    """Guards the hash at the start of a run, when it is resumed, and when it is sampled."""
+    out, word = tmp_path / "prior", f"--autoencoder={own_autoencoder}"
+    run("rq_transformer", tiny_data, out, word)
+    old = json.loads((out / "config.json").read_text())["model"]["codebook_hash"]
+    run("autoencoder", tiny_data, own_autoencoder, "--seed=5", "--overwrite")
+    with pytest.raises(ValueError, match=f"{old[:12]}.*train this model again"):
+        run("rq_transformer", tiny_data, tmp_path / "new", word, f"--codebook_hash={old}")
+    with pytest.raises(ValueError, match=f"codebook_hash='.*' .was '{old}'"):
+        run("rq_transformer", tiny_data, out, word, "--resume")
+    assert isinstance(sample.main([str(out), "--device=cpu"])[0], str), "it has its own copy"
+    shutil.rmtree(out / "autoencoder")
+    shutil.copytree(own_autoencoder, out / "autoencoder")
+    with pytest.raises(ValueError, match=f"{old[:12]}.*train this model again"):
+        sample.main([str(out), "--device=cpu"])
+
+
+def test_autoencoders_that_cannot_serve(own_autoencoder, tiny_data, tmp_path):
+    """Guards the lines a user reads: no run, a run of another model, codebooks that are still random, another data set."""
+    out, word = tmp_path / "prior", f"--autoencoder={own_autoencoder}"
+    with pytest.raises(ValueError, match="autoencoder=nowhere: nowhere is not a directory"):
+        run("rq_transformer", tiny_data, out, "--autoencoder=nowhere")
+    with pytest.raises(ValueError, match="latent_factor=8, but the autoencoder"):
+        run("rq_transformer", tiny_data, out, word, "--latent_factor=8")
+    other = write_tokens(tmp_path / "data", np.arange(3000) % 3, np.arange(300) % 3, vocab_size=3)
+    tokenizer.save(tokenizer.CharTokenizer("abc"), other)
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        run("rq_transformer", other, out, word)
+    run("rq_transformer", tiny_data, out, word)
+    with pytest.raises(ValueError, match="is the run of another model, rq_transformer"):
+        run("rq_transformer", tiny_data, tmp_path / "b", f"--autoencoder={out}")
+    run("autoencoder", tiny_data, own_autoencoder, "--max_iters=2", "--eval_interval=1", "--overwrite")
+    with pytest.raises(ValueError, match="before its codebooks were made of data"):
+        run("rq_transformer", tiny_data, tmp_path / "b", word)
+    assert not (tmp_path / "b").exists()
