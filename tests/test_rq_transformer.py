@@ -403,8 +403,8 @@ def test_learns_codes_by_heart(tmp_path):
     """Guards the whole chain: autoencoder, stored codes, prior, sampling; a text with period 24 is continued as it was."""
     text = np.resize(np.frombuffer(b"the quick brown foxes.. ", dtype=np.uint8), 4000)
     data = write_tokens(tmp_path / "data", text, text[:500])
-    run("autoencoder", data, tmp_path / "autoencoder", "--max_iters=250", "--eval_interval=250", "--learning_rate=1e-2",
-        "--n_embd=32", "--codebook_size=32", "--log_interval=50")  # fmt: skip
+    run("autoencoder", data, tmp_path / "autoencoder", "--max_iters=250", "--eval_interval=250", "--learning_rate=3e-3",
+        "--n_embd=32", "--codebook_size=16", "--log_interval=50", "--warmup_iters=20")  # fmt: skip
     summary = run("rq_transformer", data, tmp_path / "prior", f"--autoencoder={tmp_path / 'autoencoder'}", "--max_iters=150",
                   "--eval_interval=150", "--learning_rate=1e-2", "--n_embd=32", "--code_offsets=4")  # fmt: skip
     assert summary["val_bits_per_byte"] < 0.5 and summary["best_step"] == 150
