@@ -333,9 +333,11 @@ def sample_in_blocks(
     config, device = model.config, model.vectors.device
     S, M, D = config.latent_factor, config.blocks, config.codebook_levels
     levels = sampling.for_levels(D)
-    noises = [Noise(level, config.codebook_size) for level in levels]
-    token_noise = Noise(sampling.tokens, config.vocab_size)
-    numbers = [first_sample + i for i in range(len(samples))]
+
+    def noise(position: int, count: int, size: int) -> torch.Tensor:  # (B, count, size) of one position in all samples
+        rows = [gumbel_noise(levels[0].seed, first_sample + i, position, count * size) for i in range(len(samples))]
+        return torch.stack(rows).unflatten(1, (count, size))
+
     idx = torch.tensor([[filler(sample)] * (-len(sample.tokens) % S) + sample.tokens for sample in samples], device=device)
     table, codes = model.table(), None
     while not all(sample.finished for sample in samples):
@@ -349,16 +351,20 @@ def sample_in_blocks(
             decoder, known = model.autoencoder.make_decoder_cache(M), 0  # known: blocks in it
         h = model.states(codes, table, spatial if use_cache else None)[:, -1]
         stack = codes.new_empty(len(samples), 0)  # (B, d)
+        drawn = [None] * D
+        if any(level.temperature > 0 for level in levels):
+            drawn = noise(n, D, config.codebook_size).unbind(1)
         depth.truncate(0)
-        for d, (level, noise) in enumerate(zip(levels, noises)):
+        for d, level in enumerate(levels):
             logits = model.code_logits(h, stack, table, depth if use_cache else None)[:, -1]  # (B, K)
-            stack = torch.cat((stack, pick(logits, noise.rows(numbers, n * D + d), level)[:, None]), dim=1)
+            stack = torch.cat((stack, pick(logits, drawn[d], level)[:, None]), dim=1)
         codes = torch.cat((codes, stack[:, None]), dim=1)  # (B, blocks in the context, D)
         logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)[:, -S:].flatten(0, 1)  # (B S, V)
         known = codes.size(1) if use_cache else 0
-        # noise of tokens is counted from 2^31 on, out of the way of that of codes
-        rows = [token_noise.rows(numbers, 2**31 + n * S + t) for t in range(S)] if sampling.tokens.temperature > 0 else []
-        chosen = pick(logits, torch.stack(rows, 1).flatten(0, 1) if rows else None, sampling.tokens).unflatten(0, (-1, S))
+        drawn = None
+        if sampling.tokens.temperature > 0:  # positions from 2^31 on, out of the way of the codes'
+            drawn = noise(2**31 + n, S, config.vocab_size).flatten(0, 1)
+        chosen = pick(logits, drawn, sampling.tokens).unflatten(0, (-1, S))
         for sample, tokens in zip(samples, chosen.tolist()):
             if not sample.finished:
                 sample.accept(tokens)

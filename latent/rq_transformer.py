@@ -195,13 +195,16 @@ class RQTransformer(CausalModel):
     # codes to logits
 
     def table(self) -> torch.Tensor:
-        """The projected codebook vectors (D, K, C): what a code adds to the context. Once per forward pass, or per text."""
-        return torch.bmm(self.vectors, self.project)
+        """
+        (D, K + 1, C): what a code adds to the context, its projected codebook vector, behind a row of zeros for code -1, a block
+        without text. Made once per forward pass, or per text.
+        """
+        return F.pad(torch.bmm(self.vectors, self.project), (0, 0, 1, 0))
 
     def embed(self, codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Vectors e (..., d, C) of the codes (..., d) of the first d levels; zero for -1, a block without text."""
-        rows = codes.clamp(min=0) + table.size(1) * torch.arange(codes.size(-1), device=codes.device)
-        return torch.where(codes[..., None] >= 0, F.embedding(rows, table.flatten(0, 1)), 0.0)
+        """Vectors e (..., d, C) of the codes (..., d) of the first d levels."""
+        rows = codes + torch.arange(1, codes.size(-1) * table.size(1) + 1, table.size(1), device=codes.device)
+        return F.embedding(rows, table.flatten(0, 1))
 
     def states(self, codes: torch.Tensor, table: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """
@@ -221,10 +224,12 @@ class RQTransformer(CausalModel):
         Logits (N, d, K) of the first d codes of a stack, from its spatial state h (N, C) and all d - 1 codes (N, d - 1) before
         the last one predicted; with a cache only those that it does not hold yet.
         """
-        known = cache.length if cache is not None else 0
-        x = self.from_sum(self.embed(codes, table).cumsum(1)[:, max(known - 1, 0) :])
+        known, parts = cache.length if cache is not None else 0, []
         if known == 0:
-            x = torch.cat((h[:, None].to(x.dtype), x), dim=1)
+            parts.append(h[:, None])
+        if codes.size(1) > 0:
+            parts.append(self.from_sum(self.embed(codes, table).cumsum(1)[:, max(known - 1, 0) :]))
+        x = torch.cat(parts, dim=1)
         x = self.depth(self.dropout(x + self.wpe_depth[known : known + x.size(1)]), cache)
         return torch.stack([self.heads[known + i](x[:, i]) for i in range(x.size(1))], dim=1)
 
