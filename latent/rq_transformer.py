@@ -10,8 +10,8 @@ of one stack, so a text costs M + M D short steps instead of attention over M D 
 
 1. h_m knows the stacks before m and reaches depth d > 1 only through attention, so the depth transformer always has the whole
    prefix of its stack behind it, in training and, through its cache, in every step of sampling.
-2. Both transformers are blocks of model.py with rotary positions. `states` and `code_logits` take all codes so far and compute
-   what their cache does not hold yet: training, prefill and steps are the same lines.
+2. Both transformers are blocks of model.py, the spatial one with rotary positions; the levels have theirs in p. `states` and
+   `code_logits` take all codes so far and compute what their cache does not hold yet: training, prefill and steps are one path.
 3. One projection a level: with a table shared by all depths (1, 2, 3) and (3, 2, 1) would be the same context. E_d is divided by
    its root mean square, because residuals, and so the codes of deep levels, become small.
 4. In evaluation `token` is an upper bound of the negative log-likelihood of the text: the codes z(x) are a function of the text,
@@ -27,6 +27,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -123,11 +124,11 @@ def soft_codes(z: torch.Tensor, books: list[torch.Tensor], tau: float) -> tuple[
 
 
 class Stack(CausalModel):
-    """Blocks of model.py over vectors instead of tokens, causal, with rotary positions."""
+    """Causal blocks of model.py over vectors instead of tokens. Learned positions are for the caller to add."""
 
-    def __init__(self, config: RQTransformerConfig, n_layer: int, length: int):
+    def __init__(self, config: RQTransformerConfig, n_layer: int, length: int, position: Literal["learned", "rope"]):
         super().__init__()
-        self.config = SimpleNamespace(block_size=length, dropout=config.dropout, position="rope")
+        self.config = SimpleNamespace(block_size=length, dropout=config.dropout, position=position)
         self.n_layer_cache, self.head_widths = n_layer, {config.n_embd // config.n_head}
         self.blocks = nn.ModuleList(Block(config.n_embd, config.n_head, config.bias, config.dropout) for _ in range(n_layer))
 
@@ -150,10 +151,10 @@ class RQTransformer(CausalModel):
         C, D, K, Z = config.n_embd, config.codebook_levels, config.codebook_size, config.latent_dim
         self.project = nn.Parameter(torch.empty(D, Z, C))  # P
         self.start = nn.Parameter(torch.empty(C))  # in front of the first stack
-        self.spatial = Stack(config, config.n_spatial_layer, config.blocks)
-        self.from_sum = nn.Linear(C, C, bias=config.bias)  # W
+        self.spatial = Stack(config, config.n_spatial_layer, config.blocks, "rope")
+        self.from_sum = nn.Linear(C, C, bias=config.bias) if D > 1 else None  # W
         self.wpe_depth = nn.Parameter(torch.empty(D, C))  # p
-        self.depth = Stack(config, config.n_depth_layer, D)
+        self.depth = Stack(config, config.n_depth_layer, D, "learned")
         self.heads = nn.ModuleList(nn.Sequential(LayerNorm(C, config.bias), nn.Linear(C, K, bias=config.bias)) for _ in range(D))
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("vectors", torch.zeros(D, K, Z), persistent=False)  # E of the autoencoder that is attached
@@ -306,7 +307,7 @@ class RQTransformer(CausalModel):
         """As CausalModel counts, for a token of text: a block costs one spatial step, D depth steps, and each head once."""
         config = self.config
         C, D, M = config.n_embd, config.codebook_levels, config.blocks
-        depth = sum(p.numel() for p in self.depth.parameters()) + self.from_sum.weight.numel()
+        depth = sum(p.numel() for name, p in self.named_parameters() if name.startswith(("depth.", "from_sum.")))
         products = 6 * (self.get_num_params() + (D - 1) * depth)
         attention = 12 * C * (config.n_spatial_layer * M + config.n_depth_layer * D * D)
         return (products + attention) // config.latent_factor

@@ -2,4 +2,6 @@
 
 base = "rq_transformer_stdlib.py"
 autoencoder = "out/latent/rqvae_stdlib_8"
+n_spatial_layer = 4
+n_embd = 116
 max_iters = 10000  # of half the stacks
