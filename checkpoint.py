@@ -232,7 +232,9 @@ def load_autoencoder(run: str | Path) -> Autoencoder:
 def check_tokenizers(data_folder: Path, run: str | Path) -> None:
     """Raise ValueError unless a data set has the tokenizer of a run."""
     if read_json(data_folder / tokenizer.FILE_NAME) != read_json(Path(run) / tokenizer.FILE_NAME):
-        raise ValueError(f"{data_folder} has another tokenizer than {run}, whose tokens would mean something else; use its data set")
+        raise ValueError(
+            f"{data_folder} has another tokenizer than {run}: its tokens mean something else; use the same data set"
+        )
 
 
 def init_from(model: torch.nn.Module, source: Path) -> None:

@@ -31,9 +31,9 @@ class SampleConfig:
     prompt: str = "\n"  # text to continue; FILE:path reads a file, - reads standard input
     max_new_tokens: int = 200  # length of the continuation, tokens; it may go beyond the context, see generate.py
     num_samples: int = 1  # continuations, sampled together; number i is the same text whatever their number
-    temperature: float | tuple[float, ...] = 0.8  # 0 is greedy; this and the next two: one value, or for codes one a level: 0.9,0.7
-    top_k: int | tuple[int, ...] | None = None  # only the k most likely tokens or codes; none: all
-    top_p: float | tuple[float, ...] = 1.0  # then only the most likely ones that together have this probability
+    temperature: float | tuple[float, ...] = 0.8  # 0 is greedy; for a model over codes also one value a level: 0.9,0.7,0.7,0.7
+    top_k: int | tuple[int, ...] | None = None  # only the k most likely tokens or codes, likewise; none: all
+    top_p: float | tuple[float, ...] = 1.0  # then only the most likely ones that together have this probability, likewise
     token_temperature: float = 0.0  # of the tokens that the codes of a block become, where the model writes blocks
     seed: int = 1337  # of the noise
     stop: str | None = None  # end where this text appears (it is not printed)

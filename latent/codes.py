@@ -86,7 +86,9 @@ def extract(folder: Path, data: TokenData, autoencoder: Autoencoder, starts: np.
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     device, began, rows = next(autoencoder.parameters()).device, time.perf_counter(), max(1, TOKENS // meta["block_size"])
-    print(f"encoding the training text: {len(starts):,} windows of {meta['block_size']} tokens, once, into {folder}", flush=True)
+    print(
+        f"encoding the training text: {len(starts):,} windows of {meta['block_size']} tokens, once, into {folder}", flush=True
+    )
     with open(folder / "codes.bin.tmp", "wb") as file, torch.autocast(device.type, enabled=False):
         for first in range(0, len(starts), rows):
             text, _ = data.gather("train", starts[first : first + rows])

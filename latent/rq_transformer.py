@@ -155,7 +155,9 @@ class RQTransformer(CausalModel):
         self.from_sum = nn.Linear(C, C, bias=config.bias) if D > 1 else None  # W
         self.wpe_depth = nn.Parameter(torch.empty(D, C))  # p
         self.depth = Stack(config, config.n_depth_layer, D, "learned")
-        self.heads = nn.ModuleList(nn.Sequential(LayerNorm(C, config.bias), nn.Linear(C, K, bias=config.bias)) for _ in range(D))
+        self.heads = nn.ModuleList(
+            nn.Sequential(LayerNorm(C, config.bias), nn.Linear(C, K, bias=config.bias)) for _ in range(D)
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("vectors", torch.zeros(D, K, Z), persistent=False)  # E of the autoencoder that is attached
         self.autoencoder: Autoencoder | None = None

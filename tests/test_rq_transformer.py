@@ -224,7 +224,9 @@ def test_the_autoencoder_is_attached_but_no_part(tmp_path):
 def test_another_autoencoder_is_refused():
     """Guards the hash: with other codebooks every code would mean something else, and nothing would notice."""
     model, other = make_prior(), make_autoencoder(seed=5)
-    with pytest.raises(ValueError, match=f"{other.codebook_hash()[:12]}.*{model.config.codebook_hash[:12]}.*train this model again"):
+    with pytest.raises(
+        ValueError, match=f"{other.codebook_hash()[:12]}.*{model.config.codebook_hash[:12]}.*train this model again"
+    ):
         model.attach(other)
     with pytest.raises(ValueError, match="train this model again"):
         dataclasses.replace(model.config).fitted_to(other, {"codebook_hash": model.config.codebook_hash})
@@ -236,7 +238,9 @@ def test_another_autoencoder_is_refused():
 # sampling
 
 GREEDY = BlockSampling((Sampling(temperature=0.0),))
-MIXED = BlockSampling((Sampling(0.9, seed=3), Sampling(1.3, 4, seed=3), Sampling(0.6, None, 0.8, seed=3)), Sampling(0.7, seed=3))
+MIXED = BlockSampling(
+    (Sampling(0.9, seed=3), Sampling(1.3, 4, seed=3), Sampling(0.6, None, 0.8, seed=3)), Sampling(0.7, seed=3)
+)
 
 
 def continued(model, prompts, tokens, sampling, **how) -> list[Continuation]:
@@ -296,7 +300,9 @@ def test_codes_are_drawn_with_the_settings_of_their_level():
     """Guards per-depth settings: top_k=1 on the first level leaves one code there, and the others stay free."""
     model = make_prior()
     drawn = []
-    model.autoencoder.decode = lambda codes, cache=None, f=model.autoencoder.decode: drawn.append(codes[:, -1]) or f(codes, cache)
+    model.autoencoder.decode = lambda codes, cache=None, f=model.autoencoder.decode: (
+        drawn.append(codes[:, -1]) or f(codes, cache)
+    )
     sampling = BlockSampling((Sampling(1.0, top_k=1), Sampling(2.0), Sampling(2.0)))
     continued(model, [[1, 2, 3, 4]] * 40, 4, sampling)
     used = [len(set(level)) for level in drawn[-1].T.tolist()]
@@ -308,14 +314,16 @@ def test_codes_are_drawn_with_the_settings_of_their_level():
 def test_texts_end_inside_a_block():
     """Guards accept(): an end-of-document token, a stop string, or the last token may come in the middle of a block."""
     model = make_prior(vocab_size=256)
-    text = continued(model, [[10, 11]], 40, GREEDY)[0].output
+    text = continued(model, [[10, 11]], 40, MIXED)[0].output
     place = next(i for i in range(5, 40) if i % 4 == 1 and text[i] not in text[:i])
-    assert generate.generate(model, [[10, 11]], 40, GREEDY, eos=text[place]) == [text[:place]]
-    assert generate.generate(model, [[10, 11]], 7, Sampling(0.0)) == [text[:7]]
-    written = []
-    sample = Continuation([10, 11], 40, tokenizer.ByteTokenizer(), write=written.append)
-    for _ in generate.sample_together(model, [sample], GREEDY):
+    assert generate.generate(model, [[10, 11]], 40, MIXED, eos=text[place]) == [text[:place]]
+    assert generate.generate(model, [[10, 11]], 7, MIXED) == [text[:7]]
+    stop, written = bytes(text[5:7]).decode("latin-1"), []
+    latin = tokenizer.CharTokenizer("".join(map(chr, range(256))))
+    sample = Continuation([10, 11], 40, latin, stop=(stop,), write=written.append)
+    for _ in generate.sample_together(model, [sample], MIXED):
         pass
+    assert (sample.reason, len(sample.output)) == ("stop", 7) and sample.output == text[:7]
     assert "".join(written) == sample.text
 
 
