@@ -254,3 +254,22 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"init_from={source} does not fit this model: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_backbone(model: torch.nn.Module, config) -> None:
+    """Give a model the embeddings and the encoder of config.backbone. Raises ValueError for a run that does not fit, or none."""
+    run = Path(config.backbone)
+    try:
+        folder = find(run, "best")
+    except FileNotFoundError as error:
+        raise ValueError(f"backbone={run}: {error}") from None
+    _, name, theirs = read_config(run)
+    if name != "encoder_decoder":
+        raise ValueError(f"backbone={run} is a run of {name}; one of encoder_decoder is needed")
+    keys = ("n_embd", "vocab_size", "n_encoder_layer", "n_head", "bias", "position")
+    other = [f"{key}={getattr(theirs, key)}" for key in keys if getattr(theirs, key) != getattr(config, key)]
+    if config.position == "learned" and theirs.block_size < config.block_size:
+        other.append(f"block_size={theirs.block_size}")
+    if other:
+        raise ValueError(f"backbone={run} does not fit: it has {', '.join(other)}; set the same here, or take another run")
+    model.load_backbone(safetensors.torch.load_file(str(folder / "model.safetensors")))

@@ -109,7 +109,10 @@ def find_runs(words: list[str]) -> list[Path]:
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """The finished runs among run directories; others are named and skipped. Raises ValueError where none is finished."""
+    """
+    The finished runs of language models among run directories; others are named and skipped. Raises ValueError where there
+    is none.
+    """
     runs, unfinished = [], []
     for path in paths:
         try:
@@ -123,6 +126,9 @@ def read_runs(paths: list[Path]) -> list[Run]:
         except json.JSONDecodeError:
             unfinished.append(f"{path}: config.json or summary.json is half written: not a finished run")
             continue
+        if summary.get("reconstruction"):
+            unfinished.append(f"{path} is an autoencoder: it predicts tokens that it has seen, so its loss cannot be compared")
+            continue
         if missing:
             unfinished.append(f"{path}: summary.json lacks {', '.join(missing)}: written by another version?")
             continue
@@ -131,7 +137,7 @@ def read_runs(paths: list[Path]) -> list[Run]:
             continue
         runs.append(Run(path, settings, summary, read_evals(path / "metrics.jsonl")))
     if not runs:
-        raise ValueError("no finished run: " + "; ".join(unfinished))
+        raise ValueError("no finished run of a language model: " + "; ".join(unfinished))
     for line in unfinished:
         warn(f"{line}; skipped")
     return runs

@@ -23,6 +23,7 @@ import configurator
 import generate
 import lookahead
 import runtime
+import tokenizer
 from lookahead import Setting
 
 
@@ -128,6 +129,20 @@ def look_ahead(
     }  # fmt: skip
 
 
+@torch.no_grad()
+def reconstruct(model: torch.nn.Module, text: tokenizer.Tokenizer, prompt: list[int], machine: runtime.Runtime) -> str:
+    """Print the prompt as an autoencoder gives it back, which is all that it can do, and how much of that is right."""
+    given, output = torch.tensor(prompt, device=machine.device), []
+    with machine.autocast():
+        for window in given.split(model.config.block_size):
+            output.append(model(window[None])[0][0].argmax(-1))
+    written = text.decode(torch.cat(output).tolist())
+    print(written)
+    right = (torch.cat(output) == given).sum().item()
+    print(f"an autoencoder continues no text; it gave back {right} of {len(prompt)} tokens of the prompt", file=sys.stderr)
+    return written
+
+
 def main(argv: list[str] | None = None) -> list[str]:
     """Print the continuations; returns their texts. With check=true, SystemExit(1) if the plain path gives another text."""
     settings = configurator.configure(argv, [SampleConfig], description=__doc__, positional="RUN")
@@ -148,6 +163,8 @@ def main(argv: list[str] | None = None) -> list[str]:
                 "the prompt is empty, and this tokenizer has no end-of-document token to begin with; give a prompt"
             )
         prompt = [text.eos]
+    if getattr(model, "predicts", "next") == "itself":
+        return [reconstruct(model, text, prompt, machine)]
 
     def start(write=None) -> list[generate.Continuation]:
         eos, stop = text.eos if config.eos else None, (config.stop,) if config.stop else ()

@@ -123,12 +123,18 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW that decays matrices and embeddings but no gains and biases; fused where torch has such a kernel."""
+    """
+    AdamW that decays matrices and embeddings but no gains and biases; fused where torch has such a kernel. What a model names
+    as its backbone, which has a learning rate of its own, is in groups of its own.
+    """
+    backbone = {p for _, p in model.named_backbone_parameters()} if hasattr(model, "named_backbone_parameters") else set()
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+        {"params": [p for p in parameters if (p.dim() >= 2) == decayed and (p in backbone) == own_rate],
+         "weight_decay": config.weight_decay if decayed else 0.0, "backbone": own_rate}
+        for own_rate in ((False, True) if backbone else (False,))
+        for decayed in (True, False)
+    ]  # fmt: skip
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=device.type in ("cuda", "cpu"))
 
@@ -167,7 +173,7 @@ class Trainer:
         config, machine = self.config, self.machine
         rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * (self.raw_model.backbone_rate(self.step) if group["backbone"] else 1.0)
         accumulation = config.gradient_accumulation_steps
         starts = self.train_data.batch_starts(config.seed, self.step, config.batch_size * accumulation)
         mine = range(machine.rank, accumulation, machine.world_size)
@@ -187,9 +193,8 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + loss.detach() / accumulation
         if config.grad_clip > 0:
             self.scaler.unscale_(self.optimizer)
-            sums["grad_norm"] = (
-                torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), config.grad_clip) / machine.world_size
-            )
+            moving = [p for group in self.optimizer.param_groups if group["lr"] > 0 for p in group["params"]]
+            sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(moving, config.grad_clip) / machine.world_size
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -372,8 +377,12 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     model = checkpoint.build(config.model, model_config)
     if config.init_from:
         checkpoint.init_from(model, Path(config.init_from))
+    if getattr(model_config, "backbone", None) and not config.resume:  # a resumed run has it among its own weights
+        checkpoint.load_backbone(model, model_config)
     reconstructs = getattr(model, "predicts", "next") == "itself"
     what = "reconstruction loss" if reconstructs else "loss"
+    if reconstructs and config.eval_sample_tokens:
+        raise ValueError(f"eval_sample_tokens={config.eval_sample_tokens}: {config.model} continues no text; leave it 0")
     model.to(device=machine.device, dtype=machine.weight_dtype)
     if autoencoder is not None:
         model.attach(autoencoder)

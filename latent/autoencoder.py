@@ -51,6 +51,10 @@ class AutoencoderConfig:
     quantize_dropout: float = 0.0  # probability that a training step uses only the first 1..D-1 levels
     codebook_decay: float = 0.99  # ema: weight of the past in the moving averages, per step
     quantize_after: int = 300  # ema: steps of training without codes before k-means makes the codebooks
+    # initial weights from elsewhere
+    backbone: str | None = None  # run directory of an encoder_decoder of this width: its embeddings and its encoder
+    freeze_backbone_iters: int = 0  # steps in which they stay as they are; gradients flow through them
+    backbone_lr_scale: float = 0.1  # learning rate of the backbone after that, relative to the others'
 
     def __post_init__(self):
         check_sizes(self, "vocab_size", "block_size", "n_encoder_layer", "n_decoder_layer", "n_head", "n_embd")
@@ -59,7 +63,12 @@ class AutoencoderConfig:
             f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; choose a divisor of n_embd",
         )
         require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout}: a probability in [0, 1) is needed")
-        require(self.quantize_after >= 0, f"quantize_after={self.quantize_after} must not be negative")
+        for key in ("quantize_after", "freeze_backbone_iters", "backbone_lr_scale"):
+            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
+        require(
+            self.backbone is not None or self.freeze_backbone_iters == 0,
+            f"freeze_backbone_iters={self.freeze_backbone_iters} freezes what a backbone brings, but there is none; set backbone",
+        )
         doublings(self.latent_factor)
         require(
             self.block_size % self.latent_factor == 0,
@@ -127,6 +136,17 @@ class Autoencoder(CausalModel):
         self.ln_f = LayerNorm(C, config.bias)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # optimizer steps so far
         self.initialize([self.encoder, self.decoder])
+
+    def flops_per_token(self) -> int:
+        """As for the other models, but what runs once for several tokens counts for each of them in part; and the codes' lookup."""
+        config, S = self.config, self.config.latent_factor
+        latent = (self.to_latent, self.refine_encoder, self.refine_decoder, self.from_latent)
+        shares = [(module, 1 / S) for module in latent]  # module, how often it runs for a token
+        shares += [(layer, 1 / 2 ** (i + 1)) for i, layer in enumerate(self.down.layers)]
+        shares += [(layer, 2**i / S) for i, layer in enumerate(self.up.layers)]
+        idle = sum((1 - share) * p.numel() for module, share in shares for p in module.parameters())
+        lookup = 2 * config.codebook_levels * config.codebook_size * config.latent_dim / S
+        return round(super().flops_per_token() - 6 * idle + lookup)
 
     def compress(self, idx: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens idx (B, T), mask (B, T) True = real, all of them in front -> latents (B, M, Z) and which are real (B, M)."""
@@ -196,6 +216,27 @@ class Autoencoder(CausalModel):
 
     def codebook_hash(self) -> str:
         return self.quantizer.codebook_hash()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # a backbone
+
+    def load_backbone(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take embeddings and encoder from the weights of an EncoderDecoder of this width, vocabulary and number of blocks."""
+        with torch.no_grad():
+            for name, parameter in self.named_backbone_parameters():
+                parameter.copy_(weights[name][: len(parameter)])  # it may have more positions
+
+    def named_backbone_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        if self.config.backbone is None:
+            return []
+        return [(name, p) for name, p in self.named_parameters() if name.startswith(("wte.", "wpe.", "encoder."))]
+
+    def backbone_rate(self, step: int) -> float:
+        """
+        Factor of the backbone's learning rate in step 0, 1, ... A rate of 0 freezes it: nothing else would keep its gradient
+        statistics warm, have it in the optimizer from the start, and let gradients through to what lies in front of it.
+        """
+        return 0.0 if step < self.config.freeze_backbone_iters else self.config.backbone_lr_scale
 
     # ------------------------------------------------------------------------------------------------------------------
     # hooks of train.py

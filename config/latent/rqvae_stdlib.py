@@ -1,4 +1,4 @@
-"""Text autoencoder of the standard library's bytes: 4 bytes become 4 codes of 512, 9 bits a byte. An hour on two CPU cores."""
+"""Text autoencoder, 1,099,520 parameters: 4 bytes become 4 codes of 512, 9 bits a byte. Less than an hour on two CPU cores."""
 
 base = "../stdlib/common.py"
 model = "autoencoder"
@@ -10,6 +10,6 @@ n_encoder_layer = 1
 n_decoder_layer = 3
 n_head = 4
 n_embd = 128
-quantize_after = 200
-max_iters = 16000
+quantize_after = 200  # by then the latents say the bytes, and codes can be made of them
+max_iters = 13000
 eval_interval = 1000
