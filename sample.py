@@ -5,6 +5,7 @@ Sample text from a run directory; nothing else is needed, neither its data set n
     python sample.py out/run --prompt=FILE:prompt.txt --stream      # the prompt from a file
     echo "import os" | python sample.py out/run --prompt=-          # or from standard input
     python sample.py out/run --lookahead=4,3,4 --check              # several tokens a step, and the same text: lookahead.py
+    python sample.py out/latent/rq_transformer_stdlib --temperature=0.9,0.8,0.8,0.7   # a model over codes: also a value a level
 """
 
 import dataclasses
