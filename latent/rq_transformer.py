@@ -87,14 +87,13 @@ class RQTransformerConfig:
 
     def fitted_to(self, autoencoder: Autoencoder, given: dict[str, object] | None = None) -> "RQTransformerConfig":
         """This config with the sizes and the hash of an autoencoder. Raises ValueError for `given` values that differ."""
-        theirs = {key: getattr(autoencoder.config, key) for key in FROM_AUTOENCODER}
+        theirs, given = {key: getattr(autoencoder.config, key) for key in FROM_AUTOENCODER}, given or {}
         for key, value in theirs.items():
             require(
-                (given or {}).get(key, value) == value,
-                f"{key}={(given or {}).get(key)}, but the autoencoder {self.autoencoder} has {value}; leave {key} out: it is taken "
-                "from there",
+                given.get(key, value) == value,
+                f"{key}={given.get(key)}, but the autoencoder {self.autoencoder} has {value}; leave {key} out: it is taken from there",
             )
-        if "codebook_hash" in (given or {}):
+        if "codebook_hash" in given:
             check_hash(self.codebook_hash, autoencoder)
         return dataclasses.replace(self, **theirs, codebook_hash=autoencoder.codebook_hash())
 
@@ -194,6 +193,12 @@ class RQTransformer(CausalModel):
             codes, soft = codes.unflatten(0, z.shape[:2]), soft.unflatten(0, z.shape[:2])
             return codes if real is None else torch.where(real[..., None], codes, -1), soft
 
+    @torch.compiler.disable
+    def token_nats(self, codes: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+        """Nats (B, T) of the tokens idx (B, T), given their codes (B, M, D)."""
+        states = self.autoencoder.expand(self.autoencoder.quantizer.decode(codes))  # (B, M S, C)
+        return self.autoencoder.judge(states[:, : idx.size(1)], idx)[0]
+
     # ------------------------------------------------------------------------------------------------------------------
     # codes to logits
 
@@ -260,8 +265,7 @@ class RQTransformer(CausalModel):
         sums = {"code_nats": nats.sum((0, 1)), "stacks": stacks}
         sums["tokens"] = counted.sum() if text else stacks * self.config.latent_factor
         if text and not self.training:
-            reconstruction = self.autoencoder.expand(self.autoencoder.quantizer.decode(codes))[:, : idx.size(1)]
-            sums["token_nats"] = torch.where(counted, self.autoencoder.judge(reconstruction, idx)[0], 0.0).sum()
+            sums["token_nats"] = torch.where(counted, self.token_nats(codes, idx), 0.0).sum()
         return sums
 
     def forward(
