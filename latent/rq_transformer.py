@@ -203,16 +203,18 @@ class RQTransformer(CausalModel):
     # codes to logits
 
     def table(self) -> torch.Tensor:
-        """
-        (D, K + 1, C): what a code adds to the context, its projected codebook vector, behind a row of zeros for code -1, a block
-        without text. Made once per forward pass, or per text.
-        """
-        return F.pad(torch.bmm(self.vectors, self.project), (0, 0, 1, 0))
+        """What each code adds to the context, its projected codebook vector: (D, K, C). Once per forward pass, or per text."""
+        return torch.bmm(self.vectors, self.project)
 
     def embed(self, codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Vectors e (..., d, C) of the codes (..., d) of the first d levels."""
-        rows = codes + torch.arange(1, codes.size(-1) * table.size(1) + 1, table.size(1), device=codes.device)
-        return F.embedding(rows, table.flatten(0, 1))
+        """
+        Vectors e (..., d, C) of the codes (..., d) of the first d levels. Those of -1 mean nothing: a block without text stands
+        behind all text, where nothing that counts looks at it.
+        """
+        K = table.size(1)
+        return F.embedding(
+            codes.clamp(min=0) + torch.arange(0, K * codes.size(-1), K, device=codes.device), table.flatten(0, 1)
+        )
 
     def states(self, codes: torch.Tensor, table: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """

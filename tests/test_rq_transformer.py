@@ -131,8 +131,25 @@ def test_one_level_is_a_plain_transformer():
         assert (model.heads[0](x) - model(codes[..., None])[0][:, :, 0]).abs().max() < 1e-10
 
 
+def test_depth_transformer_written_out():
+    """Guards its input: h_m, then W of the sum of the codes so far, each plus its p_d; another input would train as well."""
+    model = make_prior()
+    codes = random_codes(model)
+    books = torch.stack(model.autoencoder.quantizer.vectors())
+    with torch.no_grad():
+        e = [books[d][codes[..., d]] / books[d].pow(2).mean().sqrt() @ model.project[d] for d in range(3)]  # (B, M, C) each
+        h = model.states(codes[:, :-1], model.table())
+        assert (h - model.spatial(torch.cat((model.start.expand(2, 1, -1), sum(e)[:, :-1]), dim=1), None)).abs().max() < 1e-10
+        v = torch.stack([h, e[0] @ model.from_sum.weight.T, (e[0] + e[1]) @ model.from_sum.weight.T], dim=2) + model.wpe_depth
+        x, causal = v.flatten(0, 1), Context(torch.ones(3, 3, dtype=torch.bool).tril(), False, {}, 0, 0.0)
+        for block in model.depth.blocks:
+            x = block(x, causal)
+        expected = torch.stack([model.heads[d](x[:, d]) for d in range(3)], dim=1).unflatten(0, (2, -1))
+        assert (expected - model(codes)[0]).abs().max() < 1e-10
+
+
 def test_empty_blocks_do_not_count():
-    """Guards the mask: -1 (no text) adds nothing to the context, the loss, or the number of tokens."""
+    """Guards the mask: -1 (no text) adds nothing to the loss and the number of tokens."""
     model = make_prior().train()
     codes = random_codes(model)
     short = codes[:, :4].clone()
