@@ -300,7 +300,9 @@ def test_greedy_sampling_is_the_argmax_of_teacher_forcing(length, use_cache):
     assert torch.equal(logits.argmax(-1), codes[:, -1])
 
 
-@pytest.mark.parametrize("options", [{}, {"latent_factor": 8}, {"block_size": 4}, {"latent_factor": 1, "codebook_kind": "simvq"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"latent_factor": 8}, {"block_size": 4}, {"latent_factor": 1, "codebook_kind": "simvq"}]
+)
 def test_texts_do_not_depend_on_batch_or_cache(options):
     """Guards the noise and the caches: sample i is the same text in a batch, alone, and computed without caches."""
     model = make_prior(**options)
@@ -326,6 +328,19 @@ def test_codes_are_drawn_with_the_settings_of_their_level():
     assert used[0] == 1 and used[1] > 2 and used[2] > 2
     with pytest.raises(ValueError, match="2 values of temperature, top_k or top_p for a model of 3 code levels"):
         continued(model, [[1]], 4, BlockSampling(sampling.levels[:2]))
+
+
+def test_every_block_has_its_own_noise():
+    """Guards the keys of the noise: when it alone decides, no two blocks are alike, neither in their codes nor in their tokens."""
+    model, free = make_prior(codebook_size=64), Sampling(1e9)
+    for sampling in (BlockSampling((free,)), BlockSampling((Sampling(0.0),), free)):
+        drawn = []
+        expand = model.autoencoder.quantizer.decode
+        model.autoencoder.quantizer.decode = lambda codes, f=expand, to=drawn: to.append(codes[0, -1].tolist()) or f(codes)
+        text = continued(model, [[1, 2, 3, 4]], 40, sampling)[0].output
+        model.autoencoder.quantizer.decode = expand
+        blocks = drawn if sampling.levels[0] is free else [text[i : i + 4] for i in range(0, 40, 4)]
+        assert len({tuple(block) for block in blocks}) == 10 and len({block[0] for block in blocks}) > 5
 
 
 def test_texts_end_inside_a_block():
