@@ -4,6 +4,8 @@ How fast it is: variants of one job side by side in one run, in turns (A B C, C 
     python bench.py sample                          # the two published sizes, 15.8 M and 16.0 M, random weights
     python bench.py sample --run=out/quickstart     # a trained model: only there does tokens/step mean anything
     python bench.py sample --quick                  # less of everything, under a minute
+    python bench.py latent --run=out/latent/rq_transformer_stdlib --baseline=out/stdlib/baseline
+                                                    # blocks of tokens from codes, and single tokens from a plain model
 
 Prints a table, then one line of JSON.
 """
@@ -89,17 +91,25 @@ class SampleBench:
                 raise ValueError(f"{key}={getattr(self, key)}: at least 1 is needed")
 
 
+def plainly(
+    model: torch.nn.Module, prompt: list[int], sampling: generate.Sampling, texts: int = 1, **how
+) -> Callable[[int], tuple[int, int]]:
+    """The work of a Variant: so many texts, sampled together."""
+
+    def work(tokens: int) -> tuple[int, int]:
+        samples = [generate.Continuation(prompt, tokens) for _ in range(texts)]
+        steps = sum(1 for _ in generate.sample_together(model, samples, sampling, **how))
+        return texts * tokens, steps
+
+    return work
+
+
 def sample_variants(model: torch.nn.Module, prompt: list[int], config: SampleBench) -> list[Variant]:
     """All the ways of sampling from the model, and Hugging Face's where it has the same shape."""
     sampling = generate.Sampling(config.temperature, seed=config.seed)
 
     def plain(texts: int = 1, **how) -> Callable:
-        def work(tokens: int) -> tuple[int, int]:
-            samples = [generate.Continuation(prompt, tokens) for _ in range(texts)]
-            steps = sum(1 for _ in generate.sample_together(model, samples, sampling, **how))
-            return texts * tokens, steps
-
-        return work
+        return plainly(model, prompt, sampling, texts, **how)
 
     def ahead(setting: lookahead.Setting) -> Callable:
         def work(tokens: int) -> tuple[int, int]:
@@ -185,8 +195,86 @@ def bench_sample(config: SampleBench) -> list[dict]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# latent
 
-COMMANDS = {"sample": (SampleBench, bench_sample)}  # word -> its keys, and what takes them and returns rows
+STDLIB_BASELINE = dict(n_layer=4, n_head=4, n_embd=148)  # config/stdlib/baseline.py
+
+
+@dataclass(frozen=True)
+class LatentBench:
+    run: str | None = None  # run directory of a model over codes; none: the default sizes for S = 4 and 8, random weights
+    baseline: str | None = None  # run directory of the plain model beside it; none: config/stdlib/baseline.py, random weights
+    prompt: str = "def "  # text to continue, where there is a run
+    tokens: int = 192  # new tokens of a text
+    temperature: float = 0.8  # of codes and of the baseline's tokens; 0 is greedy
+    batch: int = 32  # texts of the batched variants
+    repeats: int = 3  # of each variant
+    quick: bool = False  # 24 tokens, 1 repeat
+    threads: int | None = None  # of the CPU; none: as many as torch takes
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of matrix products
+    seed: int = 1337  # of random weights and of the noise
+
+    def __post_init__(self):
+        SampleBench.__post_init__(self)
+
+
+def latent_models(config: LatentBench) -> list[tuple[str, torch.nn.Module, list[int]]]:
+    """Name, model and prompt of the baseline, first, and of the models over codes. Raises ValueError for runs of another kind."""
+    found, prompt = [], list(range(8))
+    torch.manual_seed(config.seed)
+    for run, is_baseline in ((config.baseline, True), (config.run, False)):
+        if run is not None:
+            model, text, _ = checkpoint.load_run(run, "best")
+            if (getattr(model, "autoencoder", None) is None) != is_baseline:
+                kinds = "baseline=... takes a plain model, run=... one over codes"
+                raise ValueError(f"{'baseline' if is_baseline else 'run'}={run}: the wrong kind of model; {kinds}")
+            found.append((run, model, text.encode(config.prompt)))
+        elif is_baseline:
+            shape = checkpoint.CONFIGS["decoder_only"](**STDLIB_BASELINE)
+            found.append(("baseline", checkpoint.build("decoder_only", shape), prompt))
+        else:
+            for S in (4, 8):
+                autoencoder = checkpoint.build("autoencoder", checkpoint.CONFIGS["autoencoder"](latent_factor=S))
+                shape = checkpoint.CONFIGS["rq_transformer"]().fitted_to(autoencoder)
+                found.append((f"RQ-transformer, S={S}", checkpoint.build("rq_transformer", shape), prompt))
+                found[-1][1].attach(autoencoder)
+    return found
+
+
+def bench_latent(config: LatentBench) -> list[dict]:
+    machine = runtime.start(config.device, config.dtype, "off")
+    sampling = generate.Sampling(config.temperature, seed=config.seed)
+    tokens, repeats = (min(config.tokens, 24), 1) if config.quick else (config.tokens, config.repeats)
+    variants, texts, batches = [], {}, sorted({1, config.batch})
+    for name, model, prompt in latent_models(config):
+        model.to(machine.device, machine.weight_dtype).eval()
+        generate.lay_out_for_decoding(model)
+        print(f"{name}: {model.get_num_params():,} parameters")
+        for batch in batches:
+            variants.append(Variant(f"{name}, batch {batch}", plainly(model, prompt, sampling, batch), model))
+            texts[variants[-1].name] = batch
+    with machine.autocast():
+        found = in_turns(variants, tokens, repeats, texts)
+    plain = {texts[row.variant]: row.tokens_per_second for row in found[: len(batches)]}
+    print(f"{tokens} tokens a text, temperature {config.temperature:g}; {machine.reasons}")
+    print(f"\n{'| variant':42} | tokens/s | x plain cached | tokens/step |")
+    print(f"| {'-' * 40} | -------: | -------------: | ----------: |")
+    rows = []
+    for row in found:
+        values = {"variant": row.variant, "batch": texts[row.variant], "tokens_per_second": row.tokens_per_second,
+                  "tokens_per_step": row.tokens_per_step, "ratio": row.tokens_per_second / plain[texts[row.variant]]}  # fmt: skip
+        print(f"| {row.variant:40} | {row.tokens_per_second:8.1f} | {values['ratio']:14.2f} | {row.tokens_per_step:11.2f} |")
+        rows.append(values | {"new_tokens": tokens})
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+COMMANDS = {  # word -> its keys, and what takes them and returns rows
+    "sample": (SampleBench, bench_sample),
+    "latent": (LatentBench, bench_latent),
+}
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -6,10 +6,13 @@ A run directory holds config.json and tokenizer.json, and up to two checkpoint f
     last/   model.safetensors, optimizer.safetensors, trainer.json: all that is needed to go on
     best/   model.safetensors, trainer.json: the lowest validation loss so far
 
+and, where a model needs a frozen autoencoder, autoencoder/: the run directory of that, without its last/.
+
 Nothing is pickled, so loading a checkpoint cannot run code. A folder is written under another name and then renamed, so
 that a crash leaves either the old checkpoint or the new one.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,12 +25,14 @@ import configurator
 import tokenizer
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from latent.autoencoder import Autoencoder, AutoencoderConfig
+from latent.rq_transformer import RQTransformer, RQTransformerConfig
 from model import EncoderDecoder, EncoderDecoderConfig
 
 MODELS = {
     "encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
     "decoder_only": (DecoderOnlyConfig, DecoderOnly),
     "autoencoder": (AutoencoderConfig, Autoencoder),
+    "rq_transformer": (RQTransformerConfig, RQTransformer),
 }
 CONFIGS = {name: config for name, (config, _) in MODELS.items()}
 
@@ -74,9 +79,17 @@ def start_run(settings: dict, data_folder: Path, out: Path, overwrite: bool) -> 
             shutil.rmtree(out / (name + suffix), ignore_errors=True)
     for name in ("config.json", "metrics.jsonl", "summary.json", tokenizer.FILE_NAME):
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "autoencoder", ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(data_folder / tokenizer.FILE_NAME, out / tokenizer.FILE_NAME)
     write_json(out / "config.json", settings)
+
+
+def copy_autoencoder(run: Path, out: Path) -> None:
+    """Make a run directory self-contained: what sampling needs of the autoencoder's run goes to out/autoencoder."""
+    shutil.copytree(find_first(run, "best", "last"), out / "autoencoder" / "best", ignore=shutil.ignore_patterns("optimizer.*"))
+    for name in ("config.json", tokenizer.FILE_NAME):
+        shutil.copyfile(run / name, out / "autoencoder" / name)
 
 
 def read_run(settings: dict, data_hash: str, out: Path) -> dict:
@@ -142,6 +155,14 @@ def find(run: Path, which: str) -> Path:
     raise FileNotFoundError(f"{run} has no complete {which} checkpoint: it was stopped before its first evaluation")
 
 
+def find_first(run: Path, *which: str) -> Path:
+    """The first of several checkpoint folders that a run has. Raises FileNotFoundError if it has none of them."""
+    for name in which[:-1]:
+        with contextlib.suppress(FileNotFoundError):
+            return find(run, name)
+    return find(run, which[-1])
+
+
 def read_config(run: Path) -> tuple[dict, str, object]:
     """(training settings as a dict, model name, model config) of a run."""
     settings = read_json(run / "config.json")
@@ -185,14 +206,35 @@ def load_run(run: str | Path, which: str = "best", device: str | torch.device = 
     network. Where there is no best checkpoint yet, the last one serves.
     """
     run = Path(run)
-    try:
-        folder = find(run, which)
-    except FileNotFoundError:
-        folder = find(run, "last")
+    folder = find_first(run, which, "last")
     _, name, config = read_config(run)
     model = build(name, config)
     load_weights(model, folder)
+    if hasattr(config, "autoencoder"):
+        model.attach(load_autoencoder(run / "autoencoder"))
     return model.to(device).eval(), tokenizer.load(run), read_json(folder / "trainer.json")
+
+
+def load_autoencoder(run: str | Path) -> Autoencoder:
+    """The autoencoder of a run directory, for a model over its codes. Raises ValueError for a run that has none to give."""
+    advice = "a trained autoencoder is needed there, such as python train.py config/latent/rqvae_stdlib.py makes"
+    try:
+        model = load_run(run)[0]
+    except FileNotFoundError as error:
+        raise ValueError(f"autoencoder={run}: {error}; {advice}") from None
+    if not isinstance(model, Autoencoder):
+        raise ValueError(f"autoencoder={run} is the run of another model, {read_config(Path(run))[1]}; {advice}")
+    if not model.quantizer.initialized:
+        raise ValueError(f"autoencoder={run} was stopped before its codebooks were made of data; train it longer")
+    return model
+
+
+def check_tokenizers(data_folder: Path, run: str | Path) -> None:
+    """Raise ValueError unless a data set has the tokenizer of a run."""
+    if read_json(data_folder / tokenizer.FILE_NAME) != read_json(Path(run) / tokenizer.FILE_NAME):
+        raise ValueError(
+            f"{data_folder} has another tokenizer than {run}: its tokens mean something else; use the same data set"
+        )
 
 
 def init_from(model: torch.nn.Module, source: Path) -> None:

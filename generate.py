@@ -9,7 +9,9 @@ alone. So a text does not depend on the batch it was sampled in, on the cache, o
 Context. Models have block_size positions. While prompt and output fit, all of it is the context. When it is full, only its
 last block_size // 2 tokens are kept, at positions from 0 again, and the context grows from there: see context_start.
 
-Shapes: B samples, T tokens, V vocabulary.
+Blocks. A model over the codes of a text (latent/rq_transformer.py) writes S tokens at a time: see sample_in_blocks.
+
+Shapes: B samples, T tokens, V vocabulary; S tokens of a block, M blocks of a context, D levels of codes, K codes of a level.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,6 +42,21 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p}: a probability in (0, 1] is needed; 1 keeps all tokens")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed}: a whole number from 0 to 2^64 - 1 is needed")
+
+
+@dataclass(frozen=True)
+class BlockSampling:
+    """How a model that writes blocks chooses: the codes of each level, and the tokens from the codes."""
+
+    levels: tuple[Sampling, ...]  # one for each level, or one for all
+    tokens: Sampling = Sampling(temperature=0.0)  # greedy: the codes have left next to nothing open
+
+    def for_levels(self, D: int) -> tuple[Sampling, ...]:
+        if len(self.levels) not in (1, D):
+            raise ValueError(
+                f"{len(self.levels)} values of temperature, top_k or top_p for a model of {D} code levels: give 1 or {D} of them"
+            )
+        return self.levels * (D // len(self.levels))
 
 
 def gumbel_noise(seed: int, sample: int, position: int, size: int) -> torch.Tensor:
@@ -231,9 +248,10 @@ def lay_out_for_decoding(model: torch.nn.Module) -> None:
     Store all matrices of a model on a CPU column by column, in place: shapes, values and use stay as they are. A product with
     one token's vector then adds up whole columns, which MKL does at several times the speed of one inner product a row.
     """
-    for parameter in model.parameters():
-        if parameter.dim() == 2 and parameter.device.type == "cpu":
-            parameter.data = parameter.data.t().contiguous().t()
+    for part in (model, getattr(model, "autoencoder", None)):
+        for parameter in part.parameters() if part is not None else ():
+            if parameter.dim() == 2 and parameter.device.type == "cpu":
+                parameter.data = parameter.data.t().contiguous().t()
 
 
 def cached_step(model: torch.nn.Module) -> Callable:
@@ -283,16 +301,23 @@ def decode_logits(model: torch.nn.Module, use_cache: bool, compile: str | None =
 def sample_together(
     model: torch.nn.Module,
     samples: list[Continuation],
-    sampling: Sampling,
+    sampling: Sampling | BlockSampling,
     use_cache: bool = True,
     first_sample: int = 0,
     compile: str | None = None,
 ) -> Iterator[None]:
     """
-    Continue all samples (prompts of one length) by one token each at every step, until all have ended. Sample number i of the
-    batch draws the noise of sample first_sample + i. Yields after every step. `compile`: see decode_logits.
+    Continue all samples (prompts of one length) by one token each at every step, until all have ended; by one block, where the
+    model writes blocks. Sample number i of the batch draws the noise of sample first_sample + i. Yields after every step.
+    `compile`: see decode_logits.
     """
     check_prompts(model, [sample.tokens for sample in samples])
+    if getattr(model, "autoencoder", None) is not None:
+        if compile is not None:
+            raise ValueError("compile=true is for models that write one token a step, not blocks; use compile=false")
+        how = sampling if isinstance(sampling, BlockSampling) else BlockSampling((sampling,))
+        yield from sample_in_blocks(model, samples, how, use_cache, first_sample)
+        return
     device = next(model.parameters()).device
     noise = Noise(sampling, model.config.vocab_size)
     next_logits = decode_logits(model, use_cache, compile)
@@ -307,11 +332,73 @@ def sample_together(
         yield
 
 
+def filler(sample: Continuation) -> int:
+    """The token that fills the block in which a prompt begins: a line break where it is one token, or the first token again."""
+    try:
+        newline = sample.tokenizer.encode("\n") if sample.tokenizer is not None else []
+    except ValueError:  # characters of a text without line breaks
+        newline = []
+    return newline[0] if len(newline) == 1 else sample.tokens[0]
+
+
+def sample_in_blocks(
+    model: torch.nn.Module, samples: list[Continuation], sampling: BlockSampling, use_cache: bool = True, first_sample: int = 0
+) -> Iterator[None]:
+    """
+    sample_together for a model over codes: at every step one spatial step, D depth steps that choose the codes of one block,
+    and its S tokens at once from the autoencoder's decoder.
+
+    A prompt is filled up to whole blocks in front (see filler), because new text begins with a new block. When the context is
+    full, the text of its last M // 2 blocks is encoded anew as the beginning of the next one; between that, codes are kept as
+    they were chosen. Without the cache everything behind the codes of the context is computed again for every code.
+    """
+    config, device = model.config, model.vectors.device
+    S, M, D = config.latent_factor, config.blocks, config.codebook_levels
+    levels = sampling.for_levels(D)
+
+    def noise(position: int, count: int, size: int) -> torch.Tensor:  # (B, count, size) of one position in all samples
+        rows = [gumbel_noise(levels[0].seed, first_sample + i, position, count * size) for i in range(len(samples))]
+        return torch.stack(rows).unflatten(1, (count, size))
+
+    idx = torch.tensor([[filler(sample)] * (-len(sample.tokens) % S) + sample.tokens for sample in samples], device=device)
+    table, codes = model.table(), None
+    while not all(sample.finished for sample in samples):
+        n = idx.size(1) // S  # blocks of text, hence the number of the next one
+        if codes is None or codes.size(1) == M:
+            kept = n if n < M else M // 2
+            codes = torch.empty(len(samples), 0, D, dtype=torch.int64, device=device)
+            if kept > 0:
+                codes = model.encode(idx[:, -kept * S :].contiguous(), None)[0]
+            spatial, depth = model.spatial.make_cache(), model.depth.make_cache()
+            decoder, known = model.autoencoder.make_decoder_cache(M), 0  # known: blocks in it
+        h = model.states(codes, table, spatial if use_cache else None)[:, -1]
+        stack = codes.new_empty(len(samples), 0)  # (B, d)
+        drawn = [None] * D
+        if any(level.temperature > 0 for level in levels):
+            drawn = noise(n, D, config.codebook_size).unbind(1)
+        depth.truncate(0)
+        for d, level in enumerate(levels):
+            logits = model.code_logits(h, stack, table, depth if use_cache else None)[:, -1]  # (B, K)
+            stack = torch.cat((stack, pick(logits, drawn[d], level)[:, None]), dim=1)
+        codes = torch.cat((codes, stack[:, None]), dim=1)  # (B, blocks in the context, D)
+        logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)[:, -S:].flatten(0, 1)  # (B S, V)
+        known = codes.size(1) if use_cache else 0
+        drawn = None
+        if sampling.tokens.temperature > 0:  # positions from 2^31 on, out of the way of the codes'
+            drawn = noise(2**31 + n, S, config.vocab_size).flatten(0, 1)
+        chosen = pick(logits, drawn, sampling.tokens).unflatten(0, (-1, S))
+        for sample, tokens in zip(samples, chosen.tolist()):
+            if not sample.finished:
+                sample.accept(tokens)
+        idx = torch.cat((idx, chosen), dim=1)
+        yield
+
+
 def generate(
     model: torch.nn.Module,
     prompts: list[list[int]],
     max_new_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: Sampling | BlockSampling | None = None,
     eos: int | None = None,
     use_cache: bool = True,
 ) -> list[list[int]]:

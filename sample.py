@@ -5,6 +5,7 @@ Sample text from a run directory; nothing else is needed, neither its data set n
     python sample.py out/run --prompt=FILE:prompt.txt --stream      # the prompt from a file
     echo "import os" | python sample.py out/run --prompt=-          # or from standard input
     python sample.py out/run --lookahead=4,3,4 --check              # several tokens a step, and the same text: lookahead.py
+    python sample.py out/latent/rq_transformer_stdlib --temperature=0.9,0.8,0.8,0.7   # a model over codes: also a value a level
 """
 
 import dataclasses
@@ -32,9 +33,10 @@ class SampleConfig:
     prompt: str = "\n"  # text to continue; FILE:path reads a file, - reads standard input
     max_new_tokens: int = 200  # length of the continuation, tokens; it may go beyond the context, see generate.py
     num_samples: int = 1  # continuations, sampled together; number i is the same text whatever their number
-    temperature: float = 0.8  # 0 is greedy
-    top_k: int | None = None  # only the k most likely tokens; none: all
-    top_p: float = 1.0  # then only the most likely ones that together have this probability
+    temperature: float | tuple[float, ...] = 0.8  # 0 is greedy; for a model over codes also one value a level: 0.9,0.7,0.7,0.7
+    top_k: int | tuple[int, ...] | None = None  # only the k most likely tokens or codes, likewise; none: all
+    top_p: float | tuple[float, ...] = 1.0  # then only the most likely ones that together have this probability, likewise
+    token_temperature: float = 0.0  # of the tokens that the codes of a block become, where the model writes blocks
     seed: int = 1337  # of the noise
     stop: str | None = None  # end where this text appears (it is not printed)
     eos: bool = True  # end at the end-of-document token, where the tokenizer has one
@@ -67,14 +69,36 @@ class SampleConfig:
             self.setting()
         if self.compile and not self.cache:
             raise ValueError("compile=true compiles the step behind a cache; use cache=true")
-        self.sampling()
+        self.samplings()
+        generate.Sampling(self.token_temperature)
 
     def setting(self) -> Setting | None:
         """None: plain decoding, or what lookahead=auto begins with."""
         return None if self.lookahead in (None, "auto") else lookahead.parse(self.lookahead)
 
-    def sampling(self) -> generate.Sampling:
-        return generate.Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+    def samplings(self) -> tuple[generate.Sampling, ...]:
+        """One for each level of codes, or one for all."""
+        given = {key: getattr(self, key) for key in ("temperature", "top_k", "top_p")}
+        count = max((len(value) for value in given.values() if isinstance(value, tuple)), default=1)
+        columns = [value if isinstance(value, tuple) else (value,) * count for value in given.values()]
+        if count == 0 or any(len(column) != count for column in columns):
+            lengths = ", ".join(f"{key} has {len(value)}" for key, value in given.items() if isinstance(value, tuple))
+            raise ValueError(f"values for the levels of codes: {lengths}; give as many of each, or one for all levels")
+        return tuple(generate.Sampling(*values, self.seed) for values in zip(*columns))
+
+    def how(self, model: torch.nn.Module) -> generate.Sampling | generate.BlockSampling:
+        """How this model chooses. Raises ValueError for settings that are of another kind of model."""
+        levels = self.samplings()
+        if getattr(model, "autoencoder", None) is not None:
+            if self.lookahead is not None:
+                raise ValueError("lookahead drafts single tokens, but this model writes blocks of them; use lookahead=none")
+            return generate.BlockSampling(levels, generate.Sampling(self.token_temperature, seed=self.seed))
+        if len(levels) > 1 or self.token_temperature > 0:
+            raise ValueError(
+                "several values of temperature, top_k or top_p, and token_temperature, are for models over codes; this model "
+                "chooses its tokens directly: give one value, and no token_temperature"
+            )
+        return levels[0]
 
 
 def read_prompt(word: str) -> str:
@@ -88,9 +112,11 @@ def read_prompt(word: str) -> str:
     return word
 
 
-def look_ahead(model: torch.nn.Module, sample: generate.Continuation, config: SampleConfig, counts: dict) -> Iterator[None]:
+def look_ahead(
+    model: torch.nn.Module, sample: generate.Continuation, config: SampleConfig, how: generate.Sampling, counts: dict
+) -> Iterator[None]:
     """Continue one sample by lookahead; leaves in `counts` what it did."""
-    run = lookahead.Lookahead(model, sample, config.sampling(), config.setting())
+    run = lookahead.Lookahead(model, sample, how, config.setting())
     for said in lookahead.tune(run) if config.lookahead == "auto" else ():
         if said:
             print(said, file=sys.stderr)
@@ -128,6 +154,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     model, text, trainer = checkpoint.load_run(run, config.checkpoint, machine.device)
     model.to(machine.weight_dtype)
     generate.lay_out_for_decoding(model)
+    how = config.how(model)
 
     written = read_prompt(config.prompt)
     prompt = text.encode(written)
@@ -156,10 +183,10 @@ def main(argv: list[str] | None = None) -> list[str]:
         print(written, end="", flush=True)
     counts = {}
     if config.lookahead is not None:
-        seconds = timed(look_ahead(model, samples[0], config, counts))
+        seconds = timed(look_ahead(model, samples[0], config, how, counts))
     else:
         backend = "inductor" if config.compile else None
-        seconds = timed(generate.sample_together(model, samples, config.sampling(), config.cache, compile=backend))
+        seconds = timed(generate.sample_together(model, samples, how, config.cache, compile=backend))
     if config.stream:
         print()
     else:
@@ -181,7 +208,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     if config.check:
         others = start()
         others_cache = config.lookahead is not None or config.compile
-        seconds = timed(generate.sample_together(model, others, config.sampling(), others_cache))
+        seconds = timed(generate.sample_together(model, others, how, others_cache))
         same = [(sample.output, sample.reason) for sample in samples] == [(other.output, other.reason) for other in others]
         report |= {"same": same, "plain_tokens_per_second": sum(len(other.output) for other in others) / seconds}
         path = "plain cached" if others_cache else "uncached"

@@ -356,8 +356,14 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     if machine.is_main:
         dataloader.prepare_if_missing(config.dataset)
     machine.barrier()
+    autoencoder = None
+    if hasattr(model_config, "autoencoder"):  # a model over the codes of a frozen one, which settles all sizes of text and codes
+        autoencoder = checkpoint.load_autoencoder(model_config.autoencoder)
+        model_config = model_config.fitted_to(autoencoder, parsed.given)
     data = dataloader.TokenData(dataloader.resolve(config.dataset), model_config.block_size)
-    if "vocab_size" not in parsed.given:
+    if autoencoder is not None:
+        checkpoint.check_tokenizers(data.folder, model_config.autoencoder)
+    elif "vocab_size" not in parsed.given:
         model_config = dataclasses.replace(model_config, vocab_size=data.vocab_size)
     if model_config.vocab_size < data.vocab_size:
         raise ValueError(f"vocab_size={model_config.vocab_size} is too small for {config.dataset}: it needs {data.vocab_size}")
@@ -378,6 +384,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     if reconstructs and config.eval_sample_tokens:
         raise ValueError(f"eval_sample_tokens={config.eval_sample_tokens}: {config.model} continues no text; leave it 0")
     model.to(device=machine.device, dtype=machine.weight_dtype)
+    if autoencoder is not None:
+        model.attach(autoencoder)
     trainer = Trainer(config, model, data, machine)
     settings = {"train": configurator.to_dict(config), "model": configurator.to_dict(model_config)}
     # `seconds` is everything since the start, `train_seconds` only the updates; both go on in a resumed run
@@ -397,6 +405,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         say(f"resuming {out} at step {trainer.step}")
     elif machine.is_main:
         checkpoint.start_run(settings, data.folder, out, config.overwrite)
+        if autoencoder is not None:
+            checkpoint.copy_autoencoder(Path(model_config.autoencoder), out)
 
     if hasattr(model, "training_data"):
         trainer.train_data = model.training_data(data)
@@ -506,7 +516,10 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     else:
         summary["val_bits_per_byte"] = val_loss / math.log(2) / data.bytes_per_token
     windows = data.full_windows("val", trainer.full_rows, machine.rank, machine.world_size, config.final_eval_tokens)
-    summary |= trainer.measure(windows)
+    measured = trainer.measure(windows)
+    for name in [name for name in measured if name.endswith("bits_per_token")]:
+        measured[name.removesuffix("token") + "byte"] = measured[name] / data.bytes_per_token
+    summary |= measured
     if getattr(model, "embedding_loss", None) is not None:
         with machine.autocast():
             batch = trainer.load_batch("train", data.eval_starts("train", config.batch_size))[0]

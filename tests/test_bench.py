@@ -23,6 +23,20 @@ def test_bench_sample(name, tmp_path, capsys):
         assert row["tokens_per_second"] > 0 and row["tokens_per_step"] >= 1
 
 
+def test_bench_latent(tmp_path, capsys):
+    """Guards the comparison: blocks and single tokens of the same number of texts, each beside the baseline of its batch size."""
+    rows = bench.main(["latent", "--tokens=16", "--repeats=1", "--batch=3", "--device=cpu", "--threads=1"])
+    *table, line = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["rows"] == rows and sum(line.startswith("| ") for line in table) == 6 + 2
+    assert [row["batch"] for row in rows] == [1, 3] * 3
+    assert [row["tokens_per_step"] for row in rows] == [1, 1, 4, 4, 8, 8]
+    for row in rows:
+        assert row["ratio"] == row["tokens_per_second"] / rows[row["batch"] == 3]["tokens_per_second"]
+    run = write_run(tmp_path / "run", "decoder_only")
+    with pytest.raises(ValueError, match="run=... one over codes"):
+        bench.main(["latent", f"--run={run}", "--device=cpu"])
+
+
 def test_in_turns(monkeypatch):
     """Guards the medians and the order: with a clock of our own, rates are exact."""
     import torch
@@ -48,9 +62,10 @@ def test_in_turns(monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "sample is missing"),
+        ([], "sample.latent is missing"),
         (["smaple"], "did you mean 'sample'"),
         (["sample", "--tokens=0"], "tokens=0"),
+        (["latent", "--batch=0"], "batch=0"),
         (["sample", "--batc=1"], "did you mean 'batch'"),
     ],
 )

@@ -1,0 +1,524 @@
+"""The prior over codes: one code path for training and steps, what it may see, the bound, sampling, and whole runs."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch.nn import functional as F
+
+import generate
+import sample
+import tokenizer
+import train
+from conftest import write_tokens
+from generate import BlockSampling, Continuation, Sampling
+from latent.autoencoder import Autoencoder, AutoencoderConfig
+from latent.rq_transformer import RQTransformer, RQTransformerConfig, soft_codes
+from model import Context, rotary_angles
+
+AUTOENCODER = dict(
+    vocab_size=31, block_size=24, latent_factor=4, latent_dim=6, codebook_size=7, codebook_levels=3,
+    n_encoder_layer=1, n_decoder_layer=1, n_head=2, n_embd=12,
+)  # fmt: skip
+PRIOR = dict(n_spatial_layer=2, n_depth_layer=2, n_head=2, n_embd=12)
+
+
+def disturb(module: torch.nn.Module) -> None:
+    """Weights of order one: at initialisation attention is almost uniform and would hide a wrong mask."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+
+
+def make_autoencoder(seed: int = 0, **options) -> Autoencoder:
+    torch.manual_seed(seed)
+    autoencoder = Autoencoder(AutoencoderConfig(**(AUTOENCODER | options)))
+    disturb(autoencoder)
+    autoencoder.quantizer.codebook.initialized.fill_(True)
+    return autoencoder.double().eval()
+
+
+def make_prior(seed: int = 0, prior: dict | None = None, **options) -> RQTransformer:
+    """A tiny prior with its tiny autoencoder, in float64."""
+    autoencoder = make_autoencoder(seed, **options)
+    config = RQTransformerConfig(**(PRIOR | (prior or {}))).fitted_to(autoencoder)
+    model = RQTransformer(config)
+    disturb(model)
+    model.double().eval().attach(autoencoder)
+    return model
+
+
+def random_codes(model: RQTransformer, rows: int = 2, seed: int = 1) -> torch.Tensor:
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    return torch.randint(config.codebook_size, (rows, config.blocks, config.codebook_levels), generator=generator)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what the model computes
+
+
+@pytest.mark.parametrize("options", [{}, {"codebook_levels": 1}, {"shared_codebook": True}, {"latent_factor": 8}])
+@pytest.mark.parametrize("prefill", [0, 1, 3])
+def test_steps_equal_teacher_forcing(options, prefill):
+    """
+    Guards the loop that the original got wrong twice: one position late, and a depth transformer without a prefix. Steps through
+    both caches, with or without a prefill, give the logits of one teacher-forced pass at every position and depth.
+    """
+    model = make_prior(**options)
+    codes, D = random_codes(model), model.config.codebook_levels
+    prefill = min(prefill, model.config.blocks - 1)
+    with torch.no_grad():
+        expected, table = model.logits(codes), model.table()
+        spatial, depth = model.spatial.make_cache(), model.depth.make_cache()
+        for m in range(prefill, model.config.blocks):
+            h = model.states(codes[:, :m], table, spatial)[:, -1]
+            depth.truncate(0)
+            for d in range(D):
+                step = model.code_logits(h, codes[:, m, :d], table, depth)
+                assert step.shape[1] == 1 and (step[:, 0] - expected[:, m, d]).abs().max() < 1e-10, (m, d)
+            assert spatial.length == m + 1 and depth.length == D
+
+
+def test_codes_are_predicted_in_raster_order():
+    """Guards causality: another code (m, d) changes the logits of (m, d + 1), or of the next stack, and none up to (m, d)."""
+    model = make_prior()
+    codes = random_codes(model)
+    M, D, K = model.config.blocks, model.config.codebook_levels, model.config.codebook_size
+    with torch.no_grad():
+        before = model.logits(codes).flatten(1, 2)  # (B, M D, K), raster order
+        for place in range(M * D):
+            other = codes.flatten(1).clone()
+            other[:, place] = (other[:, place] + 1 + place % (K - 1)) % K
+            after = model.logits(other.view_as(codes)).flatten(1, 2)
+            assert torch.equal(after[:, : place + 1], before[:, : place + 1]), place
+            if place + 1 < M * D:
+                assert ((after - before)[:, place + 1].abs().amax(-1) > 1e-6).all(), place
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_order_of_a_stack_matters(shared):
+    """Guards the embedding: with one table for all depths, (1, 2, 3) and (3, 2, 1) would be the same context."""
+    model = make_prior(shared_codebook=shared)
+    codes = random_codes(model)
+    codes[:, 0] = torch.tensor([1, 2, 3])
+    turned = codes.clone()
+    turned[:, 0] = torch.tensor([3, 2, 1])
+    with torch.no_grad():
+        a, b = (model.states(c[:, :-1], model.table()) for c in (codes, turned))
+    assert torch.equal(a[:, 0], b[:, 0]) and ((a - b)[:, 1:].abs().amax(-1) > 1e-3).all()
+
+
+def test_one_level_is_a_plain_transformer():
+    """Guards the wiring: with D = 1 it is an ordinary auto-regressive transformer over codes, written out here."""
+    model = make_prior(codebook_levels=1)
+    codes = random_codes(model)[..., 0]  # (B, M)
+    B, M = codes.shape
+    book = model.autoencoder.quantizer.vectors()[0]
+    with torch.no_grad():
+        x = book[codes[:, :-1]] / book.pow(2).mean().sqrt() @ model.project[0]
+        x = torch.cat((model.start.expand(B, 1, -1), x), dim=1)  # (B, M, C): shifted right behind the start
+        rotary = {6: rotary_angles(torch.arange(M), 6)}
+        for block in model.spatial.blocks:
+            x = block(x, Context(torch.ones(M, M, dtype=torch.bool).tril(), False, rotary, 0, 0.0))
+        x = x + model.wpe_depth[0]
+        for block in model.depth.blocks:  # each position sees itself
+            x = block(x, Context(torch.eye(M, dtype=torch.bool), False, {}, 0, 0.0))
+        assert (model.heads[0](x) - model(codes[..., None])[0][:, :, 0]).abs().max() < 1e-10
+
+
+def test_depth_transformer_written_out():
+    """Guards its input: h_m, then W of the sum of the codes so far, each plus its p_d; another input would train as well."""
+    model = make_prior()
+    codes = random_codes(model)
+    books = torch.stack(model.autoencoder.quantizer.vectors())
+    with torch.no_grad():
+        e = [books[d][codes[..., d]] / books[d].pow(2).mean().sqrt() @ model.project[d] for d in range(3)]  # (B, M, C) each
+        h = model.states(codes[:, :-1], model.table())
+        assert (h - model.spatial(torch.cat((model.start.expand(2, 1, -1), sum(e)[:, :-1]), dim=1), None)).abs().max() < 1e-10
+        v = torch.stack([h, e[0] @ model.from_sum.weight.T, (e[0] + e[1]) @ model.from_sum.weight.T], dim=2) + model.wpe_depth
+        x, causal = v.flatten(0, 1), Context(torch.ones(3, 3, dtype=torch.bool).tril(), False, {}, 0, 0.0)
+        for block in model.depth.blocks:
+            x = block(x, causal)
+        expected = torch.stack([model.heads[d](x[:, d]) for d in range(3)], dim=1).unflatten(0, (2, -1))
+        assert (expected - model(codes)[0]).abs().max() < 1e-10
+
+
+def test_empty_blocks_do_not_count():
+    """Guards the mask: -1 (no text) adds nothing to the loss and the number of tokens."""
+    model = make_prior().train()
+    codes = random_codes(model)
+    short = codes[:, :4].clone()
+    padded = codes.clone()
+    padded[:, 4:] = -1
+    expected, found = (model(c, c)[1] for c in (short, padded))
+    assert all(abs(expected[name] - found[name]) < 1e-12 for name in ("code", "token", "total"))
+    full = F.cross_entropy(model.logits(short).flatten(0, 2), short.flatten(), reduction="none")
+    assert abs(found["total"] - full.mean()) < 1e-12 and abs(found["token"] - full.sum() / (2 * 4 * 4)) < 1e-12
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the bound, soft targets, and the autoencoder that is not a part
+
+
+@pytest.mark.parametrize("real", [24, 22, 9, 1])
+def test_the_bound_is_what_a_slow_loop_finds(real):
+    """Guards the honest number: nats of every code of every block with text, and of every token given the codes, per token."""
+    model = make_prior()
+    config = model.config
+    x = torch.randint(31, (3, 24), generator=torch.Generator().manual_seed(2))
+    y = torch.full_like(x, 5)
+    y[1, real:] = -1
+    y[2, 5:] = -1
+    nats_codes, nats_tokens, tokens = torch.zeros(3), 0.0, 0
+    with torch.no_grad():
+        for row, length in enumerate((24, real, 5)):
+            text = x[row : row + 1, :length]
+            codes = model.autoencoder.encode(text)
+            prior, given_codes = model.logits(codes).log_softmax(-1)[0], model.autoencoder.decode(codes).log_softmax(-1)[0]
+            for m in range(-(-length // config.latent_factor)):
+                for d in range(config.codebook_levels):
+                    nats_codes[d] -= prior[m, d, codes[0, m, d]]
+            nats_tokens -= sum(given_codes[t, text[0, t]] for t in range(length))
+            tokens += length
+        bound = (nats_codes.sum() + nats_tokens) / tokens
+        assert abs(model(x, y)[1]["token"] - bound) < 1e-6
+        said = model.summarize(model.measure(x, y))
+    bits = torch.log(torch.tensor(2.0)) * (said["code_bits_per_token"] + said["token_bits_per_token"])
+    assert abs(bits - bound) < 1e-6 and said["token_bits_per_token"] > 0 and len(said["code_loss"]) == 3
+
+
+def test_soft_codes_are_draws_and_their_distribution():
+    """Guards Lee's targets: Q is softmax(-distance^2 / tau) of the residual of what was *drawn*; tau -> 0 gives the hard codes."""
+    model = make_prior()
+    quantizer, z = model.autoencoder.quantizer, torch.randn(500, 6, dtype=torch.float64)
+    codes, targets = soft_codes(z, quantizer.vectors(), 0.7)
+    residual, surprise = z, 0.0
+    for d, book in enumerate(quantizer.vectors()):
+        q = (-(residual[:, None] - book).pow(2).sum(-1) / 0.7).softmax(-1)
+        assert (q - targets[:, d]).abs().max() < 1e-9
+        surprise += (-q.gather(1, codes[:, d : d + 1]).log().mean() / -(q * q.log()).sum(-1).mean()).item() / 3
+        residual = residual - book[codes[:, d]]
+    assert 0.8 < surprise < 1.2, "codes are not draws from Q"
+    assert torch.equal(soft_codes(z, quantizer.vectors(), 1e-6)[0], quantizer.encode(z))
+
+
+def test_soft_labels_are_for_training_only():
+    """Guards the evaluation: random codes would make its likelihood that of another model; blocks without text stay out."""
+    model = make_prior(prior={"soft_labels": 2.0})
+    x = torch.randint(31, (3, 24), generator=torch.Generator().manual_seed(3))
+    y = x.clone()
+    y[0, 10:] = -1
+    assert model(x, y)[1]["token"] == model(x, y)[1]["token"]
+    model.train()
+    losses = [model(x, y)[1] for _ in range(2)]
+    assert losses[0]["total"] != losses[1]["total"] and model.sums(x, y)["stacks"] == 6 + 6 + 3
+    assert abs(losses[0]["token"] * (10 + 24 + 24) - losses[0]["code"] * 15 * 3) < 1e-9
+    losses[0]["total"].backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_autoencoder_is_attached_but_no_part(tmp_path):
+    """Guards the freeze: not trained, not counted, not stored, not switched to training; but it moves with the model."""
+    model = make_prior()
+    assert not any("autoencoder" in name or "vectors" in name for name in model.state_dict())
+    assert sum(p.numel() for p in model.parameters()) == model.get_num_params() + model.wpe_depth.numel()
+    before = {name: value.clone() for name, value in model.autoencoder.state_dict().items()}
+    model.train()
+    assert not model.autoencoder.training
+    codes = random_codes(model)
+    model(codes, codes)[1]["total"].backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.autoencoder.parameters())
+    model.float()
+    assert model.autoencoder.wte.weight.dtype == torch.float32 == model.vectors.dtype
+    assert all(torch.equal(value.float(), before[name].float()) for name, value in model.autoencoder.state_dict().items())
+
+
+def test_another_autoencoder_is_refused():
+    """Guards the hash: with other codebooks every code would mean something else, and nothing would notice."""
+    model, other = make_prior(), make_autoencoder(seed=5)
+    with pytest.raises(
+        ValueError, match=f"{other.codebook_hash()[:12]}.*{model.config.codebook_hash[:12]}.*train this model again"
+    ):
+        model.attach(other)
+    with pytest.raises(ValueError, match="train this model again"):
+        dataclasses.replace(model.config).fitted_to(other, {"codebook_hash": model.config.codebook_hash})
+    with pytest.raises(ValueError, match="latent_factor=8, but the autoencoder .* has 4; leave latent_factor out"):
+        model.config.fitted_to(other, {"latent_factor": 8})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sampling
+
+GREEDY = BlockSampling((Sampling(temperature=0.0),))
+MIXED = BlockSampling(
+    (Sampling(0.9, seed=3), Sampling(1.3, 4, seed=3), Sampling(0.6, None, 0.8, seed=3)), Sampling(0.7, seed=3)
+)
+
+
+def continued(model, prompts, tokens, sampling, **how) -> list[Continuation]:
+    samples = [Continuation(prompt, tokens) for prompt in prompts]
+    for _ in generate.sample_together(model, samples, sampling, **how):
+        pass
+    return samples
+
+
+def slow_greedy(model: RQTransformer, prompt: list[int], tokens: int) -> tuple[list[int], torch.Tensor]:
+    """Text and the codes of its last context: at every depth the whole teacher-forced model, of which one number is used."""
+    S, M, D = model.config.latent_factor, model.config.blocks, model.config.codebook_levels
+    text, codes = prompt[:1] * (-len(prompt) % S) + prompt, None
+    begin = len(text)
+    with torch.no_grad():
+        while len(text) < begin + tokens:
+            if codes is None or codes.size(1) == M:
+                blocks = len(text) // S if codes is None and len(text) < M * S else M // 2
+                codes = model.autoencoder.encode(torch.tensor([text[-blocks * S :]]))
+            codes = torch.cat((codes, torch.zeros(1, 1, D, dtype=torch.int64)), dim=1)
+            for d in range(D):
+                codes[0, -1, d] = model.logits(codes)[0, -1, d].argmax()
+            text += model.autoencoder.decode(codes)[0, -S:].argmax(-1).tolist()
+    return text[begin : begin + tokens], codes
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 9, 20, 23, 24])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_sampling_is_the_argmax_of_teacher_forcing(length, use_cache):
+    """
+    Guards the whole loop, far beyond the context: what is sampled is the argmax of the teacher-forced model on its own output,
+    for prompts shorter than a block, of broken blocks, and as long as the context.
+    """
+    model = make_prior(seed=length)
+    prompt = torch.randint(31, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    (sample,) = continued(model, [prompt], 50, GREEDY, use_cache=use_cache)
+    expected, codes = slow_greedy(model, prompt, 50)
+    assert sample.output == expected and sample.reason == "length" and len(set(expected)) > 2
+    logits = model.logits(codes)[:, -1]
+    assert torch.equal(logits.argmax(-1), codes[:, -1])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"latent_factor": 8}, {"block_size": 4}, {"latent_factor": 1, "codebook_kind": "simvq"}]
+)
+def test_texts_do_not_depend_on_batch_or_cache(options):
+    """Guards the noise and the caches: sample i is the same text in a batch, alone, and computed without caches."""
+    model = make_prior(**options)
+    length = min(6, model.config.block_size)
+    prompts = [list(range(i, i + length)) for i in range(3)]
+    together = [sample.output for sample in continued(model, prompts, 60, MIXED)]
+    assert together == [sample.output for sample in continued(model, prompts, 60, MIXED, use_cache=False)]
+    for i, prompt in enumerate(prompts):
+        assert continued(model, [prompt], 60, MIXED, first_sample=i)[0].output == together[i]
+    assert together[0] != continued(model, prompts[:1], 60, MIXED, first_sample=1)[0].output
+
+
+def test_codes_are_drawn_with_the_settings_of_their_level():
+    """Guards per-depth settings: top_k=1 on the first level leaves one code there, and the others stay free."""
+    model = make_prior()
+    drawn = []
+    model.autoencoder.decode = lambda codes, cache=None, f=model.autoencoder.decode: (
+        drawn.append(codes[:, -1]) or f(codes, cache)
+    )
+    sampling = BlockSampling((Sampling(1.0, top_k=1), Sampling(2.0), Sampling(2.0)))
+    continued(model, [[1, 2, 3, 4]] * 40, 4, sampling)
+    used = [len(set(level)) for level in drawn[-1].T.tolist()]
+    assert used[0] == 1 and used[1] > 2 and used[2] > 2
+    with pytest.raises(ValueError, match="2 values of temperature, top_k or top_p for a model of 3 code levels"):
+        continued(model, [[1]], 4, BlockSampling(sampling.levels[:2]))
+
+
+def test_every_block_has_its_own_noise():
+    """Guards the keys of the noise: when it alone decides, no two blocks are alike, neither in their codes nor in their tokens."""
+    model, free = make_prior(codebook_size=64), Sampling(1e9)
+    for sampling in (BlockSampling((free,)), BlockSampling((Sampling(0.0),), free)):
+        drawn = []
+        expand = model.autoencoder.quantizer.decode
+        model.autoencoder.quantizer.decode = lambda codes, f=expand, to=drawn: to.append(codes[0, -1].tolist()) or f(codes)
+        text = continued(model, [[1, 2, 3, 4]], 40, sampling)[0].output
+        model.autoencoder.quantizer.decode = expand
+        blocks = drawn if sampling.levels[0] is free else [text[i : i + 4] for i in range(0, 40, 4)]
+        assert len({tuple(block) for block in blocks}) == 10 and len({block[0] for block in blocks}) > 5
+
+
+def test_texts_end_inside_a_block():
+    """Guards accept(): an end-of-document token, a stop string, or the last token may come in the middle of a block."""
+    model = make_prior(vocab_size=256)
+    text = continued(model, [[10, 11]], 40, MIXED)[0].output
+    place = next(i for i in range(5, 40) if i % 4 == 1 and text[i] not in text[:i])
+    assert generate.generate(model, [[10, 11]], 40, MIXED, eos=text[place]) == [text[:place]]
+    assert generate.generate(model, [[10, 11]], 7, MIXED) == [text[:7]]
+    stop, written = bytes(text[5:7]).decode("latin-1"), []
+    latin = tokenizer.CharTokenizer("".join(map(chr, range(256))))
+    sample = Continuation([10, 11], 40, latin, stop=(stop,), write=written.append)
+    for _ in generate.sample_together(model, [sample], MIXED):
+        pass
+    assert (sample.reason, len(sample.output)) == ("stop", 7) and sample.output == text[:7]
+    assert "".join(written) == sample.text
+
+
+def test_a_short_prompt_is_filled_in_front():
+    """Guards the block border: "ab" is continued as the line break, once or more, and "ab" are."""
+    model = make_prior(vocab_size=256)
+
+    def text(prompt: str) -> list[int]:
+        sample = Continuation(list(prompt.encode()), 20, tokenizer.ByteTokenizer())
+        for _ in generate.sample_together(model, [sample], GREEDY):
+            pass
+        return sample.output
+
+    assert text("ab") == text("\n\nab") and text("abcde") == text("\n\n\nabcde") != text("abcd")
+    chars = Continuation([2, 1], 1, tokenizer.CharTokenizer("abc"))
+    assert generate.filler(chars) == 2 == generate.filler(Continuation([2, 1], 1))
+    with pytest.raises(ValueError, match="use compile=false"):
+        continued(model, [[1]], 4, GREEDY, compile="eager")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"n_embd": 10, "n_head": 4}, "n_embd=10 is not divisible by n_head=4"),
+        ({"n_depth_layer": 0}, "n_depth_layer=0: at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"soft_labels": -1.0}, "soft_labels=-1.0: a temperature"),
+        ({"soft_labels": 0.5, "code_offsets": 2}, "leave code_offsets at 1"),
+        ({"block_size": 10}, "block_size=10 is not a multiple of latent_factor=4"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        RQTransformerConfig(**options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# whole runs
+
+TINY = {
+    "autoencoder": "--model=autoencoder --latent_dim=8 --codebook_size=8 --codebook_levels=2 --n_encoder_layer=1 --n_decoder_layer=1 "
+    "--n_head=2 --n_embd=16 --block_size=32 --quantize_after=10 --max_iters=30 --eval_interval=30",
+    "rq_transformer": "--model=rq_transformer --n_spatial_layer=1 --n_depth_layer=1 --n_head=2 --n_embd=16 --max_iters=6 "
+    "--eval_interval=3",
+}  # fmt: skip
+SHORT = "--warmup_iters=2 --eval_iters=2 --log_interval=1 --batch_size=4 --device=cpu --dtype=float32 --final_eval_tokens=400"
+
+
+def run(model: str, data: Path, out: Path, *more: str) -> dict:
+    return train.main([f"--dataset={data}", f"--out_dir={out}", *TINY[model].split(), *SHORT.split(), *more])
+
+
+@pytest.fixture(scope="module")
+def autoencoder_run(tiny_data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "autoencoder"
+    run("autoencoder", tiny_data, out)
+    return out
+
+
+@pytest.fixture
+def own_autoencoder(autoencoder_run, tmp_path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(autoencoder_run, tmp_path / "autoencoder"))
+
+
+@pytest.mark.parametrize("more", [["--dropout=0.1", "--code_offsets=2"], ["--soft_labels=0.5"]], ids=["stored", "soft"])
+def test_resumed_equals_unbroken(autoencoder_run, tiny_data, tmp_path, more):
+    """Guards resuming, bit for bit: the order of stored codes, dropout, and the draws of soft labels are functions of the step."""
+    more = [f"--autoencoder={autoencoder_run}", "--lr_decay_iters=6", *more]
+    summary = run("rq_transformer", tiny_data, tmp_path / "a", *more)
+    run("rq_transformer", tiny_data, tmp_path / "b", *more, "--max_iters=3")
+    run("rq_transformer", tiny_data, tmp_path / "b", *more, "--resume")
+    a, b = (safetensors.torch.load_file(tmp_path / name / "last" / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert not any("autoencoder" in key for key in a)
+    assert summary["val_bits_per_byte"] == pytest.approx(summary["code_bits_per_byte"] + summary["token_bits_per_byte"])
+    assert len(summary["code_loss"]) == 2 and all(loss < 3 for loss in summary["code_loss"])
+
+
+def test_learns_codes_by_heart(tmp_path):
+    """Guards the whole chain: autoencoder, stored codes, prior, sampling; a text with period 24 is continued as it was."""
+    text = np.resize(np.frombuffer(b"the quick brown foxes.. ", dtype=np.uint8), 4000)
+    data = write_tokens(tmp_path / "data", text, text[:500])
+    run("autoencoder", data, tmp_path / "autoencoder", "--max_iters=250", "--eval_interval=250", "--learning_rate=3e-3",
+        "--n_embd=32", "--codebook_size=16", "--log_interval=50", "--warmup_iters=20")  # fmt: skip
+    summary = run("rq_transformer", data, tmp_path / "prior", f"--autoencoder={tmp_path / 'autoencoder'}", "--max_iters=150",
+                  "--eval_interval=150", "--learning_rate=1e-2", "--n_embd=32", "--code_offsets=4")  # fmt: skip
+    assert summary["val_bits_per_byte"] < 0.5 and summary["best_step"] == 150
+    words = ["--prompt=the quick brown ", "--temperature=0", "--max_new_tokens=18", "--device=cpu", "--check"]
+    assert sample.main([str(tmp_path / "prior"), *words]) == ["foxes.. the quick "]
+
+
+def test_a_run_directory_is_all_that_sampling_needs(own_autoencoder, tiny_data, tmp_path, capsys):
+    """Guards self-containment: with the autoencoder's run, its store of codes and the data set gone, the same text comes out."""
+    out = tmp_path / "prior"
+    run("rq_transformer", tiny_data, out, f"--autoencoder={own_autoencoder}", "--eval_sample_tokens=9")
+    assert "sample: " in capsys.readouterr().out
+    words = [str(out), "--prompt=def f", "--max_new_tokens=70", "--device=cpu", "--temperature=1.0,0.8", "--top_k=5"]
+    before = sample.main([*words, "--num_samples=2", "--token_temperature=0.5", "--check"])
+    shutil.rmtree(own_autoencoder)
+    assert sample.main([*words, "--num_samples=2", "--token_temperature=0.5"]) == before
+    assert sample.main([*words, "--stream", "--token_temperature=0.5", "--dtype=float32"]) == before[:1]
+    for flags, message in (
+        (["--lookahead=auto"], "lookahead drafts single tokens"),
+        (["--temperature=1,2,3"], "3 values of temperature.* 2 code levels"),
+        (["--compile"], "use compile=false"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample.main([str(out), "--device=cpu", *flags])
+    with pytest.raises(ValueError, match="autoencoder=.* is not a directory.*rqvae_stdlib"):
+        run("rq_transformer", tiny_data, out, f"--autoencoder={own_autoencoder}", "--resume")
+
+
+def test_settings_of_codes_are_refused_by_plain_models(tiny_data, tmp_path):
+    """Guards sample.py: a setting that does nothing would be believed to have done something."""
+    run_small = ["--model=decoder_only", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--max_iters=1"]
+    train.main([f"--dataset={tiny_data}", f"--out_dir={tmp_path / 'plain'}", *run_small, *SHORT.split(), "--warmup_iters=0"])
+    for flags, message in (
+        (["--temperature=1,2"], "give one value"),
+        (["--token_temperature=0.5"], "no token_temperature"),
+        (["--temperature=1,2", "--top_k=1,2,3"], "temperature has 2, top_k has 3"),
+        (["--top_p=0.5,1.5"], "top_p=1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample.main([str(tmp_path / "plain"), "--device=cpu", *flags])
+
+
+def test_other_codebooks_are_refused_wherever_they_meet(own_autoencoder, tiny_data, tmp_path):
+    """Guards the hash at the start of a run, when it is resumed, and when it is sampled."""
+    out, word = tmp_path / "prior", f"--autoencoder={own_autoencoder}"
+    run("rq_transformer", tiny_data, out, word)
+    old = json.loads((out / "config.json").read_text())["model"]["codebook_hash"]
+    run("autoencoder", tiny_data, own_autoencoder, "--seed=5", "--overwrite")
+    with pytest.raises(ValueError, match=f"{old[:12]}.*train this model again"):
+        run("rq_transformer", tiny_data, tmp_path / "new", word, f"--codebook_hash={old}")
+    with pytest.raises(ValueError, match=f"codebook_hash='.*' .was '{old}'"):
+        run("rq_transformer", tiny_data, out, word, "--resume")
+    assert isinstance(sample.main([str(out), "--device=cpu"])[0], str), "it has its own copy"
+    shutil.rmtree(out / "autoencoder")
+    shutil.copytree(own_autoencoder, out / "autoencoder")
+    with pytest.raises(ValueError, match=f"{old[:12]}.*train this model again"):
+        sample.main([str(out), "--device=cpu"])
+
+
+def test_autoencoders_that_cannot_serve(own_autoencoder, tiny_data, tmp_path):
+    """Guards the lines a user reads: no run, a run of another model, codebooks that are still random, another data set."""
+    out, word = tmp_path / "prior", f"--autoencoder={own_autoencoder}"
+    with pytest.raises(ValueError, match="autoencoder=nowhere: nowhere is not a directory"):
+        run("rq_transformer", tiny_data, out, "--autoencoder=nowhere")
+    with pytest.raises(ValueError, match="latent_factor=8, but the autoencoder"):
+        run("rq_transformer", tiny_data, out, word, "--latent_factor=8")
+    other = write_tokens(tmp_path / "data", np.arange(3000) % 3, np.arange(300) % 3, vocab_size=3)
+    tokenizer.save(tokenizer.CharTokenizer("abc"), other)
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        run("rq_transformer", other, out, word)
+    run("rq_transformer", tiny_data, out, word)
+    with pytest.raises(ValueError, match="is the run of another model, rq_transformer"):
+        run("rq_transformer", tiny_data, tmp_path / "b", f"--autoencoder={out}")
+    run("autoencoder", tiny_data, own_autoencoder, "--max_iters=2", "--eval_interval=1", "--overwrite")
+    with pytest.raises(ValueError, match="before its codebooks were made of data"):
+        run("rq_transformer", tiny_data, tmp_path / "b", word)
+    assert not (tmp_path / "b").exists()
