@@ -187,6 +187,8 @@ class Trainer:
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if hasattr(self.raw_model, "after_step"):
+            self.raw_model.after_step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return sums
