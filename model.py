@@ -17,11 +17,13 @@ Departures from GPT-2 (a decoder-only stack of pre-norm blocks with tied embeddi
        logits_t = wte (ln_f(d_t) - wpe[t+1])                        (`ln`: another LayerNorm after the subtraction)
 4. Options the original left open: E != D, rotary positions (Su et al. 2021, arXiv:2104.09864), dropout.
    With rotary positions nothing is added to the embeddings; subtraction then has a learned table of its own, `wpe_next`,
-   whose row t belongs to position t+1 and which is used nowhere else.
+   whose row t belongs to position t+1 and which is used nowhere else. A `window` limits self-attention to the last positions.
+5. A compression head, if wanted, puts quantized latents in the place of h in cross-attention: latent/compression.py.
 
 Shapes: B batch, T tokens of this call, S keys (cached ones first), C width, H heads, D head width, V vocabulary.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -32,7 +34,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import at_least_float32, attend_in_products, head_loss, rotary_angles, rotate
+from kernels import LayerNorm, at_least_float32, attend_in_products, head_loss, rotary_angles, rotate
 
 
 def require(condition: bool, message: str) -> None:
@@ -84,12 +86,12 @@ class EncoderDecoderConfig:
             "decoder_pos_emb=True adds a position embedding, but position=rope has no table to add; use position=learned",
         )
         require(self.window >= 0, f"window={self.window}: a number of positions is needed, or 0 for all")
-        head_keys = ("latent_dim", "codebook_size", "codebook_levels", "commitment_weight")
         if self.latent_factor != 0:
-            from latent.compression import quantizer_config  # only with a head does this file need any other model's
+            from latent.compression import quantizer_config
 
-            quantizer_config(self)
-        elif ignored := [key for key in head_keys if getattr(self, key) != getattr(type(self), key)]:
+            quantizer_config(self)  # raises as well
+        keys = ("latent_dim", "codebook_size", "codebook_levels", "commitment_weight") if self.latent_factor == 0 else ()
+        if ignored := [key for key in keys if getattr(self, key) != getattr(EncoderDecoderConfig, key)]:
             warnings.warn(f"{', '.join(ignored)} without effect: there is no compression head (latent_factor=0)", stacklevel=3)
 
 
@@ -100,19 +102,6 @@ def check_sizes(config, *keys: str) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # blocks, shared by every model of the project
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm whose bias, or whole affine part, can be absent."""
-
-    def __init__(self, width: int, bias: bool, affine: bool = True):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(width)) if affine and bias else None
-        self.width = width
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, (self.width,), self.weight, self.bias, 1e-5)
 
 
 class LayerCache:
@@ -159,8 +148,8 @@ class Cache:
 
     def keep(self, length: int, start: int, count: int) -> None:
         """Keep the first `length` tokens and, moved up behind them, the `count` tokens from slot `start` on."""
+        assert self.states is None or count == 0 or start == length, "latents are made of consecutive tokens"
         assert 0 <= length <= start and start + count <= self.length, f"{length=} {start=} {count=} of {self.length} tokens"
-        assert self.states is None or count == 0 or start == length, "latents are made of consecutive tokens: none can be left out"
         for x in (x for layer in self.layers for x in (layer.k, layer.v) if count and start > length):
             x[:, :, length : length + count] = x[:, :, start : start + count].clone()  # the two may overlap
         self.length = length + count
@@ -379,9 +368,8 @@ class EmbeddingLoss(nn.Module):
         if self.kind == "mse":
             return F.mse_loss(m, u)
         similarity = (F.cosine_similarity(m, u, dim=-1) + 1) / 2  # in [0, 1]
-        if self.kind == "cosine":
-            return (1 - similarity).mean()
-        return -similarity.clamp_min(1e-8).log().mean()  # the clamp only matters for exactly opposite vectors
+        # the clamp only matters for exactly opposite vectors
+        return (1 - similarity if self.kind == "cosine" else -similarity.clamp_min(1e-8).log()).mean()
 
 
 class EncoderDecoder(CausalModel):
@@ -415,6 +403,8 @@ class EncoderDecoder(CausalModel):
             from latent.compression import CompressionHead
 
             self.compression = CompressionHead(config)
+            self.after_step, self.summarize = self.compression.quantizer.step, self.compression.summarize  # hooks of train.py
+            self.measure = functools.partial(self.compression.measure, self)
         self.initialize([self.encoder, self.decoder])
         for block in self.decoder if self.compression is not None else ():
             nn.init.zeros_(block.cross_attn.c_proj.weight)  # training begins without the latents, which mean nothing yet
@@ -482,18 +472,6 @@ class EncoderDecoder(CausalModel):
             losses["commitment"] = parts["commitment"]
             losses["total"] = losses["total"] + self.config.commitment_weight * losses["commitment"]
         return None, losses
-
-    def after_step(self) -> None:
-        """To be called once after each optimizer step: it moves the head's codebooks."""
-        if self.compression is not None:
-            self.compression.quantizer.step()
-
-    def measure(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Sums over a batch of evaluation that say what the head is good for, and what they add up to; empty without one."""
-        return {} if self.compression is None else self.compression.measure(self, x, y)
-
-    def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, int | float | list]:
-        return {} if self.compression is None else self.compression.summarize(sums)
 
     def flops_per_token(self) -> int:
         """As counted above, less what the head needs only once for each latent."""

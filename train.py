@@ -187,9 +187,9 @@ class Trainer:
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         if hasattr(self.raw_model, "after_step"):
             self.raw_model.after_step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return sums
 

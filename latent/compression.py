@@ -170,15 +170,16 @@ class CompressionHead(nn.Module):
         tokens = (y >= 0).sum().cpu().double()
         sums = {"codes": usage.counts.cpu().double(), "tokens": tokens}
         for how in ("zeroed", "swapped"):
-            with self.ablated(how):
-                sums[how] = model(x, y)[1]["token"].cpu().double() * tokens
+            with self.ablated(how):  # a batch without a target has no mean
+                sums[how] = model(x, y)[1]["token"].cpu().double() * tokens if tokens > 0 else torch.zeros_like(tokens)
         return sums
 
     def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, int | float | list]:
         """Entries of summary.json from the added sums of `measure`. Warns of codebooks that have collapsed."""
         usage = CodeUsage(self.quantizer.config)
         usage.counts = sums["codes"].long()
-        usage.warn_if_collapsed()
+        if self.quantizer.initialized:
+            usage.warn_if_collapsed()
         losses = {f"val_loss_latents_{how}": (sums[how] / sums["tokens"]).item() for how in ("zeroed", "swapped")}
         codes = {f"codebook_{name}": value for name, value in usage.report().items()}
         return losses | codes | {"codebook_restarts": self.quantizer.restarts}
