@@ -408,15 +408,15 @@ def test_trains_resumes_and_samples(tiny_data, tmp_path, capsys):
     state = safetensors.torch.load_file(whole / "last" / "model.safetensors")
     assert state[codebook + "initialized"] and state[codebook + "steps"] > 10, "the trainer calls after_step once a step"
     capsys.readouterr()
-    words = [str(whole), "--prompt=import ", "--max_new_tokens=60", "--device=cpu", "--dtype=float64", "--json"]
+    words = [str(whole), "--prompt=import ", "--max_new_tokens=60", "--device=cpu", "--dtype=float64", "--eos=false"]
     texts = sample.main([*words, "--num_samples=2"])
     assert len(texts) == 2 and sample.main([*words, "--num_samples=1", "--stream"]) == texts[:1]
     assert sample.main([*words, "--cache=false"]) == texts[:1]
     for more, message in (("--lookahead=4,3,4", "lookahead=none"), ("--compile", "compile=false")):
         with pytest.raises(ValueError, match=message):
             sample.main([*words, more])
-    rows = bench.main(["sample", f"--run={whole}", "--tokens=3", "--repeats=1", "--device=cpu", "--threads=1"])
-    assert [row["variant"] for row in rows] == ["plain cached", "plain uncached", "plain cached, batch 32"]
+    rows = bench.main(["sample", f"--run={whole}", "--tokens=3", "--repeats=1", "--batch=2", "--device=cpu"])
+    assert [row["variant"] for row in rows] == ["plain cached", "plain uncached", "plain cached, batch 2"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
