@@ -70,7 +70,7 @@ class EncoderDecoderConfig:
     latent_dim: int = 64  # width of a latent
     codebook_size: int = 512  # codes K of a level
     codebook_levels: int = 4  # levels D; a latent says D log2(K) bits
-    commitment_weight: float = 0.25  # factor of the loss that keeps latents near their codes
+    commitment_weight: float = 0.0  # factor of the loss that draws latents to their codes; 0.25 makes all of them one
 
     def __post_init__(self):
         check_sizes(self, "vocab_size", "block_size", "n_encoder_layer", "n_decoder_layer", "n_head", "n_cross_head", "n_embd")

@@ -13,6 +13,8 @@ latents in place of the encoder states.
    the block and of the one before it are all that a convolution of kernel 3 sees. So the head has no state besides the states.
 4. Without a `window` on self-attention the latents are redundant, and a model learns to do without them. `measure` asks how much
    they say: the loss with all latents zeroed, and with those of the text in the next row.
+5. Commitment has no weight by default. In an autoencoder the reconstruction holds latents apart; here the gradient through
+   cross-attention begins at 0, and a weight of 0.25 had drawn all latents to one point after 500 steps. LayerNorm bounds them.
 
 Shapes: B batch, T tokens, C width, S tokens per latent, M latents, Z width of a latent, K codes, D levels, N slots of the memory.
 """
