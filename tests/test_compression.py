@@ -36,9 +36,10 @@ def make_head(factor: int, options: dict | None = None, **more) -> EncoderDecode
     """A tiny model with a head, weights of order one, and codebooks from its latents, so that codes differ and step() moves them."""
     model = make_model("encoder_decoder", HEAD | {"latent_factor": factor} | (options or {}), **more)
     T = model.config.block_size
-    with torch.no_grad():
-        model.train()(tokens(1 + 50 * 16 // (T // factor), T, seed=9))
-    model.after_step()
+    for rows in (2, 1 + 50 * 16 // (T // factor)):  # statistics first, so that the codes are for normalized latents
+        with torch.no_grad():
+            model.train()(tokens(rows, T, seed=9))
+        model.after_step()
     assert model.compression.quantizer.initialized
     return model.eval()
 
