@@ -120,13 +120,14 @@ def sample_variants(model: torch.nn.Module, prompt: list[int], config: SampleBen
 
         return work
 
+    head = getattr(model.config, "latent_factor", 0) > 0  # a compression head allows neither lookahead nor a static cache
     variants = [
         Variant("plain cached", plain(), model),
         Variant("plain uncached", plain(use_cache=False), model),
         Variant(f"plain cached, batch {config.batch}", plain(config.batch), model),
-        *(Variant(f"lookahead {setting}", ahead(setting), model) for setting in lookahead.AUTO),
+        *(Variant(f"lookahead {setting}", ahead(setting), model) for setting in (lookahead.AUTO if not head else ())),
     ]
-    if next(model.parameters()).is_cuda:
+    if next(model.parameters()).is_cuda and not head:
         variants.append(Variant("plain cached, compiled", plain(compile="inductor"), model))
     if hasattr(model.config, "n_layer") and importlib.util.find_spec("transformers"):
         variants.append(hugging_face(model, prompt, config))

@@ -1,6 +1,6 @@
 """
-Numerical building blocks written for speed: attention for short texts on a CPU, and the output layer's loss. Each states the
-plain computation it equals; tests hold it to that.
+Numerical building blocks: LayerNorm, rotary positions, attention for short texts on a CPU, the output layer's loss. What is
+written for speed states the plain computation it equals; tests hold it to that.
 
 Shapes: B batch, T tokens of this call, S keys, C width, H heads, D head width, V vocabulary.
 """
@@ -8,12 +8,42 @@ Shapes: B batch, T tokens of this call, S keys, C width, H heads, D head width, 
 import math
 
 import torch
+import torch.nn as nn
 from torch.nn import functional as F
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Losses and statistics are computed in float32 under bfloat16 autocast, and in float64 in float64 tests."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm whose bias, or whole affine part, can be absent."""
+
+    def __init__(self, width: int, bias: bool, affine: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine and bias else None
+        self.width = width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (self.width,), self.weight, self.bias, 1e-5)
+
+
+def rotary_angles(positions: torch.Tensor, head_width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (T, D // 2) of the rotary embedding, base 10000, for absolute positions (T,). arXiv:2104.09864, eq. 34."""
+    half = head_width // 2
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=positions.device) / max(half, 1))
+    angle = positions[:, None].float() * frequency  # (T, D // 2), radians
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate channel pairs (i, i + D // 2) of x (B, H, T, D). An odd head width leaves its last channel as it is."""
+    cos, sin = rotary
+    half = cos.size(-1)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).type_as(x)
 
 
 def attend_in_products(

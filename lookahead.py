@@ -157,6 +157,10 @@ class Lookahead:
         self, model: torch.nn.Module, sample: Continuation, sampling: Sampling, setting: Setting | None, number: int = 0
     ):
         generate.check_prompts(model, [sample.tokens])
+        if getattr(model.config, "latent_factor", 0) > 0:
+            raise ValueError(
+                "lookahead looks at several texts at once, but a compression head makes latents of one; use lookahead=none"
+            )
         self.model, self.sample, self.sampling, self.number = model, sample, sampling, number
         self.device, self.block_size = next(model.parameters()).device, model.config.block_size
         self.noise = generate.Noise(sampling, model.config.vocab_size)

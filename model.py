@@ -17,12 +17,15 @@ Departures from GPT-2 (a decoder-only stack of pre-norm blocks with tied embeddi
        logits_t = wte (ln_f(d_t) - wpe[t+1])                        (`ln`: another LayerNorm after the subtraction)
 4. Options the original left open: E != D, rotary positions (Su et al. 2021, arXiv:2104.09864), dropout.
    With rotary positions nothing is added to the embeddings; subtraction then has a learned table of its own, `wpe_next`,
-   whose row t belongs to position t+1 and which is used nowhere else.
+   whose row t belongs to position t+1 and which is used nowhere else. A `window` limits self-attention to the last positions.
+5. A compression head, if wanted, puts quantized latents in the place of h in cross-attention: latent/compression.py.
 
 Shapes: B batch, T tokens of this call, S keys (cached ones first), C width, H heads, D head width, V vocabulary.
 """
 
+import functools
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -31,7 +34,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import at_least_float32, attend_in_products, head_loss
+from kernels import LayerNorm, at_least_float32, attend_in_products, head_loss, rotary_angles, rotate
 
 
 def require(condition: bool, message: str) -> None:
@@ -61,6 +64,13 @@ class EncoderDecoderConfig:
     embedding_loss_detach: Literal["encoder", "embedding", "none"] = "encoder"  # which side gets no gradient from it
     embedding_loss_ln: Literal["input", "average", "none"] = "input"  # LN_e before the running mean, after it, or not at all
     embedding_loss_ln_affine: bool = True  # False: LN_e and LN_h have neither gain nor bias
+    window: int = 0  # self-attention sees only so many positions, its own included; 0 = all
+    # compression head: cross-attention sees quantized latents, each of latent_factor tokens, see latent/compression.py
+    latent_factor: int = 0  # tokens S per latent, a power of two; 0 = no head, cross-attention sees the encoder states
+    latent_dim: int = 64  # width of a latent
+    codebook_size: int = 512  # codes K of a level
+    codebook_levels: int = 4  # levels D; a latent says D log2(K) bits
+    commitment_weight: float = 0.0  # factor of the loss that draws latents to their codes
 
     def __post_init__(self):
         check_sizes(self, "vocab_size", "block_size", "n_encoder_layer", "n_decoder_layer", "n_head", "n_cross_head", "n_embd")
@@ -75,6 +85,14 @@ class EncoderDecoderConfig:
             not (self.decoder_pos_emb and self.position == "rope"),
             "decoder_pos_emb=True adds a position embedding, but position=rope has no table to add; use position=learned",
         )
+        require(self.window >= 0, f"window={self.window}: a number of positions is needed, or 0 for all")
+        if self.latent_factor != 0:
+            from latent.compression import quantizer_config
+
+            quantizer_config(self)  # raises as well
+        keys = ("latent_dim", "codebook_size", "codebook_levels", "commitment_weight") if self.latent_factor == 0 else ()
+        if ignored := [key for key in keys if getattr(self, key) != getattr(EncoderDecoderConfig, key)]:
+            warnings.warn(f"{', '.join(ignored)} without effect: there is no compression head (latent_factor=0)", stacklevel=3)
 
 
 def check_sizes(config, *keys: str) -> None:
@@ -84,19 +102,6 @@ def check_sizes(config, *keys: str) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # blocks, shared by every model of the project
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm whose bias, or whole affine part, can be absent."""
-
-    def __init__(self, width: int, bias: bool, affine: bool = True):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(width)) if affine and bias else None
-        self.width = width
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, (self.width,), self.weight, self.bias, 1e-5)
 
 
 class LayerCache:
@@ -133,6 +138,7 @@ class Cache:
         self.layers = [LayerCache(capacity) for _ in range(n_layer_cache)]
         self.capacity = capacity
         self.length = 0 if static_on is None else torch.zeros((), dtype=torch.int64, device=static_on)
+        self.states = None  # with a compression head: the encoder states, from which it goes on
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
@@ -141,6 +147,7 @@ class Cache:
 
     def keep(self, length: int, start: int, count: int) -> None:
         """Keep the first `length` tokens and, moved up behind them, the `count` tokens from slot `start` on."""
+        assert self.states is None or count == 0 or start == length, "latents are made of consecutive tokens"
         assert 0 <= length <= start and start + count <= self.length, f"{length=} {start=} {count=} of {self.length} tokens"
         for layer in self.layers if count and start > length else ():
             layer.kv[..., length : length + count, :] = layer.kv[..., start : start + count, :].clone()  # the two may overlap
@@ -156,28 +163,13 @@ class Context:
     rotary: dict[int, tuple[torch.Tensor, torch.Tensor]]  # head width -> cos, sin; empty with learned positions
     start: int | torch.Tensor  # tokens in the cache before this call
     dropout: float  # of attention weights; 0 outside training
-
-
-def rotary_angles(positions: torch.Tensor, head_width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (T, D // 2) of the rotary embedding, base 10000, for absolute positions (T,). arXiv:2104.09864, eq. 34."""
-    half = head_width // 2
-    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=positions.device) / max(half, 1))
-    angle = positions[:, None].float() * frequency  # (T, D // 2), radians
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate channel pairs (i, i + D // 2) of x (B, H, T, D). An odd head width leaves its last channel as it is."""
-    cos, sin = rotary
-    half = cos.size(-1)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).type_as(x)
+    key_rotary: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None  # of keys that stand elsewhere than the queries
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, cache: LayerCache | None) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v, with positions and mask of the context: q, k, v (B, H, T, D), cached keys first -> (B, T, H D)."""
     if context.rotary:
-        q, k = (rotate(x, context.rotary[x.size(-1)]) for x in (q, k))
+        q, k = rotate(q, context.rotary[q.size(-1)]), rotate(k, (context.key_rotary or context.rotary)[k.size(-1)])
     if cache is not None:
         k, v = cache.append(k, v, context.start)  # (B, H, S, D)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.size(2) <= 512:
@@ -248,7 +240,7 @@ class Block(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """A block that also looks at the encoder states h of the positions up to its own."""
+    """A block that also looks at the encoder states h of the positions up to its own, or at a memory with a context of its own."""
 
     def __init__(self, width: int, n_head: int, n_cross_head: int, bias: bool, dropout: float, cross_first: bool):
         super().__init__()
@@ -263,11 +255,11 @@ class DecoderBlock(nn.Module):
 
     def forward(
         self, x: torch.Tensor, h: torch.Tensor, context: Context,
-        self_cache: LayerCache | None = None, cross_cache: LayerCache | None = None,
+        self_cache: LayerCache | None = None, cross_cache: LayerCache | None = None, memory: Context | None = None,
     ) -> torch.Tensor:  # fmt: skip
         if not self.cross_first:
             x = x + self.attn(self.ln_1(x), context, self_cache)
-        x = x + self.cross_attn(self.ln_cross_q(x), self.ln_cross_kv(h), context, cross_cache)
+        x = x + self.cross_attn(self.ln_cross_q(x), self.ln_cross_kv(h), memory or context, cross_cache)
         if self.cross_first:
             x = x + self.attn(self.ln_1(x), context, self_cache)
         return x + self.mlp(self.ln_2(x))
@@ -283,17 +275,20 @@ class CausalModel(nn.Module):
     sets `config`, `n_layer_cache` (attention layers to cache) and `head_widths`, and calls `initialize` when it is built.
     """
 
+    window = 0  # positions that self-attention sees, its own included; 0 = all
+
     def make_cache(self, capacity: int | None = None, static: bool = False) -> Cache:
         """An empty cache for `capacity` tokens (default: block_size), to be passed to forward()."""
         static_on = next(self.parameters()).device if static else None
         return Cache(self.n_layer_cache, capacity or self.config.block_size, static_on)
 
     def place(
-        self, idx: torch.Tensor, cache: Cache | None, positions: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Context]:
+        self, idx: torch.Tensor, cache: Cache | None, positions: torch.Tensor | None, mask: torch.Tensor | None,
+        windowed: bool = True,
+    ) -> tuple[torch.Tensor, Context]:  # fmt: skip
         """
         Absolute positions (T,) of the tokens idx (B, T), and the context their attention layers share. Both may be given:
-        then token i of this call stands at positions[i] and sees the keys where mask[i] (T, S) is True.
+        then token i of this call stands at positions[i] and sees the keys where mask[i] (T, S) is True, inside the window.
         """
         T, config = idx.size(1), self.config
         start = cache.length if cache is not None else 0
@@ -307,6 +302,10 @@ class CausalModel(nn.Module):
         elif mask is None and start > 0 and T > 1:
             # is_causal would align its triangle with the *first* key, which is wrong behind a cache: write the mask out
             mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
+        if self.window > 0 and windowed:
+            cached = torch.arange(cache.capacity if static else start, device=idx.device)  # a token's slot is its position
+            behind = positions[:, None] - (cached if static else torch.cat((cached, positions)))  # (T, S)
+            mask = (behind < self.window) & (behind >= 0 if mask is None else mask)
         rotary = {width: rotary_angles(positions, width) for width in self.head_widths} if config.position == "rope" else {}
         dropout = config.dropout if self.training else 0.0
         return positions, Context(mask, causal=mask is None and start == 0, rotary=rotary, start=start, dropout=dropout)
@@ -368,9 +367,8 @@ class EmbeddingLoss(nn.Module):
         if self.kind == "mse":
             return F.mse_loss(m, u)
         similarity = (F.cosine_similarity(m, u, dim=-1) + 1) / 2  # in [0, 1]
-        if self.kind == "cosine":
-            return (1 - similarity).mean()
-        return -similarity.clamp_min(1e-8).log().mean()  # the clamp only matters for exactly opposite vectors
+        # the clamp only matters for exactly opposite vectors
+        return (1 - similarity if self.kind == "cosine" else -similarity.clamp_min(1e-8).log()).mean()
 
 
 class EncoderDecoder(CausalModel):
@@ -378,7 +376,7 @@ class EncoderDecoder(CausalModel):
 
     def __init__(self, config: EncoderDecoderConfig):
         super().__init__()
-        self.config = config
+        self.config, self.window = config, config.window
         C, rope = config.n_embd, config.position == "rope"
         self.n_layer_cache = config.n_encoder_layer + 2 * config.n_decoder_layer
         self.head_widths = {C // config.n_head, C // config.n_cross_head}
@@ -399,7 +397,20 @@ class EncoderDecoder(CausalModel):
         self.ln_f = LayerNorm(C, config.bias)
         self.ln_pos_sub = LayerNorm(C, config.bias) if config.pos_sub == "ln" else None
         self.embedding_loss = EmbeddingLoss(config) if config.embedding_loss != "none" else None
+        self.compression = None
+        if config.latent_factor > 0:
+            from latent.compression import CompressionHead
+
+            self.compression = CompressionHead(config)
+            self.after_step, self.summarize = self.compression.step, self.compression.summarize  # hooks of train.py
+            self.measure = functools.partial(self.compression.measure, self)
         self.initialize([self.encoder, self.decoder])
+        for block in self.decoder if self.compression is not None else ():
+            nn.init.zeros_(block.cross_attn.c_proj.weight)  # training begins without the latents, which mean nothing yet
+
+    def make_cache(self, capacity: int | None = None, static: bool = False) -> Cache:
+        cache = super().make_cache(capacity, static)
+        return cache if self.compression is None else self.compression.extend(cache, self.config.n_encoder_layer)
 
     def embed(self, idx: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Input embeddings e (B, T, C) of tokens idx (B, T) at absolute positions (T,)."""
@@ -425,17 +436,22 @@ class EncoderDecoder(CausalModel):
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:  # fmt: skip
         """
         idx (B, T) token ids -> logits (B, T, V) and no losses; with targets (B, T), -1 = not counted, no logits but the
-        losses by name: `total` (to minimise), `token` (nats per token) and, in training, `embedding` (unweighted).
+        losses by name: `total` (to minimise), `token` (nats per token) and, in training, `embedding`, `commitment` (unweighted).
         With a cache, idx are the tokens after those already in it, and they are appended to it.
         """
+        assert self.compression is None or (positions is None and mask is None), "latents are made of consecutive tokens"
+        seen = self.place(idx, cache, positions, mask, windowed=False)[1] if self.window > 0 else None
         positions, context = self.place(idx, cache, positions, mask)
         layers = iter(cache.layers if cache is not None else [None] * self.n_layer_cache)
         e, h = self.encode(idx, positions, context, layers)
+        memory, parts = h, {}
+        if self.compression is not None:
+            memory, seen, parts = self.compression(h, positions, context, cache)
         x = self.bridge(h if self.ln_bridge is None else self.ln_bridge(h))
         if self.config.decoder_pos_emb:
             x = x + self.next_position(positions)
         for block in self.decoder:
-            x = block(x, h, context, next(layers), next(layers))
+            x = block(x, memory, context, next(layers), next(layers), seen)
         x = self.ln_f(x)
         if self.config.pos_sub != "none":
             x = x - self.next_position(positions)
@@ -451,7 +467,14 @@ class EncoderDecoder(CausalModel):
         if self.embedding_loss is not None and self.training:
             losses["embedding"] = self.embedding_loss(e, h)
             losses["total"] = losses["token"] + self.config.embedding_loss_weight * losses["embedding"]
+        if self.compression is not None and self.training:
+            losses["commitment"] = parts["commitment"]
+            losses["total"] = losses["total"] + self.config.commitment_weight * losses["commitment"]
         return None, losses
+
+    def flops_per_token(self) -> int:
+        """As counted above, less what the head needs only once for each latent."""
+        return super().flops_per_token() - (0 if self.compression is None else round(self.compression.spared_flops(self)))
 
     def embedding_loss_report(self, idx: torch.Tensor) -> dict[str, float]:
         """

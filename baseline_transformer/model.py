@@ -28,6 +28,7 @@ class DecoderOnlyConfig:
     dropout: float = 0.0  # on embeddings, attention weights and residual branches, in training only
     position: Literal["learned", "rope"] = "learned"  # a table added to the input, or rotary keys and queries
     pos_sub: Literal["none", "plain", "ln"] = "none"  # subtract the next position's embedding before the logits
+    window: int = 0  # self-attention sees only so many positions, its own included; 0 = all
 
     def __post_init__(self):
         check_sizes(self, "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
@@ -36,12 +37,13 @@ class DecoderOnlyConfig:
             f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; choose a divisor of n_embd",
         )
         require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout}: a probability in [0, 1) is needed")
+        require(self.window >= 0, f"window={self.window}: a number of positions is needed, or 0 for all")
 
 
 class DecoderOnly(CausalModel):
     def __init__(self, config: DecoderOnlyConfig):
         super().__init__()
-        self.config = config
+        self.config, self.window = config, config.window
         C, rope, subtract = config.n_embd, config.position == "rope", config.pos_sub != "none"
         self.n_layer_cache = config.n_layer
         self.head_widths = {C // config.n_head}

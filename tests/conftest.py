@@ -36,6 +36,7 @@ ENCODER_DECODER_OPTIONS = [
     {"n_encoder_layer": 1, "n_decoder_layer": 3, "embedding_loss": "mse", "embedding_loss_detach": "embedding"},
     {"n_encoder_layer": 3, "n_decoder_layer": 1, "embedding_loss": "mse", "embedding_loss_detach": "none",
      "embedding_loss_ln_affine": False, "embedding_loss_weight": 8.0},
+    {"window": 4, "position": "rope", "n_cross_head": 2},  # with a compression head: test_compression.py
 ]  # fmt: skip
 BASELINE_OPTIONS = [
     {},
@@ -43,6 +44,7 @@ BASELINE_OPTIONS = [
     {"position": "rope"},
     {"position": "rope", "pos_sub": "plain"},
     {"pos_sub": "ln"},
+    {"window": 5},
 ]
 ALL_MODELS = [("encoder_decoder", o) for o in ENCODER_DECODER_OPTIONS] + [("decoder_only", o) for o in BASELINE_OPTIONS]
 ALL_MODELS_IDS = [f"{name}-{'-'.join(map(str, o.values())) or 'default'}" for name, o in ALL_MODELS]

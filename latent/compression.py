@@ -1,0 +1,229 @@
+"""
+The compression head of the encoder-decoder: S tokens become one latent of D codes, and the decoder's cross-attention sees the
+latents in place of the encoder states.
+
+    h (B, T, C) -> causal down -> linear, running norm -> residual quantizer -> linear -> memory [start, latent 0, latent 1, ...]
+
+1. Slot 0 of the memory is a learned vector, so that no position has nothing to look at; slot m > 0 is latent m - 1, which ends
+   exactly at token m S - 1. Position t sees the slots with m S - 1 <= t, that is the start and floor((t + 1) / S) latents; what
+   it predicts is token t + 1, so nothing leaks. That the codebooks move only in `step()`, after the optimizer's, is part of it.
+2. A slot stands at position m S - 1, the start therefore at -1: rotary keys are turned by it, and with learned positions a table
+   of the head's own, one row a latent, says which block it was (codes should not have to).
+3. Latents are made when their block is complete, and again from the encoder states when sampling goes on behind a cache: those of
+   the block and of the one before it are all that a convolution of kernel 3 sees. So the head has no state besides the states.
+4. Without a `window` on self-attention the latents are redundant, and a model learns to do without them. `measure` asks how much
+   they say: the loss with all latents zeroed, and with those of the text in the next row.
+5. What holds latents apart in an autoencoder is the reconstruction. Here the gradient through cross-attention begins at 0 and stays
+   small, and behind LayerNorm all latents went to one point: after 500 steps their variance was 0.02% of their square with a
+   commitment of 0.25, and below 10% without. So each channel is normalized by its running mean and variance over all latents:
+   of past steps, moved in `step()`, like the codebooks; statistics of the batch at hand would leak. No commitment by default.
+
+Shapes: B batch, T tokens, C width, S tokens per latent, M latents, Z width of a latent, K codes, D levels, N slots of the memory.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from kernels import rotary_angles
+from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer, distributed, require
+from latent.resample import CausalDownsample
+
+Losses = dict[str, torch.Tensor]
+
+
+class StateCache:
+    """Encoder states (B, capacity, C) of the tokens in a cache. How many of them count is the cache's own length."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.h: torch.Tensor | None = None
+
+    def append(self, h: torch.Tensor, start: int) -> torch.Tensor:
+        """Write h (B, T, C) behind the first `start` states; return all start + T of them."""
+        if self.h is None:
+            self.h = h.new_zeros(h.size(0), self.capacity, h.size(2))
+        self.h[:, start : start + h.size(1)] = h
+        return self.h[:, : start + h.size(1)]
+
+
+def quantizer_config(config) -> QuantizerConfig:
+    """The quantizer's part of an EncoderDecoderConfig. Raises ValueError for settings of the head that cannot work."""
+    S = config.latent_factor
+    require(
+        0 < S <= config.block_size and S & (S - 1) == 0,
+        f"latent_factor={S}: 1, 2, 4, 8 or another power of two up to block_size={config.block_size} is needed, or 0 for no head",
+    )
+    require(
+        config.window == 0 or config.window >= S,
+        f"window={config.window} is shorter than latent_factor={S}: tokens would be out of sight before their latent is in it",
+    )
+    sizes = config.latent_dim, config.codebook_size, config.codebook_levels
+    return QuantizerConfig(*sizes, commitment_weight=config.commitment_weight)
+
+
+class RunningNorm(nn.Module):
+    """Channels of x (..., Z) with the mean and variance of past steps: no gradient, and no leak, through the statistics."""
+
+    def __init__(self, width: int, decay: float = 0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("moments", torch.stack((torch.zeros(width), torch.ones(width))))  # (2, Z) means of x and x^2
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        # what forward() collects until step(); zero whenever a checkpoint is written
+        self.register_buffer("pending", torch.zeros(2, width), persistent=False)
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.type_as(self.moments)
+        if self.training:
+            rows = x.detach().flatten(0, -2)
+            self.pending.add_(torch.stack((rows.sum(0), rows.square().sum(0))))
+            self.count.add_(len(rows))
+        mean, square = self.moments
+        return (x - mean) * (square - mean.square() + 1e-5).rsqrt()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the statistics by all that was collected since the last step, in all processes."""
+        if distributed():
+            dist.all_reduce(self.pending)
+            dist.all_reduce(self.count)
+        if self.count > 0:
+            self.moments.lerp_(self.pending / self.count, 1 - self.decay if self.steps > 0 else 1.0)
+            self.steps += 1
+        self.pending.zero_()
+        self.count.zero_()
+
+
+class CompressionHead(nn.Module):
+    """See the top of this file. config: an EncoderDecoderConfig with latent_factor > 0."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.factor = config.latent_factor
+        self.down = CausalDownsample(config.n_embd, self.factor, kernel=3, bias=config.bias)
+        self.to_latent = nn.Linear(config.n_embd, config.latent_dim, bias=config.bias)
+        self.norm = RunningNorm(config.latent_dim)
+        self.quantizer = ResidualQuantizer(quantizer_config(config))
+        self.from_latent = nn.Linear(config.latent_dim, config.n_embd, bias=config.bias)
+        self.start = nn.Parameter(0.02 * torch.randn(config.n_embd))
+        learned = config.position == "learned"
+        self.wpe = nn.Embedding(config.block_size // self.factor, config.n_embd) if learned else None
+        self.ablation = "none"  # see `ablated`
+
+    def extend(self, cache, n_encoder_layer: int):
+        """An empty Cache, with what the head needs: encoder states, and in cross-attention's layers slots instead of tokens."""
+        require(
+            not isinstance(cache.length, torch.Tensor),
+            "a compiled step needs shapes that never change, but a compression head adds a latent now and then; use compile=false",
+        )
+        for layer in cache.layers[n_encoder_layer + 1 :: 2]:
+            layer.capacity = 1 + cache.capacity // self.factor
+        cache.states = StateCache(cache.capacity)
+        return cache
+
+    def step(self) -> None:
+        """Move codebooks and statistics: once after each optimizer step, by every process."""
+        self.quantizer.step()
+        self.norm.step()
+
+    def latents(self, h: torch.Tensor, first: int) -> torch.Tensor:
+        """All complete latents (B, M - first, Z) of the states h (B, T, C) from number `first` on, not quantized."""
+        last, before = h.size(1) // self.factor, max(first - 1, 0)  # kernel 3 sees S - 1 states in front of a block
+        z, _ = self.down(h[:, before * self.factor : last * self.factor])
+        return self.norm(self.to_latent(z[:, first - before :]))
+
+    def ends(self, slots: int, device: torch.device) -> torch.Tensor:
+        """Position (N,) of the last token that each slot of the memory knows; -1 for the start."""
+        return torch.arange(slots, device=device) * self.factor - 1
+
+    def forward(self, h: torch.Tensor, positions: torch.Tensor, context, cache) -> tuple[torch.Tensor, object, Losses]:
+        """
+        Encoder states h (B, T, C) at `positions` (T,) -> the slots (B, N, C) that this call adds to the memory, the context in
+        which cross-attention sees it, and the quantizer's losses. `context` is that of self-attention in this call; with a
+        cache, what came before is in its `states` and layers.
+        """
+        if cache is not None:
+            h = cache.states.append(h, context.start)
+        first = 1 + context.start // self.factor if context.start > 0 else 0  # slots that are in the cache
+        slots = 1 + h.size(1) // self.factor
+        memory, losses = h[:, :0], {}
+        if slots > first:
+            memory, losses = self.remember(h, first)
+        ends = self.ends(slots, h.device)
+        rotary = {width: rotary_angles(ends[first:], width) for width in context.rotary}
+        mask = ends <= positions[:, None]  # (T, N)
+        return memory, dataclasses.replace(context, mask=mask, causal=False, start=first, key_rotary=rotary), losses
+
+    def remember(self, h: torch.Tensor, first: int) -> tuple[torch.Tensor, Losses]:
+        """Slots (B, N - first, C) of the memory of states h (B, T, C), and the quantizer's losses."""
+        latents = self.latents(h, max(first - 1, 0))
+        z_q, _, losses, _ = self.quantizer(latents)
+        memory = self.from_latent(z_q.type_as(h))
+        if self.ablation == "zeroed":
+            memory = torch.zeros_like(memory)
+        elif self.ablation == "swapped":
+            memory = memory.roll(1, dims=0)
+        if self.wpe is not None:
+            memory = memory + self.wpe.weight[max(first - 1, 0) : h.size(1) // self.factor]
+        if first == 0:
+            memory = torch.cat((self.start.expand(h.size(0), 1, -1), memory), dim=1)
+        return memory, losses
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # what it costs, and what it is good for
+
+    def spared_flops(self, model: nn.Module) -> float:
+        """What `flops_per_token` of a model without the head would count too much: see there. Codes are looked up forward only."""
+        config, S, T = model.config, self.factor, model.config.block_size
+        rare = [self.to_latent, self.from_latent, *(block.cross_attn.c_kv for block in model.decoder)]
+        seldom = [(module, 1 / S) for module in rare] + [(layer, 0.5 ** (1 + i)) for i, layer in enumerate(self.down.layers)]
+        idle = sum((1 - share) * sum(p.numel() for p in module.parameters()) for module, share in seldom)
+        quantizer = self.quantizer.config
+        lookups = 2 * quantizer.codebook_levels * quantizer.codebook_size * quantizer.latent_dim / S
+        unseen = config.n_decoder_layer * (T - 1 - T // S)  # keys
+        return 6 * idle + 12 * config.n_embd * unseen - lookups
+
+    @contextlib.contextmanager
+    def ablated(self, how: str) -> Iterator[None]:
+        """Inside, all latents are `zeroed`, or `swapped`: replaced by those of the row before. For evaluation without a cache."""
+        self.ablation = how
+        try:
+            yield
+        finally:
+            self.ablation = "none"
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Sums over a batch of evaluation, x and y (B, T), y = -1 not counted: how often each code of each level occurs in whole
+        blocks (D, K), and the token losses, nats, of a model whose latents are zeroed or swapped.
+        """
+        assert not model.training, "measured in evaluation mode: training would collect statistics"
+        positions, context = model.place(x, None, None, None)
+        _, h = model.encode(x, positions, context, iter([None] * model.n_layer_cache))
+        codes = self.quantizer.encode(self.latents(h, 0))  # (B, M, D)
+        whole = (y[:, : codes.size(1) * self.factor] >= 0).unflatten(1, (codes.size(1), self.factor)).all(-1)  # (B, M)
+        usage = CodeUsage(self.quantizer.config)
+        usage.add(codes[whole])
+        tokens = (y >= 0).sum().cpu().double()
+        sums = {"codes": usage.counts.cpu().double(), "tokens": tokens}
+        for how in ("zeroed", "swapped"):
+            with self.ablated(how):  # a batch without a target has no mean
+                sums[how] = model(x, y)[1]["token"].cpu().double() * tokens if tokens > 0 else torch.zeros_like(tokens)
+        return sums
+
+    def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, int | float | list]:
+        """Entries of summary.json from the added sums of `measure`. Warns of codebooks that have collapsed."""
+        usage = CodeUsage(self.quantizer.config)
+        usage.counts = sums["codes"].long()
+        if self.quantizer.initialized:
+            usage.warn_if_collapsed()
+        losses = {f"val_loss_latents_{how}": (sums[how] / sums["tokens"]).item() for how in ("zeroed", "swapped")}
+        codes = {f"codebook_{name}": value for name, value in usage.report().items()}
+        return losses | codes | {"codebook_restarts": self.quantizer.restarts}
