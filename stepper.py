@@ -19,22 +19,15 @@ import torch
 from torch.nn import functional as F
 
 from baseline_transformer.model import DecoderOnly
-from model import (
-    Block,
-    Cache,
-    CrossAttention,
-    DecoderBlock,
-    EncoderDecoder,
-    LayerCache,
-    LayerNorm,
-    SelfAttention,
-    rotary_angles,
-)
+from kernels import LayerNorm, rotary_angles
+from model import Block, Cache, CrossAttention, DecoderBlock, EncoderDecoder, LayerCache, SelfAttention
 
 
 def can_step(model: torch.nn.Module) -> bool:
-    """Whether there is a stepper for this model on its device."""
-    return isinstance(model, (DecoderOnly, EncoderDecoder)) and not next(model.parameters()).is_cuda
+    """Whether there is a stepper for this model on its device: none for windows and compression heads."""
+    if not isinstance(model, (DecoderOnly, EncoderDecoder)) or next(model.parameters()).device.type != "cpu":
+        return False
+    return model.window == 0 and getattr(model, "compression", None) is None
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
