@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
-from stepper import Stepper, can_step
+from stepper import CodeStepper, Stepper, can_step
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def cached_step(model: torch.nn.Module) -> Callable:
 
     def step(idx: torch.Tensor, cache) -> torch.Tensor:
         nonlocal stepper
-        if idx.shape != (1, 1) or cache.length == 0 or not can_step(model):
+        if idx.shape != (1, 1) or not can_step(model):
             return model(idx, cache=cache)[0][:, -1]
         stepper = stepper or Stepper(model)  # packed when it is needed: then precision and weights are final
         return stepper(idx.item(), cache)[None]
@@ -361,7 +361,7 @@ def sample_in_blocks(
         return torch.stack(rows).unflatten(1, (count, size))
 
     idx = torch.tensor([[filler(sample)] * (-len(sample.tokens) % S) + sample.tokens for sample in samples], device=device)
-    table, codes = model.table(), None
+    table, codes, stepper = model.table(), None, None
     while not all(sample.finished for sample in samples):
         n = idx.size(1) // S  # blocks of text, hence the number of the next one
         if codes is None or codes.size(1) == M:
@@ -371,14 +371,23 @@ def sample_in_blocks(
                 codes = model.encode(idx[:, -kept * S :].contiguous(), None)[0]
             spatial, depth = model.spatial.make_cache(), model.depth.make_cache()
             decoder, known = model.autoencoder.make_decoder_cache(M), 0  # known: blocks in it
-        h = model.states(codes, table, spatial if use_cache else None)[:, -1]
+        step = None
+        if use_cache and len(samples) == 1 and can_step(model):
+            step = stepper = stepper or CodeStepper(model, table)
+        if step is not None and spatial.length == codes.size(1) > 0:
+            h = step.state(codes[0, -1].tolist(), spatial)[None]
+        else:
+            h = model.states(codes, table, spatial if use_cache else None)[:, -1]
         stack = codes.new_empty(len(samples), 0)  # (B, d)
         drawn = [None] * D
         if any(level.temperature > 0 for level in levels):
             drawn = noise(n, D, config.codebook_size).unbind(1)
         depth.truncate(0)
         for d, level in enumerate(levels):
-            logits = model.code_logits(h, stack, table, depth if use_cache else None)[:, -1]  # (B, K)
+            if step is not None:
+                logits = step.logits(h[0], stack[0].tolist(), depth)[None]  # (1, K)
+            else:
+                logits = model.code_logits(h, stack, table, depth if use_cache else None)[:, -1]  # (B, K)
             stack = torch.cat((stack, pick(logits, drawn[d], level)[:, None]), dim=1)
         codes = torch.cat((codes, stack[:, None]), dim=1)  # (B, blocks in the context, D)
         logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)[:, -S:].flatten(0, 1)  # (B S, V)

@@ -1,8 +1,8 @@
 """
-One token of one text at a time, on a CPU: the cached forward pass of a model as matrix-vector products.
+One step of one text at a time, on a CPU: the cached forward pass of a model as matrix-vector products.
 
 At this size a general forward pass of one token spends most of its time around the arithmetic: modules, shapes, kernels that
-are started for a handful of numbers. A `Stepper` computes the same from the same cache, with weights packed once:
+are started for a handful of numbers. A stepper computes the same from the same cache, with weights packed once:
 
 - a product with a vector adds up columns or takes inner products of rows, whichever the shape makes faster, and adds the
   residual on the way;
@@ -20,14 +20,15 @@ from torch.nn import functional as F
 
 from baseline_transformer.model import DecoderOnly
 from kernels import LayerNorm, rotary_angles
+from latent.rq_transformer import RQTransformer
 from model import Block, Cache, CrossAttention, DecoderBlock, EncoderDecoder, LayerCache, SelfAttention
 
 
 def can_step(model: torch.nn.Module) -> bool:
     """Whether there is a stepper for this model on its device: none for windows and compression heads."""
-    if not isinstance(model, (DecoderOnly, EncoderDecoder)) or next(model.parameters()).device.type != "cpu":
+    if not isinstance(model, (DecoderOnly, EncoderDecoder, RQTransformer)) or next(model.parameters()).device.type != "cpu":
         return False
-    return model.window == 0 and getattr(model, "compression", None) is None
+    return isinstance(model, RQTransformer) or (model.window == 0 and getattr(model, "compression", None) is None)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
@@ -83,54 +84,22 @@ class Rotation:
         return torch.addcmul(x * self.cos[position], x[..., self.partner], self.sin[position])
 
 
-class Stepper:
-    """`stepper(token, cache)` appends one token to the cache of a text, and gives the logits (V,) of the next."""
+class Layers:
+    """Blocks of model.py, packed: one vector at a time through all of them."""
 
-    def __init__(self, model: EncoderDecoder | DecoderOnly):
-        assert can_step(model), f"no stepper for {type(model).__name__}"
+    def __init__(self, blocks: torch.nn.ModuleList, rotary_length: int):
+        """rotary_length: positions, where they are rotary; else 0. Weights are packed in the dtype of autocast, if it is on."""
+        first = blocks[0].attn
+        self.state_dtype = first.c_attn.weight.dtype
         autocast = torch.is_autocast_enabled("cpu")
-        self.model, config = model, model.config
-        self.state_dtype = next(model.parameters()).dtype
         self.weight_dtype = torch.get_autocast_dtype("cpu") if autocast else self.state_dtype
+        widths = {part.c_proj.in_features // part.n_head for part in (first, getattr(blocks[0], "cross_attn", first))}
         like = torch.empty(0, dtype=self.state_dtype)
-        self.rotations = {
-            width: Rotation(config.block_size, width, like)
-            for width in (model.head_widths if config.position == "rope" else ())
-        }
-        if isinstance(model, EncoderDecoder):
-            self.wte, parts = model.wte.weight, model
-            self.encoder = [self.pack(block) for block in model.encoder]
-            self.decoder = [self.pack(block) for block in model.decoder]
-            self.ln_bridge = None if model.ln_bridge is None else Norm(model.ln_bridge)
-            self.bridge = self.product(model.bridge)
-            kv = [self.fold(block.ln_cross_kv, block.cross_attn.c_kv) for block in model.decoder]
-            bias = None if kv[0][1] is None else torch.cat([b for _, b in kv])
-            self.cross_kv = Product(torch.cat([w for w, _ in kv]), bias, self.weight_dtype)  # all layers: (n 2C, C)
-        else:
-            parts = model.transformer
-            self.wte = model.lm_head.weight
-            self.encoder = []
-            self.decoder = [self.pack(block) for block in parts.h]
-        self.head = Product(self.wte, None, self.weight_dtype)
-        self.ln_f = Norm(parts.ln_f)
-        self.ln_pos_sub = Norm(parts.ln_pos_sub) if config.pos_sub == "ln" else None
-        self.wpe = None if config.position == "rope" else parts.wpe.weight
-        self.wpe_next = None
-        if config.pos_sub != "none" or getattr(config, "decoder_pos_emb", False):
-            self.wpe_next = parts.wpe.weight[1:] if self.wpe is not None else parts.wpe_next.weight  # row t: position t + 1
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # packing
+        self.rotations = {width: Rotation(rotary_length, width, like) for width in (widths if rotary_length else ())}
+        self.blocks = [self.pack(block) for block in blocks]
 
     def product(self, linear: torch.nn.Linear) -> Product:
         return Product(linear.weight, linear.bias, self.weight_dtype)
-
-    def fold(self, norm: LayerNorm, linear: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias that do to a vector of mean 0 and variance 1 what norm's gain and bias, then linear, would."""
-        bias = linear.bias
-        if norm.bias is not None:
-            bias = F.linear(norm.bias, linear.weight, bias)
-        return linear.weight * norm.weight, bias
 
     def queries_first(self, linear: torch.nn.Linear, n_head: int) -> Product:
         """The product of a packed linear layer whose first C rows are queries, these divided by sqrt(D)."""
@@ -152,11 +121,18 @@ class Stepper:
         return {"cross": cross, "self": own, "mlp": mlp} if block.cross_first else {"self": own, "cross": cross, "mlp": mlp}
 
     # ------------------------------------------------------------------------------------------------------------------
-    # the step
 
     def turn(self, x: torch.Tensor, position: int) -> torch.Tensor:
         """Queries or keys (..., D) with their position, if it is rotary."""
         return self.rotations[x.size(-1)](x, position) if self.rotations else x
+
+    def write(self, cache: LayerCache, kv: torch.Tensor, position: int) -> None:
+        """Put keys and values (2, H, D) into a slot of a layer's cache."""
+        if cache.kv is None:
+            cache.kv = kv.new_zeros(2, 1, kv.size(1), cache.capacity, kv.size(2))
+        elif cache.kv.dtype != self.state_dtype:  # filled under autocast
+            cache.kv = cache.kv.to(self.state_dtype)
+        cache.kv[:, 0, :, position] = kv
 
     def attend(self, q: torch.Tensor, cache: LayerCache, n: int) -> torch.Tensor:
         """q (H, D), scaled, over the first n keys and values of a layer -> (C,)."""
@@ -169,7 +145,7 @@ class Stepper:
         qkv = c_attn(norm(x)).view(3, n_head, -1)  # (3, H, D)
         if self.rotations:
             qkv = torch.cat((self.turn(qkv[:2], position), qkv[2:]))
-        cache.kv[:, 0, :, position] = qkv[1:]
+        self.write(cache, qkv[1:], position)
         return c_proj.add_to(x, self.attend(qkv[0], cache, position + 1))
 
     def cross_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, position: int) -> torch.Tensor:
@@ -181,47 +157,131 @@ class Stepper:
         norm, c_fc, c_proj = parts
         return c_proj.add_to(x, gelu(c_fc(norm(x))))
 
-    def read(self, x: torch.Tensor, caches: list[LayerCache], position: int) -> torch.Tensor:
-        """What the encoder state x (C,) gives the cross-attention of every layer goes into their caches; the bridge's output."""
-        normed = torch.layer_norm(x, x.shape, None, None, 1e-5)
-        kv = self.cross_kv(normed).view(len(caches), 2, self.model.config.n_cross_head, -1)  # (layers, 2, H, D)
-        if self.rotations:
-            kv = torch.stack((self.turn(kv[:, 0], position), kv[:, 1]), dim=1)
+    def __call__(
+        self, x: torch.Tensor, position: int, own: list[LayerCache], cross: list[LayerCache] | None = None
+    ) -> torch.Tensor:
+        """x (C,) at a position -> (C,). It goes into the caches of self-attention; those of cross-attention have it already."""
+        for i, block in enumerate(self.blocks):
+            for name, parts in block.items():
+                if name == "self":
+                    x = self.self_attention(parts, x, own[i], position)
+                elif name == "cross":
+                    x = self.cross_attention(parts, x, cross[i], position)
+                else:
+                    x = self.mlp(parts, x)
+        return x
+
+
+class Memory:
+    """What cross-attention of all decoder layers keeps of an encoder state: their keys and values, by one product."""
+
+    def __init__(self, decoder: torch.nn.ModuleList, layers: Layers):
+        folded = [self.fold(block.ln_cross_kv, block.cross_attn.c_kv) for block in decoder]
+        bias = None if folded[0][1] is None else torch.cat([b for _, b in folded])
+        self.product = Product(torch.cat([w for w, _ in folded]), bias, layers.weight_dtype)  # (n 2C, C)
+        self.layers, self.n_head = layers, decoder[0].cross_attn.n_head
+
+    def fold(self, norm: LayerNorm, linear: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias that do to a vector of mean 0 and variance 1 what norm's gain and bias, then linear, would."""
+        bias = linear.bias
+        if norm.bias is not None:
+            bias = F.linear(norm.bias, linear.weight, bias)
+        return linear.weight * norm.weight, bias
+
+    def __call__(self, h: torch.Tensor, position: int, caches: list[LayerCache]) -> None:
+        """Put h (C,) into the caches."""
+        normed = torch.layer_norm(h, h.shape, None, None, 1e-5)
+        kv = self.product(normed).view(len(caches), 2, self.n_head, -1)  # (layers, 2, H, D)
+        if self.layers.rotations:
+            kv = torch.stack((self.layers.turn(kv[:, 0], position), kv[:, 1]), dim=1)
         for cache, pair in zip(caches, kv):
-            cache.kv[:, 0, :, position] = pair
-        x = self.bridge(x if self.ln_bridge is None else self.ln_bridge(x))
-        return x + self.wpe_next[position] if self.model.config.decoder_pos_emb else x
+            self.layers.write(cache, pair, position)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# models
+
+
+class Stepper:
+    """`stepper(token, cache)` appends one token to the cache of a text, and gives the logits (V,) of the next."""
+
+    def __init__(self, model: EncoderDecoder | DecoderOnly):
+        assert can_step(model), f"no stepper for {type(model).__name__}"
+        self.config = config = model.config
+        rotary = config.block_size if config.position == "rope" else 0
+        self.encoder = None
+        if isinstance(model, EncoderDecoder):
+            parts, self.wte = model, model.wte.weight
+            self.encoder, self.decoder = Layers(model.encoder, rotary), Layers(model.decoder, rotary)
+            self.memory = Memory(model.decoder, self.decoder)
+            self.ln_bridge = None if model.ln_bridge is None else Norm(model.ln_bridge)
+            self.bridge = self.decoder.product(model.bridge)
+        else:
+            parts, self.wte = model.transformer, model.lm_head.weight
+            self.decoder = Layers(parts.h, rotary)
+        self.ln_f = Norm(parts.ln_f)
+        self.ln_pos_sub = Norm(parts.ln_pos_sub) if config.pos_sub == "ln" else None
+        self.head = Product(self.wte, None, self.decoder.weight_dtype)
+        self.wpe = None if rotary else parts.wpe.weight
+        self.wpe_next = None
+        if config.pos_sub != "none" or getattr(config, "decoder_pos_emb", False):
+            self.wpe_next = parts.wpe_next.weight if rotary else parts.wpe.weight[1:]  # row t: position t + 1
 
     @torch.inference_mode()
     def __call__(self, token: int, cache: Cache) -> torch.Tensor:
-        """Logits (V,) of the token after `token`, which is appended to the cache (of one text, not empty)."""
-        position, layers = cache.length, cache.layers
-        for layer in layers:
-            if layer.kv.dtype != self.state_dtype:  # filled under autocast
-                layer.kv = layer.kv.to(self.state_dtype)
+        position, own, cross = cache.length, cache.layers, None
         x = self.wte[token]
         if self.wpe is not None:
             x = x + self.wpe[position]
-        for parts, own in zip(self.encoder, layers):
-            x = self.mlp(parts["mlp"], self.self_attention(parts["self"], x, own, position))
-        layers = layers[len(self.encoder) :]
-        if self.encoder:  # its decoder's layers have two caches each
-            own_caches, cross_caches = layers[::2], layers[1::2]
-            x = self.read(x, cross_caches, position)
-        else:
-            own_caches = cross_caches = layers
-        for parts, own, cross in zip(self.decoder, own_caches, cross_caches):
-            for name, part in parts.items():
-                if name == "self":
-                    x = self.self_attention(part, x, own, position)
-                elif name == "cross":
-                    x = self.cross_attention(part, x, cross, position)
-                else:
-                    x = self.mlp(part, x)
-        x = self.ln_f(x)
-        if self.model.config.pos_sub != "none":
+        if self.encoder is not None:
+            E = len(self.encoder.blocks)
+            own, cross = cache.layers[E::2], cache.layers[E + 1 :: 2]  # a decoder layer has two
+            x = self.encoder(x, position, cache.layers[:E])
+            self.memory(x, position, cross)
+            x = self.bridge(x if self.ln_bridge is None else self.ln_bridge(x))
+            if self.config.decoder_pos_emb:
+                x = x + self.wpe_next[position]
+        x = self.ln_f(self.decoder(x, position, own, cross))
+        if self.config.pos_sub != "none":
             x = x - self.wpe_next[position]
         if self.ln_pos_sub is not None:
             x = self.ln_pos_sub(x)
         cache.length += 1
         return self.head(x)
+
+
+class CodeStepper:
+    """The two kinds of steps of an RQTransformer: see `states` and `code_logits` there."""
+
+    def __init__(self, model: RQTransformer, table: torch.Tensor):
+        """table (D, K, C): model.table()."""
+        config = model.config
+        self.table, self.wpe = table, model.wpe_depth
+        self.spatial, self.depth = Layers(model.spatial.blocks, config.blocks), Layers(model.depth.blocks, 0)
+        self.from_sum = None if model.from_sum is None else self.depth.product(model.from_sum)
+        self.heads = [(Norm(norm), self.depth.product(linear)) for norm, linear in model.heads]
+
+    def embed(self, codes: list[int]) -> torch.Tensor:
+        """Sum (C,) of the vectors of the first codes of a stack."""
+        x = self.table[0, codes[0]]
+        for level, code in enumerate(codes[1:], start=1):
+            x = x + self.table[level, code]
+        return x
+
+    @torch.inference_mode()
+    def state(self, stack: list[int], cache: Cache) -> torch.Tensor:
+        """The spatial state h (C,) behind one more stack, which is appended to the cache (that holds the start at least)."""
+        h = self.spatial(self.embed(stack), cache.length, cache.layers)
+        cache.length += 1
+        return h
+
+    @torch.inference_mode()
+    def logits(self, h: torch.Tensor, codes: list[int], cache: Cache) -> torch.Tensor:
+        """Logits (K,) of the code behind the first `codes` of a stack, all but the last of which are in the cache."""
+        level = cache.length
+        assert level == len(codes), f"{len(codes)} codes, but the cache holds {level} steps"
+        x = h if level == 0 else self.from_sum(self.embed(codes))
+        x = self.depth(x + self.wpe[level], level, cache.layers)
+        cache.length += 1
+        norm, head = self.heads[level]
+        return head(norm(x))

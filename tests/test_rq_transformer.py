@@ -20,6 +20,7 @@ from generate import BlockSampling, Continuation, Sampling
 from latent.autoencoder import Autoencoder, AutoencoderConfig
 from latent.rq_transformer import RQTransformer, RQTransformerConfig, soft_codes
 from model import Context, rotary_angles
+from stepper import CodeStepper
 
 AUTOENCODER = dict(
     vocab_size=31, block_size=24, latent_factor=4, latent_dim=6, codebook_size=7, codebook_levels=3,
@@ -82,6 +83,28 @@ def test_steps_equal_teacher_forcing(options, prefill):
                 step = model.code_logits(h, codes[:, m, :d], table, depth)
                 assert step.shape[1] == 1 and (step[:, 0] - expected[:, m, d]).abs().max() < 1e-10, (m, d)
             assert spatial.length == m + 1 and depth.length == D
+
+
+@pytest.mark.parametrize(
+    "options, prior", [({}, {}), ({"codebook_levels": 1}, {"bias": True}), ({"shared_codebook": True}, {"n_head": 4})]
+)
+def test_a_code_stepper_takes_the_models_own_steps(options, prior):
+    """Guards the matrix-vector path of sampling one text: logits at every position and depth, behind prefills of 1 and 3 stacks."""
+    model = make_prior(prior=prior, **options)
+    codes, D = random_codes(model, rows=1), model.config.codebook_levels
+    with torch.inference_mode():
+        expected, table = model.logits(codes)[0], model.table()
+        step, depth = CodeStepper(model, table), model.depth.make_cache()
+        for prefill in (1, 3):
+            spatial = model.spatial.make_cache()
+            model.states(codes[:, : prefill - 1], table, spatial)
+            for m in range(prefill, model.config.blocks):
+                h = step.state(codes[0, m - 1].tolist(), spatial)
+                depth.truncate(0)
+                for d in range(D):
+                    logits = step.logits(h, codes[0, m, :d].tolist(), depth)
+                    assert (logits - expected[m, d]).abs().max() < 1e-10
+            assert spatial.length == model.config.blocks
 
 
 def test_codes_are_predicted_in_raster_order():
