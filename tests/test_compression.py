@@ -16,7 +16,7 @@ import sample
 import train
 from baseline_transformer.model import DecoderOnlyConfig
 from conftest import TINY_BASELINE, TINY_ENCODER_DECODER, make_model
-from latent.compression import CompressionHead, RunningNorm
+from latent.compression import CompressionHead
 from latent.quantize import ResidualQuantizer
 from latent.resample import CausalDownsample, DownLayer
 from model import EncoderDecoder, EncoderDecoderConfig
@@ -36,10 +36,9 @@ def make_head(factor: int, options: dict | None = None, **more) -> EncoderDecode
     """A tiny model with a head, weights of order one, and codebooks from its latents, so that codes differ and step() moves them."""
     model = make_model("encoder_decoder", HEAD | {"latent_factor": factor} | (options or {}), **more)
     T = model.config.block_size
-    for rows in (2, 1 + 50 * 16 // (T // factor)):  # statistics first, so that the codes are for normalized latents
-        with torch.no_grad():
-            model.train()(tokens(rows, T, seed=9))
-        model.after_step()
+    with torch.no_grad():
+        model.train()(tokens(1 + 50 * 16 // (T // factor), T, seed=9))
+    model.after_step()
     assert model.compression.quantizer.initialized
     return model.eval()
 
@@ -355,25 +354,6 @@ def test_training_begins_without_the_latents():
         assert {"decoder.0.cross_attn.c_proj.weight", "decoder.1.cross_attn.c_proj.weight"} <= learns
         assert head & learns == (head if step else set())  # straight through the quantizer
         optimizer.step()
-
-
-def test_running_norm():
-    """Guards the leak of batch statistics and the collapse of latents: moments of past steps only, which evaluation leaves alone."""
-    norm, x, y = RunningNorm(3).double(), 5 + 2 * torch.randn(2, 400, 3).double(), torch.randn(2, 50, 3).double()
-    assert (norm(x) - x).abs().max() < 1e-4, "nothing is known before the first step"
-    norm(y)
-    norm.step()
-    z = norm.eval()(torch.cat((x, y), dim=1)).flatten(0, 1)
-    assert z.mean(0).abs().max() < 1e-12 and (z.var(0, unbiased=False) - 1).abs().max() < 1e-4
-    before = norm.moments.clone()
-    norm(x)
-    norm.step()
-    assert torch.equal(norm.moments, before)
-    norm.train()(y)
-    norm.step()
-    rows = y.flatten(0, 1)
-    expected = 0.99 * before + 0.01 * torch.stack((rows.mean(0), rows.square().mean(0)))
-    assert (norm.moments - expected).abs().max() < 1e-12 and norm.steps == 2
 
 
 def test_losses_by_name():
