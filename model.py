@@ -70,7 +70,7 @@ class EncoderDecoderConfig:
     latent_dim: int = 64  # width of a latent
     codebook_size: int = 512  # codes K of a level
     codebook_levels: int = 4  # levels D; a latent says D log2(K) bits
-    commitment_weight: float = 0.0  # factor of the loss that draws latents to their codes
+    commitment_weight: float = 0.0  # factor of the loss that draws latents to their codes, see there
 
     def __post_init__(self):
         check_sizes(self, "vocab_size", "block_size", "n_encoder_layer", "n_decoder_layer", "n_head", "n_cross_head", "n_embd")
@@ -402,7 +402,7 @@ class EncoderDecoder(CausalModel):
             from latent.compression import CompressionHead
 
             self.compression = CompressionHead(config)
-            self.after_step, self.summarize = self.compression.step, self.compression.summarize  # hooks of train.py
+            self.after_step, self.summarize = self.compression.quantizer.step, self.compression.summarize  # hooks of train.py
             self.measure = functools.partial(self.compression.measure, self)
         self.initialize([self.encoder, self.decoder])
         for block in self.decoder if self.compression is not None else ():

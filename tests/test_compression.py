@@ -36,10 +36,9 @@ def make_head(factor: int, options: dict | None = None, **more) -> EncoderDecode
     """A tiny model with a head, weights of order one, and codebooks from its latents, so that codes differ and step() moves them."""
     model = make_model("encoder_decoder", HEAD | {"latent_factor": factor} | (options or {}), **more)
     T = model.config.block_size
-    for rows in (2, 1 + 50 * 16 // (T // factor)):  # statistics first, so that the codes are for normalized latents
-        with torch.no_grad():
-            model.train()(tokens(rows, T, seed=9))
-        model.after_step()
+    with torch.no_grad():
+        model.train()(tokens(1 + 50 * 16 // (T // factor), T, seed=9))
+    model.after_step()
     assert model.compression.quantizer.initialized
     return model.eval()
 
@@ -278,7 +277,7 @@ def test_far_tokens_come_through_the_latents_only():
 # the cache
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=IDS[::3])
 @pytest.mark.parametrize("factor", FACTORS)
 def test_chunks_of_any_size_equal_the_whole(factor, options):
     """Guards sampling: latents appended when their block is complete, behind a cache of any length, give the full forward."""
