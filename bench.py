@@ -28,6 +28,7 @@ import configurator
 import generate
 import lookahead
 import runtime
+import stepper
 
 
 class Variant(NamedTuple):
@@ -179,7 +180,7 @@ def bench_sample(config: SampleBench) -> list[dict]:
         generate.lay_out_for_decoding(model)
         variants = sample_variants(model, prompt, config)
         with machine.autocast():
-            found = in_turns(variants, tokens, repeats, {variants[2].name: config.batch})
+            found = in_turns(variants, tokens, repeats, {f"plain cached, batch {config.batch}": config.batch})
         print(
             f"\n{name}, {model.get_num_params():,} parameters, {tokens} tokens, temperature {config.temperature:g}; {machine.reasons}"
         )

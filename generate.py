@@ -254,10 +254,10 @@ def lay_out_for_decoding(model: torch.nn.Module) -> None:
                 parameter.data = parameter.data.t().contiguous().t()
 
 
-def cached_step(model: torch.nn.Module) -> Callable:
+def cached_step(model: torch.nn.Module, int8: bool = False) -> Callable:
     """
     A function (idx, cache) from the tokens (B, T) behind those in the cache, which takes them in, to the logits (B, V) of the
-    next: a Stepper for one token of one text on a CPU, the model's own forward pass for all else.
+    next: a Stepper for one token of one text on a CPU (int8: see there), the model's own forward pass for all else.
     """
     stepper = None
 
@@ -265,20 +265,20 @@ def cached_step(model: torch.nn.Module) -> Callable:
         nonlocal stepper
         if idx.shape != (1, 1) or not can_step(model):
             return model(idx, cache=cache)[0][:, -1]
-        stepper = stepper or Stepper(model)  # packed when it is needed: then precision and weights are final
+        stepper = stepper or Stepper(model, int8)  # packed when it is needed: then precision and weights are final
         return stepper(idx.item(), cache)[None]
 
     return step
 
 
-def decode_logits(model: torch.nn.Module, use_cache: bool, compile: str | None = None) -> Callable:
+def decode_logits(model: torch.nn.Module, use_cache: bool, compile: str | None = None, int8: bool = False) -> Callable:
     """
     A function from the tokens so far (B, n) to the next token's logits (B, V). With a cache it computes only what is new since
     its last call, and starts again with an empty cache where the context moves. `compile` names a backend of torch.compile
-    for the steps of one token, whose shapes are then always the same.
+    for the steps of one token, whose shapes are then always the same. `int8`: see cached_step.
     """
     block_size, cache, start, cached = model.config.block_size, None, 0, 0
-    step = cached_step(model)
+    step = cached_step(model, int8)
     if compile is not None:
         compiled = torch.compile(model, backend=compile, fullgraph=True, dynamic=False)
 
@@ -305,11 +305,12 @@ def sample_together(
     use_cache: bool = True,
     first_sample: int = 0,
     compile: str | None = None,
+    int8: bool = False,
 ) -> Iterator[None]:
     """
     Continue all samples (prompts of one length) by one token each at every step, until all have ended; by one block, where the
     model writes blocks. Sample number i of the batch draws the noise of sample first_sample + i. Yields after every step.
-    `compile`: see decode_logits.
+    `compile`, `int8`: see decode_logits.
     """
     check_prompts(model, [sample.tokens for sample in samples])
     if getattr(model, "autoencoder", None) is not None:
@@ -320,7 +321,7 @@ def sample_together(
         return
     device = next(model.parameters()).device
     noise = Noise(sampling, model.config.vocab_size)
-    next_logits = decode_logits(model, use_cache, compile)
+    next_logits = decode_logits(model, use_cache, compile, int8)
     idx = torch.tensor([sample.tokens for sample in samples], device=device)  # (B, n)
     numbers = [first_sample + i for i in range(len(samples))]
     while not all(sample.finished for sample in samples):

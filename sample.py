@@ -24,6 +24,7 @@ import configurator
 import generate
 import lookahead
 import runtime
+import stepper
 import tokenizer
 from lookahead import Setting
 
@@ -45,6 +46,7 @@ class SampleConfig:
     lookahead: str | None = None  # several tokens a step, the same text: W,N,G such as 4,3,4, see lookahead.py; auto tries some
     check: bool = False  # sample again by the plain path (without the cache, if this was it); exit status 1 if texts differ
     compile: bool = False  # torch.compile for the steps of one token; takes a minute to start
+    int8: bool = False  # weights in 8 bits: faster for one text on a CPU, and not quite the same model
     checkpoint: Literal["best", "last"] = "best"  # lowest validation loss, or latest
     json: bool = False  # print one line of JSON at the end
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
@@ -69,6 +71,10 @@ class SampleConfig:
             self.setting()
         if self.compile and not self.cache:
             raise ValueError("compile=true compiles the step behind a cache; use cache=true")
+        if self.int8 and (self.num_samples > 1 or self.lookahead is not None or self.compile or not self.cache):
+            raise ValueError(
+                "int8=true is for one text with a cache: use num_samples=1, lookahead=none, compile=false, cache=true"
+            )
         self.samplings()
         generate.Sampling(self.token_temperature)
 
@@ -155,6 +161,8 @@ def main(argv: list[str] | None = None) -> list[str]:
     model.to(machine.weight_dtype)
     generate.lay_out_for_decoding(model)
     how = config.how(model)
+    if config.int8 and (isinstance(how, generate.BlockSampling) or not stepper.can_step(model)):
+        raise ValueError("int8=true is for encoder-decoders and decoder-only models, without window and latents, on a CPU")
 
     written = read_prompt(config.prompt)
     prompt = text.encode(written)
@@ -186,7 +194,7 @@ def main(argv: list[str] | None = None) -> list[str]:
         seconds = timed(look_ahead(model, samples[0], config, how, counts))
     else:
         backend = "inductor" if config.compile else None
-        seconds = timed(generate.sample_together(model, samples, how, config.cache, compile=backend))
+        seconds = timed(generate.sample_together(model, samples, how, config.cache, compile=backend, int8=config.int8))
     if config.stream:
         print()
     else:

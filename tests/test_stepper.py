@@ -45,6 +45,22 @@ def test_bfloat16_weights():
     assert 0 < (stepped - exact).norm() <= 1.5 * (plain - exact).norm() < 0.1 * exact.norm()
 
 
+def test_int8_weights():
+    """Guards the 8-bit products: close to float32, row by row scaled; and a text by them is nearly the text without."""
+    model = make_model("encoder_decoder", {"bias": True}, dtype=torch.float32, n_embd=32, n_head=4, n_cross_head=8)
+    tokens = torch.randint(model.config.vocab_size, (model.config.block_size,))
+    with torch.inference_mode():
+        weight, x = torch.randn(70, 40) * torch.logspace(-3, 3, 70)[:, None], torch.randn(40)
+        product = stepper.Product(weight, None, torch.int8)(x)
+        assert ((product - weight @ x).abs() / (weight.norm(dim=1) * x.norm())).max() < 0.01
+        caches = [model.make_cache() for _ in range(2)]
+        steps = [stepper.Stepper(model), stepper.Stepper(model, int8=True)]
+        for cache in caches:
+            model(tokens[None, :3], cache=cache)
+        exact, rounded = (torch.stack([step(i, cache) for i in tokens[3:].tolist()]) for step, cache in zip(steps, caches))
+    assert 0 < (exact - rounded).norm() < 0.1 * exact.norm()
+
+
 def test_who_has_a_stepper():
     """Guards the general path for everything else."""
     assert stepper.can_step(make_model("encoder_decoder", {})) and stepper.can_step(make_model("decoder_only", {}))
