@@ -127,9 +127,20 @@ def shrink(command: str) -> str | None:
         return command if "stdlib" in command else None  # a download; test_data.py tests the real libraries on local files
     if "sample.py" in command:
         return f"{command} --max_new_tokens=5 --device=cpu"
+    if "bench.py latent" in command:
+        return f"{command} --tokens=8"
     if "train.py" not in command:
         return command
     shape = "--n_layer=1" if "baseline" in command else "--n_encoder_layer=1 --n_decoder_layer=1 --n_cross_head=2"
+    if "config/latent/" in command:  # k-means wants 50 latents a code
+        sizes = "--latent_dim=4 --codebook_size=4 --dataset=my_texts --max_iters=2 --warmup_iters=1 --eval_interval=1 --eval_iters=1"
+        if "rqvae" in command:
+            sizes += " --n_encoder_layer=1 --n_decoder_layer=1 --block_size=16 --quantize_after=1 --batch_size=64"
+        elif "rq_transformer" in command:
+            sizes = sizes[sizes.index("--dataset") :] + " --n_spatial_layer=1 --block_size=16 --batch_size=2"
+        else:
+            sizes += f" {shape} --block_size=16 --batch_size=2"
+        return f"{command} {sizes} --n_embd=8 --n_head=2 --dtype=float32 --device=cpu"
     return (
         f"{re.sub('nproc_per_node=[0-9]+', 'nproc_per_node=2', command)} {shape} --n_embd=8 --n_head=2 --block_size=16 "
         "--max_iters=2 --warmup_iters=1 --eval_interval=1 --eval_iters=1 --batch_size=1 --gradient_accumulation_steps=2 "
