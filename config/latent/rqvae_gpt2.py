@@ -1,5 +1,5 @@
 """
-Text autoencoder of Wikipedia around GPT-2, 0 parameters: 4 tokens become 6 codes of 512, 13.5 bits a token. For a GPU.
+Text autoencoder of Wikipedia around GPT-2, 131,521,280 parameters: 4 tokens become 6 codes of 512, 13.5 bits a token. For a GPU.
 GPT-2's 124 M weights, downloaded once, read the tokens and write them (latent/huggingface.py). They stay as they are for 1,000
 steps, until what lies between them works. The data must have the tokenizer of the model: this one is GPT-2's, as data/wikipedia is.
 Qwen/Qwen3-0.6B and the like need data prepared with theirs.
