@@ -24,6 +24,7 @@ import torch
 import configurator
 import tokenizer
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
+from latent import huggingface
 from latent.autoencoder import Autoencoder, AutoencoderConfig
 from latent.rq_transformer import RQTransformer, RQTransformerConfig
 from model import EncoderDecoder, EncoderDecoderConfig
@@ -256,8 +257,25 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
         raise ValueError(f"init_from={source} does not fit this model: {' '.join(str(error).split())[:300]}") from None
 
 
+def fit_backbone(config, given: dict[str, object], out: Path | None):
+    """
+    The config with the sizes and the description of its Hugging Face backbone, if it has one; `out` is the run that goes on,
+    which has the description. Raises ValueError where there is no such model, or it fits neither `given` nor the data.
+    """
+    if getattr(config, "pretrained", None) is None:
+        return config
+    stored = None
+    if out is not None:
+        find(out, "last")
+        stored = read_json(out / "config.json")["model"].get("backbone_config")
+    return huggingface.fit(config, stored or huggingface.describe(config.pretrained), given)
+
+
 def load_backbone(model: torch.nn.Module, config) -> None:
-    """Give a model the embeddings and the encoder of config.backbone. Raises ValueError for a run that does not fit, or none."""
+    """Give a model the embeddings and the encoder of config.backbone. Raises ValueError for one that does not fit, or none."""
+    if config.pretrained is not None:
+        model.trunk.load(config.pretrained, model.wte)
+        return
     run = Path(config.backbone)
     try:
         folder = find(run, "best")

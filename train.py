@@ -368,6 +368,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     if model_config.vocab_size < data.vocab_size:
         raise ValueError(f"vocab_size={model_config.vocab_size} is too small for {config.dataset}: it needs {data.vocab_size}")
     out = Path(config.out_dir) if config.out_dir else default_out_dir(parsed.config_file, config.model)
+    model_config = checkpoint.fit_backbone(model_config, parsed.given, out if config.resume else None)
     config = dataclasses.replace(config, out_dir=str(out))
     if machine.is_main:
         configurator.print_differences(config, model_config)

@@ -6,8 +6,9 @@ name only). S tokens become one stack of D codes out of K, and the codes become 
 
 1. Encoding is causal and aligned to blocks of S tokens: the codes of a prefix are those of the whole text on complete blocks,
    or nothing that was trained on codes could continue a prompt.
-2. Decoding is causal by blocks: position t of block j sees all positions of the blocks up to j, so text can be written as its
-   codes arrive. Nothing else needs a mask there: what stands behind the end of a text is in later blocks.
+2. Decoding is causal by blocks: position t of block j sees all positions of the blocks up to j (in a trunk of Hugging Face, those
+   up to t), so text can be written as its codes arrive. Nothing else needs a mask there: what stands behind the end of a text is
+   in later blocks.
 3. It predicts tokens that it has seen: `token` is the cross-entropy of a reconstruction, never a language model's loss.
 
 Shapes: B batch, T tokens, C width, S tokens per latent, M = ceil(T / S) latents, Z latent width, K codes of a level, D levels,
@@ -23,6 +24,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from kernels import at_least_float32, head_loss
+from latent.huggingface import PretrainedCache, PretrainedTrunk
 from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer
 from latent.resample import CausalDownsample, Upsample, doublings
 from model import Block, Cache, CausalModel, LayerNorm, check_sizes, require
@@ -52,14 +54,15 @@ class AutoencoderConfig:
     codebook_decay: float = 0.99  # ema: weight of the past in the moving averages, per step
     quantize_after: int = 300  # ema: steps of training without codes before k-means makes the codebooks
     # initial weights from elsewhere
-    backbone: str | None = None  # run directory of an encoder_decoder of this width: its embeddings and its encoder
+    backbone: str | None = None  # run directory of an encoder_decoder: its encoder; or hf:NAME_OR_PATH: see latent/huggingface.py
+    backbone_config: str | None = None  # of hf:NAME_OR_PATH, what it is, as JSON; train.py takes it from there
     freeze_backbone_iters: int = 0  # steps in which they stay as they are; gradients flow through them
     backbone_lr_scale: float = 0.1  # learning rate of the backbone after that, relative to the others'
 
     def __post_init__(self):
         check_sizes(self, "vocab_size", "block_size", "n_encoder_layer", "n_decoder_layer", "n_head", "n_embd")
         require(
-            self.n_embd % self.n_head == 0,
+            self.pretrained is not None or self.n_embd % self.n_head == 0,
             f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; choose a divisor of n_embd",
         )
         require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout}: a probability in [0, 1) is needed")
@@ -69,6 +72,11 @@ class AutoencoderConfig:
             self.backbone is not None or self.freeze_backbone_iters == 0,
             f"freeze_backbone_iters={self.freeze_backbone_iters} freezes what a backbone brings, but there is none; set backbone",
         )
+        require(
+            self.pretrained is None or self.position == "rope",
+            f"position={self.position}: backbone={self.backbone} has positions of its own; leave position out",
+        )
+        require(self.pretrained is not None or self.backbone_config is None, "backbone_config belongs to backbone=hf:...; leave it out")
         doublings(self.latent_factor)
         require(
             self.block_size % self.latent_factor == 0,
@@ -76,6 +84,11 @@ class AutoencoderConfig:
             "blocks of that many tokens; choose another block_size",
         )
         self.quantizer_config()
+
+    @property
+    def pretrained(self) -> str | None:
+        """Name or path of the Hugging Face model that both trunks are, if they are."""
+        return self.backbone.removeprefix("hf:") if (self.backbone or "").startswith("hf:") else None
 
     def quantizer_config(self) -> QuantizerConfig:
         """Settings of the quantizer. Raises ValueError where they cannot work."""
@@ -117,12 +130,13 @@ class Autoencoder(CausalModel):
         self.config = config
         C, Z, S, learned = config.n_embd, config.latent_dim, config.latent_factor, config.position == "learned"
         self.n_layer_cache = config.n_encoder_layer + config.n_decoder_layer
-        self.head_widths = {C // config.n_head}
-        block = (C, config.n_head, config.bias, config.dropout)
-        self.wte = nn.Embedding(config.vocab_size, C)  # also the output layer
+        block, own_blocks = (C, config.n_head, config.bias, config.dropout), config.pretrained is None
+        self.head_widths = {C // config.n_head} if own_blocks else set()
+        self.trunk = None if own_blocks else PretrainedTrunk(config.backbone_config, config.dropout)  # in the place of all blocks
+        self.wte = nn.Embedding(config.vocab_size, C) if own_blocks else self.trunk.take_embeddings()  # also the output layer
         self.wpe = nn.Embedding(config.block_size, C) if learned else None
         self.dropout = nn.Dropout(config.dropout)
-        self.encoder = nn.ModuleList(Block(*block) for _ in range(config.n_encoder_layer))
+        self.encoder = nn.ModuleList(Block(*block) for _ in range(own_blocks * config.n_encoder_layer))
         self.down = CausalDownsample(C, S, keep_partial=True, bias=config.bias)
         self.to_latent = nn.Linear(C, Z, bias=config.bias)
         self.refine_encoder = SwiGLU(Z, config.bias)
@@ -132,8 +146,8 @@ class Autoencoder(CausalModel):
         self.from_latent = nn.Linear(Z, C, bias=config.bias)
         self.up = Upsample(C, S, bias=config.bias)
         self.wpe_decoder = nn.Embedding(config.block_size, C) if learned else None
-        self.decoder = nn.ModuleList(Block(*block) for _ in range(config.n_decoder_layer))
-        self.ln_f = LayerNorm(C, config.bias)
+        self.decoder = nn.ModuleList(Block(*block) for _ in range(own_blocks * config.n_decoder_layer))
+        self.ln_f = LayerNorm(C, config.bias) if own_blocks else nn.Identity()  # a pretrained trunk ends with its own
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # optimizer steps so far
         self.initialize([self.encoder, self.decoder])
 
@@ -145,25 +159,31 @@ class Autoencoder(CausalModel):
         shares += [(layer, 1 / 2 ** (i + 1)) for i, layer in enumerate(self.down.layers)]
         shares += [(layer, 2**i / S) for i, layer in enumerate(self.up.layers)]
         idle = sum((1 - share) * p.numel() for module, share in shares for p in module.parameters())
+        again = 0 if self.trunk is None else self.trunk.flops_again(config.block_size)
         lookup = 2 * config.codebook_levels * config.codebook_size * config.latent_dim / S
-        return round(super().flops_per_token() - 6 * idle + lookup)
+        return round(super().flops_per_token() - 6 * idle + again + lookup)
 
     def compress(self, idx: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens idx (B, T), mask (B, T) True = real, all of them in front -> latents (B, M, Z) and which are real (B, M)."""
         positions, context = self.place(idx, None, None, None)
         x = self.wte(idx)
-        x = self.dropout(x if self.wpe is None else x + self.wpe(positions))
-        for block in self.encoder:
-            x = block(x, context)
+        if self.trunk is not None:
+            x = self.trunk(x)
+        else:
+            x = self.dropout(x if self.wpe is None else x + self.wpe(positions))
+            for block in self.encoder:
+                x = block(x, context)
         x, mask = self.down(x, mask)
         return self.ln_latent(self.refine_encoder(self.to_latent(x))), mask
 
-    def expand(self, z: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+    def expand(self, z: torch.Tensor, cache: Cache | PretrainedCache | None = None) -> torch.Tensor:
         """Quantized latents z (B, M, Z), of the blocks behind those in the cache -> states (B, M S, C) for the output layer."""
         x, _ = self.up(self.from_latent(self.refine_decoder(z)))
         S, start = self.config.latent_factor, cache.length if cache is not None else 0
         block = torch.arange(start + x.size(1), device=x.device) // S
         positions, context = self.place(x, cache, None, block <= block[start:, None])
+        if self.trunk is not None:
+            return self.trunk(x, cache)
         x = self.dropout(x if self.wpe_decoder is None else x + self.wpe_decoder(positions))
         for i, layer in enumerate(self.decoder):
             x = layer(x, context, cache.layers[i] if cache is not None else None)
@@ -202,15 +222,17 @@ class Autoencoder(CausalModel):
         """Tokens (B, T), mask (B, T) True = real, all of them in front -> codes (B, M, D), -1 for a block without real tokens."""
         return self.quantizer.encode(*self.compress(idx, mask))
 
-    def decode(self, codes: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, cache: Cache | PretrainedCache | None = None) -> torch.Tensor:
         """
         Codes (B, M, d) of the first d <= D levels -> logits (B, M S, V). With a cache they are those of the blocks behind
         the ones already in it, and are appended to it. Raises ValueError beyond block_size, or for too many levels.
         """
         return F.linear(self.expand(self.quantizer.decode(codes), cache), self.wte.weight)
 
-    def make_decoder_cache(self, capacity_blocks: int | None = None) -> Cache:
+    def make_decoder_cache(self, capacity_blocks: int | None = None) -> Cache | PretrainedCache:
         """An empty cache for decode(), for so many blocks of S tokens (default: block_size tokens); its length is in tokens."""
+        if self.trunk is not None:
+            return self.trunk.make_cache()  # grows by itself
         S = self.config.latent_factor
         return Cache(self.config.n_decoder_layer, (capacity_blocks or self.config.block_size // S) * S)
 
@@ -229,7 +251,7 @@ class Autoencoder(CausalModel):
     def named_backbone_parameters(self) -> list[tuple[str, nn.Parameter]]:
         if self.config.backbone is None:
             return []
-        return [(name, p) for name, p in self.named_parameters() if name.startswith(("wte.", "wpe.", "encoder."))]
+        return [(name, p) for name, p in self.named_parameters() if name.startswith(("wte.", "wpe.", "encoder.", "trunk."))]
 
     def backbone_rate(self, step: int) -> float:
         """

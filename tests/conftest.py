@@ -20,6 +20,8 @@ import tokenizer  # noqa: E402
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig  # noqa: E402
 from model import EncoderDecoder, EncoderDecoderConfig  # noqa: E402
 
+HOW_TO_INSTALL = 'transformers is not installed: pip install -e ".[hf]"'
+
 TINY_ENCODER_DECODER = dict(
     vocab_size=31, block_size=12, n_encoder_layer=2, n_decoder_layer=2, n_head=2, n_cross_head=3, n_embd=12
 )

@@ -1,6 +1,8 @@
 """The project as a whole: who imports whom, every config file, every command of the README."""
 
 import ast
+import dataclasses
+import json
 import os
 import re
 import shlex
@@ -14,7 +16,8 @@ import pytest
 import checkpoint
 import configurator
 import train
-from conftest import ROOT
+from conftest import HOW_TO_INSTALL, ROOT
+from latent import huggingface
 
 # ----------------------------------------------------------------------------------------------------------------------
 # layers: a module may import those of lower ones
@@ -66,6 +69,11 @@ def test_every_config_file_builds_its_model(path):
         [str(path)], [train.TrainConfig], positional="[CONFIG]", choose=("model", checkpoint.CONFIGS)
     )
     config, model_config = parsed.sections
+    if getattr(model_config, "pretrained", None):  # by name, which a test may not download: GPT-2's shape is the library's default
+        theirs = pytest.importorskip("transformers", reason=HOW_TO_INSTALL).GPT2Config()
+        assert model_config.pretrained == "openai-community/gpt2"
+        model_config = dataclasses.replace(model_config, vocab_size=theirs.vocab_size)
+        model_config = huggingface.fit(model_config, json.dumps(theirs.to_dict()), parsed.given)
     with torch.device("meta"):
         model = checkpoint.build(config.model, model_config)
     stated = re.search(r"([\d,]+) parameters", path.read_text(encoding="utf-8"))
