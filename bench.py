@@ -128,6 +128,8 @@ def sample_variants(model: torch.nn.Module, prompt: list[int], config: SampleBen
         Variant(f"plain cached, batch {config.batch}", plain(config.batch), model),
         *(Variant(f"lookahead {setting}", ahead(setting), model) for setting in (lookahead.AUTO if not head else ())),
     ]
+    if stepper.can_step(model):
+        variants.append(Variant("plain cached, int8", plain(int8=True), model))
     if next(model.parameters()).is_cuda and not head:
         variants.append(Variant("plain cached, compiled", plain(compile="inductor"), model))
     if hasattr(model.config, "n_layer") and importlib.util.find_spec("transformers"):
