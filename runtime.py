@@ -6,6 +6,7 @@ processes are started by torchrun, which sets RANK, LOCAL_RANK and WORLD_SIZE; w
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import resource
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -147,3 +149,20 @@ def seed_everything(*parts: int) -> None:
     """Seed torch's generators with a hash of the parts, e.g. (seed, step, micro-batch): dropout is then a function of them."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def checkpoint_activations(model: torch.nn.Module, kinds: tuple[type, ...]) -> None:
+    """
+    Make the modules of these kinds forget in training what they computed between input and output, and compute it again, with
+    the same dropout, when gradients are due (arXiv:1604.06174). For modules that keep nothing of a forward pass: a quantizer, which
+    collects statistics, would count twice.
+    """
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.forward = functools.partial(recomputed, module, module.forward)
+
+
+def recomputed(module: torch.nn.Module, forward, *args):
+    if not (module.training and torch.is_grad_enabled()):
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False)
