@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -56,10 +57,18 @@ class Runtime:
         if self.world_size > 1:
             dist.barrier()
 
+    def wait(self) -> None:
+        """Return when the device has done all that it was given to do."""
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
     def peak_memory_bytes(self) -> int:
         """Peak memory of this process: allocated on the GPU, or resident on the CPU (Linux counts KiB, macOS bytes)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        with contextlib.suppress(FileNotFoundError, StopIteration):  # Linux; there getrusage counts what the parent held, too
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

@@ -8,7 +8,8 @@ Train any model of the project: one loop for all.
 
 One *step* is one optimizer update on batch_size * gradient_accumulation_steps sequences of block_size tokens, however many
 processes share them. Which sequences those are, and every dropout mask, is a function of (seed, step) alone; that is why
-resuming, evaluating more often, or adding processes does not change a run.
+resuming, evaluating more often, or adding processes does not change a run. micro_batch_size, how many of them are computed at
+a time, changes rounding and, because each micro-batch draws its own, the dropout masks.
 """
 
 import contextlib
@@ -77,8 +78,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products; weights stay float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
-    micro_batch_size: int | Literal["auto"] | None = None  # sequences of a step that a process computes at once; none: batch_size;
-        # auto: batch_size on a CPU, and on a GPU as many as fit; no other result but in rounding and in the masks of dropout
+    micro_batch_size: int | Literal["auto"] | None = None  # sequences at a time; none: batch_size; auto: what a GPU's memory holds
     activation_checkpointing: bool = False  # compute blocks again for their gradients: slower, with far less memory
 
     def __post_init__(self):
