@@ -156,15 +156,13 @@ def test_matrix_peak(monkeypatch):
     assert bench.matrix_peak(runtime.start("cpu", "float32", "off"), 4) == 2 * 64 / 2
 
 
-def test_memory_is_that_of_a_process_of_its_own(tmp_path):
+def test_memory_is_that_of_a_process_of_its_own():
     """Guards peak memory: what this process once had must not count, and each variant must get the settings of the table."""
     fill = torch.ones(2**28)  # 1 GiB
     del fill
     config = bench.TrainBench(size="stdlib", batch=1, memory=True, device="cpu", threads=1)
     peak = bench.memory_alone(config, "decoder_only", "float32", "off")
     assert 50 * 2**20 < peak < min(2**30, runtime.start("cpu", "float32", "off").peak_memory_bytes())
-    with pytest.raises(RuntimeError, match="nowhere.py"):
-        bench.memory_alone(bench.TrainBench(compare_with="nowhere.py"), "nanogpt", "float32", "off")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -466,10 +466,11 @@ def test_activation_checkpointing_compiles(name):
 @pytest.mark.parametrize("model", ["encoder_decoder", "decoder_only"])
 def test_two_processes_equal_one(tiny_data, tmp_path, model):
     """Guards DDP: two gloo processes with the same seed give one process's losses, evaluations and summary to 1e-5."""
-    more = ("--gradient_accumulation_steps=2", "--dropout=0.1", "--grad_clip=1.0")
-    more += ("--embedding_loss=mse",) if model == "encoder_decoder" else ()
+    more = ("--gradient_accumulation_steps=2", "--grad_clip=1.0")
+    more += ("--embedding_loss=mse", "--dropout=0.1") if model == "encoder_decoder" else ()
+    uneven = ("--micro_batch_size=3",) if model == "decoder_only" else ()  # 4 sequences each as 3 + 1; dropout would differ
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    process = command(tiny_data, tmp_path / "two", *more, model=model, launcher=launcher)
+    process = command(tiny_data, tmp_path / "two", *more, *uneven, model=model, launcher=launcher)
     one = run(tiny_data, tmp_path / "one", *more, model=model)
     printed, complaints = process.communicate(timeout=300)
     assert process.returncode == 0, complaints
