@@ -78,20 +78,11 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products; weights stay float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
-    micro_batch_size: int | Literal["auto"] | None = (
-        None  # sequences at a time; none: batch_size; auto: what a GPU's memory holds
-    )
+    micro_batch_size: int | Literal["auto"] | None = None  # sequences at a time; none: batch_size; auto: what a GPU holds
     activation_checkpointing: bool = False  # compute blocks again for their gradients: slower, with far less memory
 
     def __post_init__(self):
-        for key in (
-            "batch_size",
-            "gradient_accumulation_steps",
-            "eval_interval",
-            "eval_iters",
-            "log_interval",
-            "final_eval_tokens",
-        ):
+        for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "final_eval_tokens"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
         require(
             self.micro_batch_size in (None, "auto") or self.micro_batch_size >= 1,
@@ -242,10 +233,7 @@ class Trainer:
             sums = self.if_it_fits(self.gradients, self.micro_batch_size)
             while sums is None:
                 self.micro_batch_size = self.smaller(self.micro_batch_size)
-                print(
-                    f"note: out of memory in step {self.step}; repeated with micro_batch_size={self.micro_batch_size}",
-                    flush=True,
-                )
+                print(f"note: out of memory in step {self.step}: again with micro_batch_size={self.micro_batch_size}", flush=True)
                 sums = self.if_it_fits(self.gradients, self.micro_batch_size)
         else:
             sums = self.gradients(self.micro_batch_size)
@@ -298,9 +286,7 @@ class Trainer:
         exchange between processes, will take. Not compiled: that would be one compilation a size.
         """
         copies = (0 if self.optimizer.state else 2) + (self.machine.world_size > 1)
-        reserved = [
-            torch.empty_like(p) for group in self.optimizer.param_groups for p in group["params"] for _ in range(copies)
-        ]
+        reserved = [torch.empty_like(p) for p in self.raw_model.parameters() if p.requires_grad for _ in range(copies)]
         runtime.seed_everything(self.config.seed)
         x, y = self.load_micro_batch(self.step, 0, size)
         self.raw_model.train()
@@ -477,9 +463,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         dataloader.prepare_if_missing(config.dataset)
     machine.barrier()
     autoencoder = None
-    if hasattr(
-        model_config, "autoencoder"
-    ):  # a model over the codes of a frozen one, which settles all sizes of text and codes
+    if hasattr(model_config, "autoencoder"):  # a model over the codes of a frozen one, which settles all sizes of text and codes
         autoencoder = checkpoint.load_autoencoder(model_config.autoencoder)
         model_config = model_config.fitted_to(autoencoder, parsed.given)
     data = dataloader.TokenData(dataloader.resolve(config.dataset), model_config.block_size)

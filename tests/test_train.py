@@ -363,7 +363,7 @@ def test_out_of_memory_repeats_the_step(tiny_data, capsys):
         assert careful.step == step + 1 and small.collected == plain.collected == 24 * (step + 1)
     assert small.calls == [8, 8] + plain.calls and plain.calls == [4] * 18
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), plain.parameters()))
-    assert capsys.readouterr().out.count("out of memory in step 0; repeated with micro_batch_size=4") == 1
+    assert capsys.readouterr().out.count("out of memory in step 0: again with micro_batch_size=4") == 1
     with pytest.raises(torch.OutOfMemoryError):  # nobody asked for another size than this
         make_trainer(tiny_data, SmallMemory(limit=5).double(), micro_batch_size=8, **settings).update()
     with pytest.raises(torch.OutOfMemoryError):  # not one sequence: there is no end to halving
