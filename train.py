@@ -282,10 +282,10 @@ class Trainer:
 
     def probe(self, size: int) -> dict[str, torch.Tensor]:
         """
-        Forward and backward of the first `size` sequences that will be trained on, beside as much memory as the optimizer, and the
-        exchange between processes, will take. Not compiled: that would be one compilation a size.
+        Forward and backward of the first `size` sequences that will be trained on, beside as much memory as gradients of other
+        micro-batches, the optimizer and the exchange between processes will take. Not compiled, or every size would be.
         """
-        copies = (0 if self.optimizer.state else 2) + (self.machine.world_size > 1)
+        copies = 1 + (0 if self.optimizer.state else 2) + (self.machine.world_size > 1)
         reserved = [torch.empty_like(p) for p in self.raw_model.parameters() if p.requires_grad for _ in range(copies)]
         runtime.seed_everything(self.config.seed)
         x, y = self.load_micro_batch(self.step, 0, size)
