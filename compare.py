@@ -36,6 +36,7 @@ class CompareConfig:
 NOT_OF_A_ROW = {
     "seed", "out_dir", "resume", "overwrite", "eval_interval", "log_interval", "eval_sample_tokens", "eval_sample_prompt",
     "wandb", "wandb_project", "wandb_run_name", "device", "compile", "final_eval_tokens",
+    "micro_batch_size", "activation_checkpointing",
 }  # fmt: skip
 NEEDED = (
     "val_loss", "val_bits_per_byte", "train_loss", "parameters", "flops_per_token", "tokens", "tokens_per_second", "seed",

@@ -6,14 +6,17 @@ processes are started by torchrun, which sets RANK, LOCAL_RANK and WORLD_SIZE; w
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,10 +57,18 @@ class Runtime:
         if self.world_size > 1:
             dist.barrier()
 
+    def wait(self) -> None:
+        """Return when the device has done all that it was given to do."""
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
     def peak_memory_bytes(self) -> int:
         """Peak memory of this process: allocated on the GPU, or resident on the CPU (Linux counts KiB, macOS bytes)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        with contextlib.suppress(FileNotFoundError, StopIteration):  # Linux; there getrusage counts what the parent held, too
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
@@ -147,3 +158,20 @@ def seed_everything(*parts: int) -> None:
     """Seed torch's generators with a hash of the parts, e.g. (seed, step, micro-batch): dropout is then a function of them."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def checkpoint_activations(model: torch.nn.Module, kinds: tuple[type, ...]) -> None:
+    """
+    Make the modules of these kinds forget in training what they computed between input and output, and compute it again, with
+    the same dropout, when gradients are due (arXiv:1604.06174). For modules that keep nothing of a forward pass: a quantizer, which
+    collects statistics, would count twice.
+    """
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.forward = functools.partial(recomputed, module, module.forward)
+
+
+def recomputed(module: torch.nn.Module, forward, *args):
+    if not (module.training and torch.is_grad_enabled()):
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False)

@@ -8,7 +8,8 @@ Train any model of the project: one loop for all.
 
 One *step* is one optimizer update on batch_size * gradient_accumulation_steps sequences of block_size tokens, however many
 processes share them. Which sequences those are, and every dropout mask, is a function of (seed, step) alone; that is why
-resuming, evaluating more often, or adding processes does not change a run.
+resuming, evaluating more often, or adding processes does not change a run. micro_batch_size, how many of them are computed at
+a time, changes rounding and, because each micro-batch draws its own, the dropout masks.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,7 +37,7 @@ import dataloader
 import generate
 import runtime
 import tokenizer
-from model import require
+from model import Block, DecoderBlock, require
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class TrainConfig:
     seed: int = 1337  # of the weights, the order of the data, and dropout
     # length and batch
     max_iters: int = 2000  # optimizer steps
-    batch_size: int = 16  # sequences in a micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches in a step, over all processes together
+    batch_size: int = 16  # sequences; this many times gradient_accumulation_steps are a step, over all processes together
+    gradient_accumulation_steps: int = 1  # see batch_size
     # AdamW and its schedule
     learning_rate: float = 2e-3  # after warm-up
     min_lr: float | None = None  # at lr_decay_iters and after; none: learning_rate / 10
@@ -77,10 +78,16 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products; weights stay float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
+    micro_batch_size: int | Literal["auto"] | None = None  # sequences at a time; none: batch_size; auto: what a GPU holds
+    activation_checkpointing: bool = False  # compute blocks again for their gradients: slower, with far less memory
 
     def __post_init__(self):
         for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "final_eval_tokens"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
+        require(
+            self.micro_batch_size in (None, "auto") or self.micro_batch_size >= 1,
+            f"micro_batch_size={self.micro_batch_size}: at least 1 is needed, or none, or auto",
+        )
         for key in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "eval_sample_tokens", "seed"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
         require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
@@ -143,11 +150,18 @@ class Trainer:
     """A model, its optimizer and the data they see. `step` counts finished updates."""
 
     def __init__(self, config: TrainConfig, raw_model: torch.nn.Module, data: dataloader.TokenData, machine: runtime.Runtime):
-        if config.gradient_accumulation_steps % machine.world_size:
+        self.sequences = config.batch_size * config.gradient_accumulation_steps  # of a step
+        if config.micro_batch_size is None and config.gradient_accumulation_steps % machine.world_size:
             raise ValueError(
                 f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared by {machine.world_size} "
                 f"processes; choose a multiple of {machine.world_size} (and a smaller batch_size to keep the tokens per step)"
             )
+        if self.sequences % machine.world_size:
+            raise ValueError(
+                f"the {self.sequences} sequences of a step cannot be shared by {machine.world_size} processes; choose a "
+                f"batch_size or gradient_accumulation_steps that is a multiple of {machine.world_size}"
+            )
+        self.micro_batch_size = config.batch_size if config.micro_batch_size in (None, "auto") else config.micro_batch_size
         self.config, self.raw_model, self.data, self.machine = config, raw_model, data, machine
         self.train_data = data  # what update() draws from; a model may put something else made of it here
         self.optimizer = make_optimizer(raw_model, config, machine.device)
@@ -160,6 +174,7 @@ class Trainer:
             ids = [machine.device.index] if machine.device.type == "cuda" else None
             self.train_model = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
         self.step = 0
+        self.ahead = (None, None)  # a micro-batch loaded before it is needed: which one, and its tokens
         self.full_rows = max(1, FULL_EVAL_TOKENS // data.block_size)
 
     def load_batch(self, split: str, starts, data=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,29 +183,60 @@ class Trainer:
             return tuple(t.pin_memory().to(self.machine.device, non_blocking=True) for t in (x, y))
         return x.to(self.machine.device), y.to(self.machine.device)
 
+    def micro_batches(self, size: int) -> list[tuple[int, int, int]]:
+        """
+        (number in the step, first sequence, sequences) of each micro-batch of this process: rounds in which every process takes
+        `size` sequences, the last one shared evenly where it is smaller.
+        """
+        world, found, first = self.machine.world_size, [], 0
+        while first < self.sequences:
+            count = min(size, (self.sequences - first) // world)
+            found.append((len(found) * world + self.machine.rank, first + self.machine.rank * count, count))
+            first += world * count
+        return found
+
+    def load_micro_batch(self, step: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.ahead[0] == (step, first, count):
+            return self.ahead[1]
+        starts = self.train_data.batch_starts(self.config.seed, step, self.sequences)
+        return self.load_batch("train", starts[first : first + count], self.train_data)
+
+    def gradients(self, size: int) -> dict[str, torch.Tensor]:
+        """Gradients of the next step, in micro-batches of `size` sequences. Returns the losses as update() does."""
+        config, machine = self.config, self.machine
+        mine, share = self.micro_batches(size), self.sequences // machine.world_size
+        sums: dict[str, torch.Tensor] = {}
+        self.train_model.train()
+        for i, (number, first, count) in enumerate(mine):
+            x, y = self.load_micro_batch(self.step, first, count)
+            runtime.seed_everything(config.seed, self.step, number)
+            if machine.world_size > 1:  # exchange gradients once a step, not once a micro-batch
+                self.train_model.require_backward_grad_sync = i == len(mine) - 1
+            with machine.autocast():
+                _, losses = self.train_model(x, y)
+            # a sequence counts the same in whatever micro-batch; DDP averages over processes, so it is one of this process's share
+            self.scaler.scale(losses["total"] / (share / count)).backward()
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + loss.detach() / (self.sequences / count)
+            # the device still works on all that; meanwhile the host loads what comes next
+            upcoming = (self.step, *mine[i + 1][1:]) if i + 1 < len(mine) else (self.step + 1, *mine[0][1:])
+            self.ahead = (upcoming, self.load_micro_batch(*upcoming))
+        return sums
+
     def update(self) -> dict[str, torch.Tensor]:
         """One optimizer step. Returns the losses by name, each this process's share of the mean over the step."""
         config, machine = self.config, self.machine
         rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * (self.raw_model.backbone_rate(self.step) if group["backbone"] else 1.0)
-        accumulation = config.gradient_accumulation_steps
-        starts = self.train_data.batch_starts(config.seed, self.step, config.batch_size * accumulation)
-        mine = range(machine.rank, accumulation, machine.world_size)
-        sums: dict[str, torch.Tensor] = {}
-        self.train_model.train()
-        for micro in mine:
-            runtime.seed_everything(config.seed, self.step, micro)
-            these = starts[micro * config.batch_size : (micro + 1) * config.batch_size]
-            x, y = self.load_batch("train", these, self.train_data)
-            if machine.world_size > 1:  # exchange gradients once a step, not once a micro-batch
-                self.train_model.require_backward_grad_sync = micro == mine[-1]
-            with machine.autocast():
-                _, losses = self.train_model(x, y)
-            # DDP averages over processes, so a process scales by the number of its own micro-batches
-            self.scaler.scale(losses["total"] / len(mine)).backward()
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + loss.detach() / accumulation
+        if config.micro_batch_size == "auto" and machine.world_size == 1:  # one of several cannot repeat a step alone
+            sums = self.if_it_fits(self.gradients, self.micro_batch_size)
+            while sums is None:
+                self.micro_batch_size = self.smaller(self.micro_batch_size)
+                print(f"note: out of memory in step {self.step}: again with micro_batch_size={self.micro_batch_size}", flush=True)
+                sums = self.if_it_fits(self.gradients, self.micro_batch_size)
+        else:
+            sums = self.gradients(self.micro_batch_size)
         if config.grad_clip > 0:
             self.scaler.unscale_(self.optimizer)
             moving = [p for group in self.optimizer.param_groups if group["lr"] > 0 for p in group["params"]]
@@ -202,6 +248,66 @@ class Trainer:
             self.raw_model.after_step()
         self.step += 1
         return sums
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # micro-batches as large as memory allows
+
+    def if_it_fits(self, work: Callable[[int], dict], size: int) -> dict | None:
+        """work(size), or None if it ran out of memory: then nothing has changed, neither gradients nor collected statistics."""
+        before = [buffer.clone() for buffer in self.raw_model.buffers()]
+        try:
+            return work(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # behind the except clause, because the exception holds all that the failed pass had allocated
+        self.ahead = (None, None)
+        self.forget(before)
+        return None
+
+    @torch.no_grad()
+    def forget(self, buffers: list[torch.Tensor]) -> None:
+        """Drop the gradients and give the model back its buffers as they were."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, value in zip(self.raw_model.buffers(), buffers):
+            buffer.copy_(value)
+        if self.machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # what did not fit, or was only tried, is no peak of the run
+
+    def smaller(self, size: int) -> int:
+        """The largest divisor of this process's share of a step that is at most half of `size`: equal shapes compile once."""
+        share = self.sequences // self.machine.world_size
+        return max(n for n in range(1, max(size // 2, 1) + 1) if share % n == 0)
+
+    def probe(self, size: int) -> dict[str, torch.Tensor]:
+        """
+        Forward and backward of the first `size` sequences that will be trained on, beside as much memory as gradients of other
+        micro-batches, the optimizer and the exchange between processes will take. Not compiled, or every size would be.
+        """
+        copies = 1 + (0 if self.optimizer.state else 2) + (self.machine.world_size > 1)
+        reserved = [torch.empty_like(p) for p in self.raw_model.parameters() if p.requires_grad for _ in range(copies)]
+        runtime.seed_everything(self.config.seed)
+        x, y = self.load_micro_batch(self.step, 0, size)
+        self.raw_model.train()
+        with self.machine.autocast():
+            _, losses = self.raw_model(x, y)
+        self.scaler.scale(losses["total"]).backward()
+        del reserved
+        return losses
+
+    def find_micro_batch_size(self) -> None:
+        """Set micro_batch_size to the first that fits, halved from the whole step down; all processes take the smallest found."""
+        size = self.sequences // self.machine.world_size
+        before = [buffer.clone() for buffer in self.raw_model.buffers()]
+        while self.if_it_fits(self.probe, size) is None:
+            size = self.smaller(size)
+        self.forget(before)
+        if self.machine.world_size > 1:
+            sizes = torch.zeros(self.machine.world_size, device=self.machine.device)
+            sizes[self.machine.rank] = size
+            size = int(self.machine.sum_over_processes(sizes).min())
+        self.micro_batch_size = size
 
     # ------------------------------------------------------------------------------------------------------------------
     # evaluation: its own windows, no dropout, no random numbers, so that it leaves no trace in the run
@@ -387,11 +493,13 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     model.to(device=machine.device, dtype=machine.weight_dtype)
     if autoencoder is not None:
         model.attach(autoencoder)
+    if config.activation_checkpointing:
+        runtime.checkpoint_activations(model, (Block, DecoderBlock))
     trainer = Trainer(config, model, data, machine)
     settings = {"train": configurator.to_dict(config), "model": configurator.to_dict(model_config)}
     # `seconds` is everything since the start, `train_seconds` only the updates; both go on in a resumed run
     state = {"best_val_loss": None, "best_step": 0, "seconds": 0.0, "train_seconds": 0.0, "wandb_id": None}
-    state["data_hash"] = data.data_hash
+    state |= {"data_hash": data.data_hash, "micro_batch_size": None}
     resumed = checkpoint.read_run(settings, data.data_hash, out) if config.resume else None
     machine.barrier()  # everybody has read before anybody writes
     if resumed:
@@ -402,7 +510,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         checkpoint.load_optimizer(model, trainer.optimizer, folder)
         trainer.scaler.load_state_dict(resumed["scaler"])
         trainer.step = resumed["step"]
-        state = {key: resumed[key] for key in state}
+        state = {key: resumed.get(key) for key in state}  # runs from before micro_batch_size have none
         say(f"resuming {out} at step {trainer.step}")
     elif machine.is_main:
         checkpoint.start_run(settings, data.folder, out, config.overwrite)
@@ -411,7 +519,13 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
 
     if hasattr(model, "training_data"):
         trainer.train_data = model.training_data(data)
-    tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model_config.block_size
+    if config.micro_batch_size == "auto":
+        if state["micro_batch_size"] is not None:  # what the run found before it was stopped: then it goes on bit for bit
+            trainer.micro_batch_size = state["micro_batch_size"]
+        elif machine.device.type == "cuda":
+            trainer.find_micro_batch_size()
+        say(f"micro_batch_size=auto: {trainer.micro_batch_size} of the {trainer.sequences} sequences of a step at once")
+    tokens_per_step = trainer.sequences * model_config.block_size
     say(
         f"{config.model}: {model.get_num_params():,} parameters, {model.flops_per_token() / 1e6:.1f} MFLOP per token; "
         f"{config.dataset}: {len(data.train):,} training and {len(data.val):,} validation tokens; {tokens_per_step:,} tokens a step"
@@ -432,6 +546,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
 
     def save_last() -> None:
         if machine.is_main:
+            if config.micro_batch_size == "auto":
+                state["micro_batch_size"] = trainer.micro_batch_size
             trainer_state = {"step": trainer.step, "scaler": trainer.scaler.state_dict(), **state}
             checkpoint.save(out / "last", model, trainer.optimizer, trainer_state)
 
