@@ -137,6 +137,10 @@ def shrink(command: str) -> str | None:
         return f"{command} --max_new_tokens=5 --device=cpu"
     if "bench.py latent" in command:
         return f"{command} --tokens=8"
+    if "bench.py train" in command:
+        return f"{command} --batch=1 --device=cpu"
+    if "bench.py data" in command:
+        return f"{command} --tokenizer=byte --megabytes=1"  # GPT-2's needs a download
     if "train.py" not in command:
         return command
     shape = "--n_layer=1" if "baseline" in command else "--n_encoder_layer=1 --n_decoder_layer=1 --n_cross_head=2"
