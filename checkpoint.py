@@ -25,6 +25,7 @@ import configurator
 import tokenizer
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from latent.autoencoder import Autoencoder, AutoencoderConfig
+from latent.latent_transformer import LatentTransformer, LatentTransformerConfig
 from latent.rq_transformer import RQTransformer, RQTransformerConfig
 from model import EncoderDecoder, EncoderDecoderConfig
 
@@ -33,6 +34,7 @@ MODELS = {
     "decoder_only": (DecoderOnlyConfig, DecoderOnly),
     "autoencoder": (AutoencoderConfig, Autoencoder),
     "rq_transformer": (RQTransformerConfig, RQTransformer),
+    "latent_transformer": (LatentTransformerConfig, LatentTransformer),
 }
 CONFIGS = {name: config for name, (config, _) in MODELS.items()}
 
