@@ -3,7 +3,7 @@
 base = "numbers_common.py"
 model = "latent_transformer"
 task = "pairs"
-target_size = 72  # the longest answer has 69 bytes and an end
+target_size = 80  # the longest answer has 72 bytes and an end
 latent_factor = 8
 bottleneck = "vq"
 codebook_size = 512
