@@ -353,6 +353,9 @@ RUN = (
 PAIRS = "--task=pairs --block_size=24 --target_size=16 --latent_factor=4".split()
 
 
+STEADY = ("--learning_rate=5e-3", "--min_lr=4e-3")
+
+
 def run(data, out, *more) -> dict:
     return train.main([f"--dataset={data}", f"--out_dir={out}", *RUN, *more])
 
@@ -397,7 +400,7 @@ def test_resume_equals_an_unbroken_run(few_pairs, tmp_path, more):
 def test_learns_pairs_by_heart(few_pairs, tmp_path, capsys):
     """Guards the whole way, prepare.py to sample.py: questions seen in training are answered exactly with one parallel decode."""
     out = tmp_path / "run"
-    summary = run(few_pairs, out, *PAIRS, "--startup_steps=30", "--quantize_after=100", "--max_iters=300", "--eval_interval=100")
+    summary = run(few_pairs, out, *PAIRS, *"--startup_steps=30 --quantize_after=60 --max_iters=300 --eval_interval=300".split(), *STEADY)
     assert 0.0 <= summary["exact_pairs"] <= 1.0 and summary["pairs"] >= 1 and len(summary["code_usage"]) == 1
     model = checkpoint.load_run(out, "last")[0]
     data = train.dataloader.open_data(few_pairs, 24)
@@ -416,10 +419,9 @@ def test_learns_pairs_by_heart(few_pairs, tmp_path, capsys):
 def test_plain_models_learn_pairs_too(few_pairs, tmp_path):
     """Guards the comparison: the auto-regressive model reads the same windows, is judged on answers alone, and answers prompts."""
     out = tmp_path / "run"
-    summary = run(
-        few_pairs, out, "--model=decoder_only", "--block_size=24", "--max_iters=150", "--eval_interval=50", "--n_layer=2",
-        "--position=rope",
-    )  # fmt: skip
+    shape = "--model=decoder_only --position=rope --block_size=24 --n_layer=2 --n_head=2 --n_embd=24 --batch_size=8 --dtype=float32"
+    length = "--max_iters=200 --warmup_iters=2 --eval_interval=200 --eval_iters=1 --device=cpu"
+    summary = train.main([f"--dataset={few_pairs}", f"--out_dir={out}", *shape.split(), *length.split(), *STEADY])
     assert summary["val_tokens"] == sum(len(a) + 1 for _, a in train.dataloader.open_data(few_pairs, 24).questions("val", 99))
     data, model = train.dataloader.open_data(few_pairs, 24), checkpoint.load_run(out, "last")[0]
     assert train.exact_pairs(model, SimpleNamespace(questions=lambda *_: data.questions("train", 99), block_size=24, meta=data.meta)) == (
@@ -469,14 +471,15 @@ def test_runs_that_cannot_work(few_pairs, tiny_data, tmp_path):
     for data, more, message in (
         (few_pairs, [*PAIRS, "--max_iters=500", "--startup_steps=500"], "startup_steps=500 is not below max_iters=500: .*never reach latents"),
         (few_pairs, [*PAIRS, "--max_iters=600", "--quantize_after=700"], "quantize_after=700 is not below max_iters=600"),
-        (few_pairs, ["--task=pairs", "--block_size=24", "--target_size=8"], "a y of 13 tokens, its end included, .* room for 8"),
+        (few_pairs, ["--task=pairs", "--block_size=24", "--target_size=8"], "an y of 13 tokens, its end included, .* room for 8"),
         (few_pairs, ["--task=pairs", "--block_size=18", "--target_size=16"], "an x of 3 tokens.*room for 2"),
         (few_pairs, ["--task=pairs", "--block_size=10", "--target_size=8"], "a pair of 15 tokens before its end, but block_size=10"),
         (few_pairs, ["--task=text", "--block_size=24", "--target_size=8"], "task=text, but .* is a set of pairs"),
         (tiny_data, PAIRS, "task=pairs, but .* is a set of text"),
-        (few_pairs, ["--model=autoencoder", "--block_size=24"], "made for whole texts"),
-        (few_pairs, [*PAIRS, "--bottleneck=fsq"], "bottleneck"),
+        (few_pairs, [*PAIRS, "--target_size=8", "--bottleneck=fsq"], "bottleneck"),
     ):
         with pytest.raises(ValueError, match=message):
             run(data, out, "--max_iters=1000", *more)
         assert not out.exists()
+    with pytest.raises(ValueError, match="is a set of pairs, but autoencoder is made for whole texts"):
+        train.main([f"--dataset={few_pairs}", f"--out_dir={out}", "--model=autoencoder", "--block_size=24", "--device=cpu"])
