@@ -79,7 +79,14 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
 
     def __post_init__(self):
-        for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "final_eval_tokens"):
+        for key in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "eval_interval",
+            "eval_iters",
+            "log_interval",
+            "final_eval_tokens",
+        ):
             require(getattr(self, key) is None or getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
         for key in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "eval_sample_tokens", "seed"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
@@ -380,7 +387,9 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         dataloader.prepare_if_missing(config.dataset)
     machine.barrier()
     autoencoder = None
-    if hasattr(model_config, "autoencoder"):  # a model over the codes of a frozen one, which settles all sizes of text and codes
+    if hasattr(
+        model_config, "autoencoder"
+    ):  # a model over the codes of a frozen one, which settles all sizes of text and codes
         autoencoder = checkpoint.load_autoencoder(model_config.autoencoder)
         model_config = model_config.fitted_to(autoencoder, parsed.given)
     data = dataloader.open_data(dataloader.resolve(config.dataset), model_config.block_size)
@@ -407,7 +416,9 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     if reconstructs and config.eval_sample_tokens:
         raise ValueError(f"eval_sample_tokens={config.eval_sample_tokens}: {config.model} continues no text; leave it 0")
     if isinstance(data, dataloader.PairData) and (reconstructs or autoencoder is not None):
-        raise ValueError(f"{config.dataset} is a set of pairs, but {config.model} is made for whole texts; choose another model")
+        raise ValueError(
+            f"{config.dataset} is a set of pairs, but {config.model} is made for whole texts; choose another model"
+        )
     if hasattr(model, "check"):
         model.check(data, config.max_iters)
     model.to(device=machine.device, dtype=machine.weight_dtype)

@@ -311,7 +311,9 @@ class LatentTransformer(CausalModel):
         for d in range(config.codebook_levels):
             label = codes[..., d]  # (B, J, M)
             if config.task == "pairs" and d == 0:  # "end" stands behind the last latent, where there is room for it
-                is_end = (latent_real.sum(-1, keepdim=True) == torch.arange(config.latents, device=idx.device)) & (y[..., :1] >= 0)
+                is_end = (latent_real.sum(-1, keepdim=True) == torch.arange(config.latents, device=idx.device)) & (
+                    y[..., :1] >= 0
+                )
                 label = torch.where(is_end, config.codebook_size, label)
             logits = self.code_logits(states[..., d, :], d).flatten(0, 2)
             nats = F.cross_entropy(logits, label.flatten(), ignore_index=-1, reduction="none")
@@ -327,9 +329,7 @@ class LatentTransformer(CausalModel):
         }  # fmt: skip
         return sums, losses, codes
 
-    def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[None, dict[str, torch.Tensor]]:
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[None, dict[str, torch.Tensor]]:
         """
         Rows idx (B, T), targets (B, T) the tokens behind them, -1 = not counted: for pairs those of y are counted, for text all,
         or all up to an end. No logits (codes come before tokens: see read, code_logits, write), but the losses by name: `total`

@@ -22,7 +22,9 @@ KINDS = {
 
 def make(kind: str, **options):
     torch.manual_seed(0)
-    config = LatentTransformerConfig(bottleneck=kind.split("_")[0], **({"latent_dim": 6, "codebook_size": 8} | KINDS[kind] | options))
+    config = LatentTransformerConfig(
+        bottleneck=kind.split("_")[0], **({"latent_dim": 6, "codebook_size": 8} | KINDS[kind] | options)
+    )
     bottleneck = bottlenecks.make(config).double()
     for quantizer in getattr(bottleneck, "quantizers", ()):
         quantizer.codebook.initialized.fill_(True)

@@ -21,10 +21,11 @@ from data import corpus
 
 DATA = Path(__file__).resolve().parents[1]
 SEPARATOR = "\t"
-BELOW_20 = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # from 20 on
+WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
+    "twenty thirty forty fifty sixty seventy eighty ninety"
+)
+BELOW_20, TENS = WORDS.split()[:20], WORDS.split()[20:]
 LARGEST = 10**6  # numbers are below it
 COUNT = 100_000  # of them that make the set
 
@@ -109,7 +110,9 @@ def main(argv: list[str] | None = None) -> dict:
 
     tokenizer = tokenizers.get(args.tokenizer) if args.tokenizer != "char" else None
     if tokenizer is None or tokenizer.eos is None or len(tokenizer.encode(SEPARATOR)) != 1:
-        raise ValueError(f"tokenizer={args.tokenizer} has no token for the end of an answer or none for a tab; use byte or gpt2")
+        raise ValueError(
+            f"tokenizer={args.tokenizer} has no token for the end of an answer or none for a tab; use byte or gpt2"
+        )
     out_dir, target_bytes, target_tokens = args.out_dir or DATA / name, 0, 0
 
     def sided() -> Iterator[tuple[bool, str]]:
