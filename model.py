@@ -158,9 +158,7 @@ class Cache:
 class Context:
     """What all attention layers of one forward pass share."""
 
-    mask: (
-        torch.Tensor | None
-    )  # bool (T, S) or (B, 1, T, S), True = may look; None: the causal square, or one token that sees all
+    mask: torch.Tensor | None  # bool (T, S) or (B, 1, T, S), True = may look; None: the causal square, or one token that sees all
     causal: bool  # mask is None and T == S: let the kernel mask
     rotary: dict[int, tuple[torch.Tensor, torch.Tensor]]  # head width -> cos, sin; empty with learned positions
     start: int | torch.Tensor  # tokens in the cache before this call

@@ -79,14 +79,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
 
     def __post_init__(self):
-        for key in (
-            "batch_size",
-            "gradient_accumulation_steps",
-            "eval_interval",
-            "eval_iters",
-            "log_interval",
-            "final_eval_tokens",
-        ):
+        for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "final_eval_tokens"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
         for key in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "eval_sample_tokens", "seed"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
@@ -291,6 +284,7 @@ def exact_pairs(model: torch.nn.Module, data: dataloader.PairData, count: int = 
     The share of the first `count` validation pairs that the model answers exactly, greedily, its end included; and how many
     there were.
     """
+    model.eval()
     by_length: dict[int, list[tuple[list[int], list[int]]]] = {}  # prompts sampled together have one length
     for question, answer in data.questions("val", count):
         by_length.setdefault(len(question), []).append((question, answer))
@@ -299,9 +293,10 @@ def exact_pairs(model: torch.nn.Module, data: dataloader.PairData, count: int = 
         room = data.block_size + 1 - len(pairs[0][0])  # for the longest answer and its end
         for first in range(0, len(pairs), 100):
             some = pairs[first : first + 100]
-            questions = [question for question, _ in some]
-            answers = generate.generate(model, questions, room, generate.Sampling(0.0), eos=data.meta["end"])
-            right += sum(answer == found for (_, answer), found in zip(some, answers))
+            samples = [generate.Continuation(question, room, eos=data.meta["end"]) for question, _ in some]
+            for _ in generate.sample_together(model, samples, generate.Sampling(0.0)):
+                pass
+            right += sum(sample.output == answer and sample.reason == "eos" for sample, (_, answer) in zip(samples, some))
         total += len(pairs)
     return right / total, total
 
@@ -387,9 +382,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         dataloader.prepare_if_missing(config.dataset)
     machine.barrier()
     autoencoder = None
-    if hasattr(
-        model_config, "autoencoder"
-    ):  # a model over the codes of a frozen one, which settles all sizes of text and codes
+    if hasattr(model_config, "autoencoder"):  # a model over the codes of a frozen one, which settles all sizes of text and codes
         autoencoder = checkpoint.load_autoencoder(model_config.autoencoder)
         model_config = model_config.fitted_to(autoencoder, parsed.given)
     data = dataloader.open_data(dataloader.resolve(config.dataset), model_config.block_size)
