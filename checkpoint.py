@@ -26,6 +26,7 @@ import tokenizer
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from latent import huggingface
 from latent.autoencoder import Autoencoder, AutoencoderConfig
+from latent.latent_transformer import LatentTransformer, LatentTransformerConfig
 from latent.rq_transformer import RQTransformer, RQTransformerConfig
 from model import EncoderDecoder, EncoderDecoderConfig
 
@@ -34,6 +35,7 @@ MODELS = {
     "decoder_only": (DecoderOnlyConfig, DecoderOnly),
     "autoencoder": (AutoencoderConfig, Autoencoder),
     "rq_transformer": (RQTransformerConfig, RQTransformer),
+    "latent_transformer": (LatentTransformerConfig, LatentTransformer),
 }
 CONFIGS = {name: config for name, (config, _) in MODELS.items()}
 

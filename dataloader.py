@@ -5,7 +5,8 @@ Token files on disk -> batches of windows. Nothing here has a state that a resum
               micro-batches, without seeing other data;
 - evaluation: `eval_starts` is one fixed set of windows for all runs, and `full_windows` visits the whole split in order.
 
-A data set is a folder with train.bin, val.bin (bare uint16 or uint32 token ids), meta.json and tokenizer.json.
+A data set is a folder with train.bin, val.bin (bare uint16 or uint32 token ids), meta.json and tokenizer.json. In a set of pairs
+(meta.json has kind "pairs") the tokens are x SEP y EOS, x SEP y EOS, ..., and a window is one pair: PairData.
 Legend: N tokens of a split, T block_size, n windows.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 DATA = Path(__file__).resolve().parent / "data"
 OFFLINE_SETS = ("stdlib",)  # prepared without network, hence on first use and unasked
@@ -28,8 +30,8 @@ SCAN_TOKENS = 16_000_000  # per read when a file is checked: 32 MB of uint16
 
 
 def known_sets() -> list[str]:
-    """Names of the sets that have a prepare script of their own (data/text makes others, of the user's text)."""
-    return sorted(path.parent.name for path in DATA.glob("*/prepare.py") if path.parent.name != "text")
+    """Names of the sets that have a prepare script of their own (data/text and data/pairs make others)."""
+    return sorted(path.parent.name for path in DATA.glob("*/prepare.py") if path.parent.name not in ("text", "pairs"))
 
 
 def resolve(dataset: str | Path) -> Path:
@@ -44,7 +46,8 @@ def resolve(dataset: str | Path) -> Path:
         return Path(dataset)
     raise FileNotFoundError(
         f"no data set {str(dataset)!r}; known sets: {', '.join(known_sets())}; "
-        "or give a folder with train.bin, val.bin and meta.json (python data/text/prepare.py makes one of your own text)"
+        "or give a folder with train.bin, val.bin and meta.json (python data/text/prepare.py makes one of your own text, "
+        "python data/pairs/prepare.py of pairs)"
     )
 
 
@@ -198,3 +201,77 @@ class TokenData:
                 tail = torch.from_numpy(ids[starts[-1] : tokens].astype(np.int64))
                 x[len(whole), : len(tail) - 1], y[len(whole), : len(tail) - 1] = tail[:-1], tail[1:]
             yield x, y
+
+
+class PairData(TokenData):
+    """
+    The two splits of a set of pairs; `starts` are numbers of pairs. x and y of a window hold one pair, and only the tokens of its
+    second side, with its end, are targets: any model that predicts the next token learns to answer.
+
+    Attributes besides those of TokenData: longest_x and longest_y, tokens with SEP or EOS, and separator, the id of SEP;
+    bytes_per_token is that of the second sides.
+    """
+
+    def __init__(self, folder: str | Path, block_size: int):
+        super().__init__(folder, 1)
+        self.block_size, self.separator = block_size, self.meta["separator"]
+        self.bytes_per_token = self.meta["val"]["target_bytes"] / self.meta["val"]["target_tokens"]
+        self.bounds: dict[str, np.ndarray] = {}  # (pairs, 3): where each begins, has its SEP, and has its EOS
+        for split, ids in self._maps.items():
+            ends = np.flatnonzero(ids == self.meta["end"])
+            begins = np.concatenate(([0], ends[:-1] + 1))
+            separators = np.flatnonzero(ids == self.separator)
+            if len(separators) != len(ends) or not ((begins < separators) & (separators < ends)).all():
+                raise ValueError(f"{folder}/{split}.bin is no list of pairs; run again: {prepare_command(self.folder)}")
+            self.bounds[split] = np.stack((begins, separators, ends), axis=1)
+        every = np.concatenate(list(self.bounds.values()))
+        self.longest_x, self.longest_y = ((every[:, i + 1] - every[:, i]).max() + (i == 0) for i in (0, 1))
+        longest = int((every[:, 2] - every[:, 0]).max())  # inputs: all but the end
+        if longest > block_size:
+            raise ValueError(
+                f"{folder} has a pair of {longest} tokens before its end, but block_size={block_size}; raise block_size, or leave "
+                "long pairs out"
+            )
+
+    def batch_starts(self, seed: int, step: int, count: int) -> np.ndarray:
+        """(count,) int64 numbers of the pairs of one optimizer step, a pure function of the arguments."""
+        return np.random.default_rng([seed, step]).integers(0, len(self.bounds["train"]), size=count, dtype=np.int64)
+
+    def eval_starts(self, split: str, count: int) -> np.ndarray:
+        """(count,) int64 numbers of pairs, the same ones in every run whatever its seed."""
+        rng = np.random.default_rng([0, 0, 1 + SPLITS.index(split)])
+        return rng.integers(0, len(self.bounds[split]), size=count, dtype=np.int64)
+
+    def gather(self, split: str, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pairs numbered `starts` (n,): inputs x and targets y, both int64 (n, T); y is -1 but for the second sides."""
+        x = torch.zeros(len(starts), self.block_size, dtype=torch.int64)
+        y = torch.full_like(x, -1)
+        for row, (begin, separator, end) in enumerate(self.bounds[split][starts]):
+            ids = torch.from_numpy(self._maps[split][begin : end + 1].astype(np.int64))
+            x[row, : end - begin] = ids[:-1]
+            y[row, separator - begin : end - begin] = ids[separator - begin + 1 :]
+        return x, y
+
+    def full_windows(
+        self, split: str, rows: int, rank: int = 0, world: int = 1, first_targets: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All pairs of a split in fixed order, or the first ones up to `first_targets` targets: see TokenData.full_windows."""
+        targets = np.cumsum(self.bounds[split][:, 2] - self.bounds[split][:, 1])
+        count = len(targets) if first_targets is None else max(1, int(np.searchsorted(targets, first_targets, side="right")))
+        for first in range(rank * rows, count, world * rows):
+            x, y = self.gather(split, np.arange(first, min(first + rows, count)))
+            padding = (0, 0, 0, rows - len(x))
+            yield F.pad(x, padding), F.pad(y, padding, value=-1)
+
+    def questions(self, split: str, count: int) -> Iterator[tuple[list[int], list[int]]]:
+        """The first sides, with SEP, and the second ones, without end, of the first `count` pairs of a split, as token ids."""
+        for begin, separator, end in self.bounds[split][:count]:
+            ids = self._maps[split][begin:end].tolist()
+            yield ids[: separator + 1 - begin], ids[separator + 1 - begin :]
+
+
+def open_data(folder: str | Path, block_size: int) -> TokenData:
+    """A data set, by what its meta.json says of it. Raises ValueError or FileNotFoundError for one that cannot be used."""
+    path = Path(folder) / "meta.json"
+    pairs = path.is_file() and '"kind": "pairs"' in path.read_text(encoding="utf-8")
+    return (PairData if pairs else TokenData)(folder, block_size)

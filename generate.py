@@ -9,7 +9,8 @@ alone. So a text does not depend on the batch it was sampled in, on the cache, o
 Context. Models have block_size positions. While prompt and output fit, all of it is the context. When it is full, only its
 last block_size // 2 tokens are kept, at positions from 0 again, and the context grows from there: see context_start.
 
-Blocks. A model over the codes of a text (latent/rq_transformer.py) writes S tokens at a time: see sample_in_blocks.
+Blocks. A model over the codes of a text (latent/rq_transformer.py) writes S tokens at a time: see sample_in_blocks; a latent
+transformer (latent/latent_transformer.py) writes a whole target at a time: see sample_targets.
 
 Shapes: B samples, T tokens, V vocabulary; S tokens of a block, M blocks of a context, D levels of codes, K codes of a level.
 """
@@ -178,6 +179,11 @@ class Continuation:
                 return count
         return len(tokens)
 
+    def end(self, reason: str) -> None:
+        """Nothing more will come."""
+        self.reason = reason
+        self._flush(len(self.bytes))
+
     def _extend(self, new: bytes) -> None:
         searched = len(self.bytes)
         self.bytes += new
@@ -313,11 +319,12 @@ def sample_together(
     `compile`, `int8`: see decode_logits.
     """
     check_prompts(model, [sample.tokens for sample in samples])
-    if getattr(model, "autoencoder", None) is not None:
+    if writes_blocks(model):
         if compile is not None:
             raise ValueError("compile=true is for models that write one token a step, not blocks; use compile=false")
         how = sampling if isinstance(sampling, BlockSampling) else BlockSampling((sampling,))
-        yield from sample_in_blocks(model, samples, how, use_cache, first_sample)
+        loop = sample_targets if hasattr(model, "bottleneck") else sample_in_blocks
+        yield from loop(model, samples, how, use_cache, first_sample)
         return
     device = next(model.parameters()).device
     noise = Noise(sampling, model.config.vocab_size)
@@ -331,6 +338,11 @@ def sample_together(
                 sample.accept([token])
         idx = torch.cat((idx, chosen[:, None]), dim=1)  # a finished row goes on unread, to keep the batch rectangular
         yield
+
+
+def writes_blocks(model: torch.nn.Module) -> bool:
+    """Whether a model writes codes first and then several tokens at once."""
+    return getattr(model, "autoencoder", None) is not None or hasattr(model, "bottleneck")
 
 
 def filler(sample: Continuation) -> int:
@@ -400,6 +412,73 @@ def sample_in_blocks(
         for sample, tokens in zip(samples, chosen.tolist()):
             if not sample.finished:
                 sample.accept(tokens)
+        idx = torch.cat((idx, chosen), dim=1)
+        yield
+
+
+def sample_targets(
+    model: torch.nn.Module, samples: list[Continuation], sampling: BlockSampling, use_cache: bool = True, first_sample: int = 0
+) -> Iterator[None]:
+    """
+    sample_together for a latent transformer: at every step the codes of one target, one by one, and all its tokens at once. Of a
+    text the tokens are then read as those of the prompt were, in front of the next target; a pair has one target.
+
+    Without the cache prefix and codes are read again for every code.
+    """
+    config, device = model.config, next(model.parameters()).device
+    S, D, K, pairs = config.latent_factor, config.codebook_levels, config.codebook_size, config.task == "pairs"
+    levels, most = sampling.for_levels(D), config.latents * D
+    idx = torch.tensor([sample.tokens for sample in samples], device=device)  # (B, n)
+    if pairs and idx.size(1) > config.prefix_size:
+        raise ValueError(
+            f"the question has {idx.size(1)} tokens, its end included, but the model was made for {config.prefix_size}; shorten it"
+        )
+
+    def noise(position: int, count: int, size: int) -> torch.Tensor:  # (B, count, size) of one position in all samples
+        rows = [gumbel_noise(levels[0].seed, first_sample + i, position, count * size) for i in range(len(samples))]
+        return torch.stack(rows).unflatten(1, (count, size))
+
+    cache, begin, h = None, 0, None
+    while not all(sample.finished for sample in samples):
+        n = idx.size(1)
+        if cache is None or begin != context_start(n, config.block_size):
+            begin, cache = context_start(n, config.block_size), model.make_cache()
+            h = model.wte.weight.new_empty(len(samples), 0, config.n_embd)
+        new = model.read(model.wte(idx[:, begin + h.size(1) :]), cache)
+        h = torch.cat((h.to(new.dtype), new), dim=1)  # (B, n - begin, C)
+        state, codes = h[:, -1], idx.new_empty(len(samples), 0)  # (B, codes so far)
+        going = torch.ones(len(samples), dtype=torch.bool, device=device)  # no "end" yet
+        drawn = [None] * most
+        if any(level.temperature > 0 for level in levels):
+            drawn = noise(n, most, K + 1).unbind(1)
+        for i in range(most):
+            logits = model.code_logits(state, i % D)
+            if i == 0:
+                logits = logits[:, :K]  # not even an empty target ends before its first latent
+            rows = None if drawn[i] is None else drawn[i][:, : logits.size(1)]
+            chosen = pick(logits, rows, levels[i % D])
+            if i % D == 0:
+                going = going & (chosen < K)
+                if not going.any():
+                    break
+            codes = torch.cat((codes, torch.where(going, chosen, -1)[:, None]), dim=1)
+            if i + 1 < most and use_cache:
+                state = model.read(model.embed_codes(codes[:, i:], i), cache)[:, -1]
+            elif i + 1 < most:
+                vectors = torch.cat((model.wte(idx[:, begin:]), model.embed_codes(codes)), dim=1)
+                state = model.read(vectors, model.make_cache())[:, -1]
+        cache.truncate(n - begin)
+        logits = model.write(codes.unflatten(1, (-1, D)), h)  # (B, m S, V)
+        drawn = None
+        if sampling.tokens.temperature > 0:  # positions from 2^31 on, out of the way of the codes'
+            drawn = noise(2**31 + n, *logits.shape[1:]).flatten(0, 1)
+        chosen = pick(logits.flatten(0, 1), drawn, sampling.tokens).unflatten(0, (len(samples), -1))
+        lengths = (codes[:, ::D] >= 0).sum(1) * S
+        for sample, tokens, length in zip(samples, chosen.tolist(), lengths.tolist()):
+            if not sample.finished:
+                sample.accept(tokens[:length])
+            if pairs and not sample.finished:
+                sample.end("length")
         idx = torch.cat((idx, chosen), dim=1)
         yield
 

@@ -158,7 +158,7 @@ class Cache:
 class Context:
     """What all attention layers of one forward pass share."""
 
-    mask: torch.Tensor | None  # bool (T, S), True = may look; None: the plain causal square, or one token that sees all
+    mask: torch.Tensor | None  # bool (T, S) or (B, 1, T, S), True = may look; None: the causal square, or one token that sees all
     causal: bool  # mask is None and T == S: let the kernel mask
     rotary: dict[int, tuple[torch.Tensor, torch.Tensor]]  # head width -> cos, sin; empty with learned positions
     start: int | torch.Tensor  # tokens in the cache before this call
@@ -172,7 +172,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, 
         q, k = rotate(q, context.rotary[q.size(-1)]), rotate(k, (context.key_rotary or context.rotary)[k.size(-1)])
     if cache is not None:
         k, v = cache.append(k, v, context.start)  # (B, H, S, D)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.size(2) <= 512:
+    short = k.size(2) <= 512 and (context.mask is None or context.mask.dim() == 2)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and short:
         y = attend_in_products(q, k, v, context.mask, context.causal, context.dropout)
     else:
         y = F.scaled_dot_product_attention(q, k, v, context.mask, dropout_p=context.dropout, is_causal=context.causal)

@@ -5,6 +5,7 @@ Sample text from a run directory; nothing else is needed, neither its data set n
     python sample.py out/run --prompt=FILE:prompt.txt --stream      # the prompt from a file
     echo "import os" | python sample.py out/run --prompt=-          # or from standard input
     python sample.py out/run --lookahead=4,3,4 --check              # several tokens a step, and the same text: lookahead.py
+    python sample.py out/latent/numbers_8 --prompt=4711             # a model of pairs answers it
     python sample.py out/latent/rq_transformer_stdlib --temperature=0.9,0.8,0.8,0.7   # a model over codes: also a value a level
 """
 
@@ -95,7 +96,7 @@ class SampleConfig:
     def how(self, model: torch.nn.Module) -> generate.Sampling | generate.BlockSampling:
         """How this model chooses. Raises ValueError for settings that are of another kind of model."""
         levels = self.samplings()
-        if getattr(model, "autoencoder", None) is not None:
+        if generate.writes_blocks(model):
             if self.lookahead is not None:
                 raise ValueError("lookahead drafts single tokens, but this model writes blocks of them; use lookahead=none")
             return generate.BlockSampling(levels, generate.Sampling(self.token_temperature, seed=self.seed))
@@ -172,6 +173,9 @@ def main(argv: list[str] | None = None) -> list[str]:
                 "the prompt is empty, and this tokenizer has no end-of-document token to begin with; give a prompt"
             )
         prompt = [text.eos]
+    separator = checkpoint.read_json(Path(run) / "config.json").get("separator")
+    if separator is not None and separator not in prompt:  # a model of pairs: the prompt is a question
+        prompt, written = [*text.encode(written.rstrip("\n")), separator], written.rstrip("\n") + text.decode([separator])
     if getattr(model, "predicts", "next") == "itself":
         return [reconstruct(model, text, prompt, machine)]
 

@@ -382,6 +382,31 @@ def evaluate_all(
     return total, count
 
 
+EXACT_PAIRS = 1000  # unseen pairs to answer after training
+
+
+def exact_pairs(model: torch.nn.Module, data: dataloader.PairData, count: int = EXACT_PAIRS) -> tuple[float, int]:
+    """
+    The share of the first `count` validation pairs that the model answers exactly, greedily, its end included; and how many
+    there were.
+    """
+    model.eval()
+    by_length: dict[int, list[tuple[list[int], list[int]]]] = {}  # prompts sampled together have one length
+    for question, answer in data.questions("val", count):
+        by_length.setdefault(len(question), []).append((question, answer))
+    right, total = 0, 0
+    for pairs in by_length.values():
+        room = data.block_size + 1 - len(pairs[0][0])  # for the longest answer and its end
+        for first in range(0, len(pairs), 100):
+            some = pairs[first : first + 100]
+            samples = [generate.Continuation(question, room, eos=data.meta["end"]) for question, _ in some]
+            for _ in generate.sample_together(model, samples, generate.Sampling(0.0)):
+                pass
+            right += sum(sample.output == answer and sample.reason == "eos" for sample, (_, answer) in zip(samples, some))
+        total += len(pairs)
+    return right / total, total
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # reporting
 
@@ -466,7 +491,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     if hasattr(model_config, "autoencoder"):  # a model over the codes of a frozen one, which settles all sizes of text and codes
         autoencoder = checkpoint.load_autoencoder(model_config.autoencoder)
         model_config = model_config.fitted_to(autoencoder, parsed.given)
-    data = dataloader.TokenData(dataloader.resolve(config.dataset), model_config.block_size)
+    data = dataloader.open_data(dataloader.resolve(config.dataset), model_config.block_size)
     if autoencoder is not None:
         checkpoint.check_tokenizers(data.folder, model_config.autoencoder)
     elif "vocab_size" not in parsed.given:
@@ -490,6 +515,12 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     what = "reconstruction loss" if reconstructs else "loss"
     if reconstructs and config.eval_sample_tokens:
         raise ValueError(f"eval_sample_tokens={config.eval_sample_tokens}: {config.model} continues no text; leave it 0")
+    if isinstance(data, dataloader.PairData) and (reconstructs or autoencoder is not None):
+        raise ValueError(
+            f"{config.dataset} is a set of pairs, but {config.model} is made for whole texts; choose another model"
+        )
+    if hasattr(model, "check"):
+        model.check(data, config.max_iters)
     model.to(device=machine.device, dtype=machine.weight_dtype)
     if autoencoder is not None:
         model.attach(autoencoder)
@@ -497,6 +528,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         runtime.checkpoint_activations(model, (Block, DecoderBlock))
     trainer = Trainer(config, model, data, machine)
     settings = {"train": configurator.to_dict(config), "model": configurator.to_dict(model_config)}
+    if isinstance(data, dataloader.PairData):
+        settings["separator"] = data.separator  # sample.py has no other way to know that a prompt is a question
     # `seconds` is everything since the start, `train_seconds` only the updates; both go on in a resumed run
     state = {"best_val_loss": None, "best_step": 0, "seconds": 0.0, "train_seconds": 0.0, "wandb_id": None}
     state |= {"data_hash": data.data_hash, "micro_batch_size": None}
@@ -641,6 +674,10 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         with machine.autocast():
             batch = trainer.load_batch("train", data.eval_starts("train", config.batch_size))[0]
             summary["embedding_loss"] = model.embedding_loss_report(batch)["embedding_loss"]
+    if isinstance(data, dataloader.PairData) and machine.is_main:
+        with machine.autocast():
+            summary["exact_pairs"], summary["pairs"] = exact_pairs(model, data)
+        say(f"{summary['exact_pairs']:.2%} of {summary['pairs']:,} unseen pairs answered exactly")
     found = f"{summary['token_accuracy']:.2%} right" if reconstructs else f"{summary['val_bits_per_byte']:.4f} bits per byte"
     if machine.is_main:
         checkpoint.write_json(out / "summary.json", summary)

@@ -78,7 +78,7 @@ def test_every_config_file_builds_its_model(path):
         model = checkpoint.build(config.model, model_config)
     stated = re.search(r"([\d,]+) parameters", path.read_text(encoding="utf-8"))
     if stated and "vocab_size" not in parsed.given:
-        vocab_size = {"stdlib": 256, "wikipedia": 50257, "fineweb": 50257}[config.dataset]
+        vocab_size = {"stdlib": 256, "wikipedia": 50257, "fineweb": 50257, "numbers": 256}[config.dataset]
         count = model.get_num_params() + (vocab_size - model_config.vocab_size) * model_config.n_embd
         assert count == int(stated[1].replace(",", "")), "the docstring states another number of parameters"
 

@@ -1,0 +1,443 @@
+"""
+The latent transformer (Kaiser et al. 2018, arXiv:1803.03382): the target y becomes a sequence of codes S times shorter, a prior
+predicts the codes one by one from the text x before it, and all tokens of y are decoded from them at once.
+
+    ae:  y -> residual convolutions -> self-attention -> strided convolutions -> bottleneck: codes, z_q
+    lp:  [x | codes] -> causal blocks -> logits of each next code, and the states h of x
+    ad:  z_q, h -> log2(S) times (residual convolution, attention to h, twice as long) -> decoder blocks -> logits of y
+
+1. The prior is one causal stack over the prefix and the codes, so it steps through a cache like any model. Code i of a target
+   that starts at position s stands at s + i, its states h serve `ad` as memory. `ae` sees y alone: that attention to x gains
+   nothing is a finding of arXiv:1805.11063.
+2. The decoder blocks are causal over positions that are all known at once, the upsampled vectors, so they run in parallel. In the
+   first `startup_steps` they are fed true tokens, shifted right, where upsampled vectors would be: `target` all of them, as in the
+   paper, so that they train as a language model would; `mix` a share that falls to none. Evaluation never does this.
+3. task=pairs: a row is x SEP y EOS and y is what has targets. x stands right-aligned in the first block_size - target_size
+   positions (rotary angles are relative, so nothing depends on the padding). Blocks of S tokens without a token of y have no
+   codes: a code K, "end", says so, and its nats are paid for.
+   task=text: a row is text, cut into targets of target_size tokens; each is predicted from all text before it. All of them are
+   computed in one pass, under masks: they see the prefix up to their own start, and each other not at all. In training the first
+   cut is random. Sampling puts the decoded tokens, not their codes, in front of the next target.
+4. In evaluation `token` is an upper bound of the negative log-likelihood, nats of codes and end plus nats of the tokens given
+   the codes: the codes are a function of the text (see rq_transformer.py, point 4).
+
+Shapes: B batch, T tokens of a row, P prefix, J targets of a row, N tokens of a target, S tokens of a latent, M = N / S latents of a
+target, D levels, n = M D codes of a target, K codes of a level, Z latent width, C width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from kernels import at_least_float32, head_loss, rotary_angles
+from latent import bottleneck as bottlenecks
+from latent.quantize import CodeUsage, QuantizerConfig
+from latent.resample import CausalDownsample, ResidualConvBlock, UpLayer, doublings, zero_masked
+from model import Block, Cache, CausalModel, Context, CrossAttention, DecoderBlock, LayerNorm, check_sizes, require
+
+
+@dataclass(frozen=True)
+class LatentTransformerConfig:
+    vocab_size: int = 256  # number of token ids; train.py takes it from the data set unless given
+    block_size: int = 256  # text: longest context, tokens; pairs: prefix and target together
+    task: Literal["pairs", "text"] = "text"  # y for x, or the next target_size tokens again and again
+    target_size: int = 64  # tokens N of a target, a multiple of latent_factor; pairs: of the longest y with its end
+    latent_factor: int = 8  # tokens S of a latent, a power of two
+    n_layer: int = 3  # causal blocks over prefix and codes
+    n_decoder_layer: int = 2  # blocks of the parallel decoder
+    n_head: int = 4  # attention heads of all
+    n_embd: int = 96  # width C
+    bias: bool = False  # biases in linear layers, convolutions and LayerNorms
+    dropout: float = 0.0  # on embeddings, attention weights and residual branches, in training only
+    # warm-up of the decoder
+    startup_steps: int = 500  # steps in which it is fed true tokens; 0 = none
+    startup: Literal["mix", "target"] = "mix"  # a falling share of its positions, or all of them
+    # codes: latent/bottleneck.py explains them
+    bottleneck: Literal["vq", "rq", "dvq", "gumbel", "semhash"] = "vq"  # how latents become codes
+    latent_dim: int = 64  # width Z of a latent
+    codebook_size: int = 512  # codes K of a level
+    codebook_levels: int = 1  # rq: levels D, dvq: slices
+    commitment_weight: float = 0.25  # vq, rq, dvq: of the commitment loss in the total
+    codebook_decay: float = 0.99  # vq, rq, dvq: weight of the past in the moving averages, per step
+    quantize_after: int = 300  # vq, rq, dvq: steps of training without codes before k-means makes the codebooks
+    gumbel_temperature: float = 0.2  # gumbel: at the end, from 1.2
+    gumbel_noise: float = 0.5  # gumbel: at the end, from 0
+    gumbel_hard: bool = False  # gumbel: one code with a straight-through gradient, not a mixture
+    anneal_steps: int = 3000  # gumbel: steps from the first to the last temperature and noise
+    usage_weight: float = 0.02  # gumbel: of the loss that wants all codes used, in the total
+
+    def __post_init__(self):
+        check_sizes(self, "vocab_size", "block_size", "target_size", "n_layer", "n_decoder_layer", "n_head", "n_embd")
+        require(
+            self.n_embd % self.n_head == 0,
+            f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; choose a divisor of n_embd",
+        )
+        require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout}: a probability in [0, 1) is needed")
+        for key in ("startup_steps", "quantize_after"):
+            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
+        doublings(self.latent_factor)
+        require(
+            self.target_size % self.latent_factor == 0,
+            f"target_size={self.target_size} is not a multiple of latent_factor={self.latent_factor}, but a target is cut into "
+            "latents of that many tokens; choose another target_size",
+        )
+        if self.task == "pairs":
+            require(
+                self.target_size < self.block_size,
+                f"target_size={self.target_size} leaves no room for x in block_size={self.block_size}; raise block_size",
+            )
+        else:
+            require(
+                self.block_size % self.target_size == 0,
+                f"block_size={self.block_size} is not a multiple of target_size={self.target_size}, the targets it is cut into",
+            )
+        bottlenecks.check(self)
+
+    @property
+    def latents(self) -> int:
+        """Latents M of a target."""
+        return self.target_size // self.latent_factor
+
+    @property
+    def prefix_size(self) -> int:
+        """Tokens P of the longest prefix."""
+        return self.block_size - (self.target_size if self.task == "pairs" else 0)
+
+
+class LatentTransformer(CausalModel):
+    """See the top of this file. Parameter names are part of the checkpoint format."""
+
+    def __init__(self, config: LatentTransformerConfig):
+        super().__init__()
+        self.config = config
+        C, Z, S, D, K = config.n_embd, config.latent_dim, config.latent_factor, config.codebook_levels, config.codebook_size
+        self.n_layer_cache = config.n_layer
+        self.head_width = C // config.n_head
+        block = (C, config.n_head, config.bias, config.dropout)
+        self.wte = nn.Embedding(config.vocab_size, C)  # of x, y and the output layer
+        self.dropout = nn.Dropout(config.dropout)
+        # ae
+        self.convolutions = nn.ModuleList(ResidualConvBlock(C, causal=False, bias=config.bias) for _ in range(2))
+        self.encoder = nn.ModuleList([Block(*block)])
+        self.down = CausalDownsample(C, S, kernel=2, keep_partial=True, bias=config.bias)
+        self.to_latent = nn.Linear(C, Z, bias=config.bias)
+        self.ln_latent = LayerNorm(Z, config.bias, affine=False)  # one scale for the bottleneck, see autoencoder.py
+        self.bottleneck = bottlenecks.make(config)
+        # lp
+        self.code_embedding = nn.Embedding(D * K, C)  # of all levels, one table after the other
+        self.blocks = nn.ModuleList(Block(*block) for _ in range(config.n_layer))
+        self.ln_code = LayerNorm(C, config.bias)
+        ends = config.task == "pairs"  # the first code of a latent may be K: there is no such latent
+        self.heads = nn.ModuleList(nn.Linear(C, K + (ends and d == 0), bias=config.bias) for d in range(D))
+        # ad
+        steps = range(doublings(S))
+        self.from_latent = nn.Linear(Z, C, bias=config.bias)
+        self.up_convolutions = nn.ModuleList(ResidualConvBlock(C, causal=False, bias=config.bias) for _ in steps)
+        self.up_norms = nn.ModuleList(LayerNorm(C, config.bias) for _ in steps)
+        self.up_attention = nn.ModuleList(CrossAttention(*block) for _ in steps)
+        self.up_layers = nn.ModuleList(UpLayer(C, "dense", config.bias) for _ in steps)
+        self.ln_memory = LayerNorm(C, config.bias)
+        self.decoder = nn.ModuleList(
+            DecoderBlock(C, config.n_head, *block[1:], cross_first=False) for _ in range(config.n_decoder_layer)
+        )
+        self.ln_f = LayerNorm(C, config.bias)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # optimizer steps so far
+        self.initialize([self.encoder, self.blocks, self.decoder])
+
+    def context(self, positions: torch.Tensor, mask: torch.Tensor, keys: torch.Tensor | None = None) -> Context:
+        """Of queries at positions (T,) that see keys at `keys` (S,), by default the same, where mask (..., T, S) is True."""
+        rotary = {self.head_width: rotary_angles(positions, self.head_width)}
+        key_rotary = None if keys is None else {self.head_width: rotary_angles(keys, self.head_width)}
+        return Context(mask, False, rotary, 0, self.config.dropout if self.training else 0.0, key_rotary)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # rows to prefixes and targets
+
+    def split(
+        self, idx: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """
+        Rows idx (B, T) and targets (B, T) -> prefix (B, P), real (B, P) or None (all of it), the positions (J,) at which targets
+        start, and y (B, J, N), -1 where there is no token.
+        """
+        config, device = self.config, idx.device
+        N, T = config.target_size, idx.size(1)
+        if config.task == "pairs":
+            P, last = config.prefix_size, (targets >= 0).int().argmax(1, keepdim=True)  # place of SEP
+            column = last - (P - 1) + torch.arange(P, device=device)
+            y = F.pad(targets, (0, N), value=-1).gather(1, last + torch.arange(N, device=device))
+            return idx.gather(1, column.clamp(min=0)), column >= 0, torch.tensor([P], device=device), y[:, None]
+        assert T % N == 0, f"{T} tokens are no whole number of targets of {N}"
+        place = torch.arange(T, device=device) + (torch.randint(N, (), device=device) if self.training else 0)
+        y = F.pad(targets, (0, N), value=-1).gather(1, place.expand_as(targets)).unflatten(1, (-1, N))
+        return idx, None, place[::N] + 1, y
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # ae, lp, ad
+
+    def ae(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Targets y (B, J, N), -1 behind their end -> latents (B, J, M, Z), and which of them are real (B, J, M)."""
+        rows = y.flatten(0, 1)  # (B, J, N) -> (B J, N)
+        mask, N = rows >= 0, rows.size(1)
+        x = self.dropout(self.wte(rows.clamp(min=0)))
+        for convolution in self.convolutions:
+            x = convolution(x, mask)
+        positions = torch.arange(N, device=y.device)
+        # padding sees itself: a row of the mask that is empty would be NaN
+        context = self.context(positions, mask[:, None, None] | torch.eye(N, dtype=torch.bool, device=y.device))
+        for block in self.encoder:
+            x = block(x, context)
+        x, real = self.down(x, mask)
+        return self.ln_latent(self.to_latent(x)).unflatten(0, y.shape[:2]), real.unflatten(0, y.shape[:2])
+
+    def embed_codes(self, codes: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Vectors (..., n, C) of flat codes (..., n), number `first` of a target and those behind it; those of -1 mean nothing."""
+        level = (first + torch.arange(codes.size(-1), device=codes.device)) % self.config.codebook_levels
+        return self.code_embedding(codes.clamp(min=0) + self.config.codebook_size * level)
+
+    def lp(
+        self, prefix: torch.Tensor, real: torch.Tensor | None, starts: torch.Tensor, codes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Prefix (B, P) and codes (B, J, M, D) of the targets that start at `starts` (J,) -> the states h (B, P, C) of the prefix,
+        and the states (B, J, M, D, C) that predict each code.
+        """
+        P, (J, M, D) = prefix.size(1), codes.shape[1:]
+        before = M * D - 1  # codes of a target that another one follows
+        device, own = prefix.device, torch.arange(before, device=prefix.device)
+        x = torch.cat((self.wte(prefix), self.embed_codes(codes.flatten(2)[..., :before]).flatten(1, 2)), dim=1)
+        place = torch.arange(P, device=device)
+        positions = torch.cat((place, (starts[:, None] + own).flatten()))  # (P + J before,)
+        target = torch.cat((place.new_full((P,), -1), torch.arange(J, device=device).repeat_interleave(before)))
+        sight = torch.cat((place, (starts - 1).repeat_interleave(before)))  # the last token of the prefix that each one sees
+        mask = (target == target[:, None]) & (positions <= positions[:, None])
+        mask = mask | ((target == -1) & (positions <= sight[:, None]))
+        if real is not None:
+            keys = F.pad(real, (0, J * before), value=True)[:, None, None]  # (B, 1, 1, P + J before)
+            mask = mask & keys | torch.eye(len(mask), dtype=torch.bool, device=device)
+        x, context = self.dropout(x), self.context(positions, mask)
+        for block in self.blocks:
+            x = block(x, context)
+        h, states = x[:, :P], x[:, P:].unflatten(1, (J, before))
+        states = torch.cat((h[:, starts - 1][:, :, None], states), dim=2)  # the first code follows the prefix's last token
+        return h, states.unflatten(2, (M, D))
+
+    def read(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """The stack of lp() over vectors x (B, n, C) behind those in the cache, one target at a time -> states (B, n, C)."""
+        positions = cache.length + torch.arange(x.size(1), device=x.device)
+        mask = torch.arange(cache.length + x.size(1), device=x.device) <= positions[:, None]
+        context = self.context(positions, mask)
+        context.start = cache.length
+        for block, layer in zip(self.blocks, cache.layers):
+            x = block(x, context, layer)
+        cache.length += x.size(1)
+        return x
+
+    def code_logits(self, state: torch.Tensor, level: int) -> torch.Tensor:
+        """State (..., C) that predicts a code of this level -> logits (..., K), or (..., K + 1) where "end" is possible."""
+        return at_least_float32(self.heads[level](self.ln_code(state)))
+
+    def ad(
+        self, z: torch.Tensor, latent_real: torch.Tensor, h: torch.Tensor, real: torch.Tensor | None, starts: torch.Tensor,
+        fed: torch.Tensor | None = None, where_fed: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """
+        Latents z (B, J, M, Z), real where latent_real (B, J, M), of targets that start at `starts` (J,) behind the prefix of
+        states h (B, P, C), real (B, P) -> states (B, J, M S, C) for the output layer. In the warm-up the decoder gets the tokens
+        fed (B, J, M S) instead of what the latents say, at the positions where_fed (B, J, M S).
+        """
+        J, L, place = z.size(1), z.size(2), torch.arange(h.size(1), device=h.device)
+        memory, seen = self.ln_memory(h), place < starts[:, None]  # (J, P)
+
+        def to_memory(L: int, stride: int) -> tuple[torch.Tensor, Context]:
+            positions = (starts[:, None] + stride * torch.arange(L, device=h.device)).flatten()  # (J L,)
+            mask = seen.repeat_interleave(L, dim=0)
+            mask = mask if real is None else mask & real[:, None, None]
+            return positions, self.context(positions, mask, keys=place)
+
+        x, mask, stride = self.from_latent(z).flatten(0, 1), latent_real.flatten(0, 1), self.config.latent_factor
+        for convolution, norm, attention, up in zip(
+            self.up_convolutions, self.up_norms, self.up_attention, self.up_layers
+        ):  # x (B J, L, C)
+            x = convolution(x, mask)
+            query = norm(x).unflatten(0, (-1, J)).flatten(1, 2)  # (B J, L, C) -> (B, J, L, C) -> (B, J L, C)
+            x = x + attention(query, memory, to_memory(L, stride)[1]).unflatten(1, (J, L)).flatten(0, 1)
+            x = up(zero_masked(x, mask))
+            mask, L, stride = mask.repeat_interleave(2, dim=1), 2 * L, stride // 2
+        x = zero_masked(x, mask).unflatten(0, (-1, J))  # (B, J, L, C)
+        if fed is not None:
+            x = torch.where(where_fed[..., None], self.dropout(self.wte(fed)), x)
+        positions, context = to_memory(L, 1)
+        target = torch.arange(J, device=h.device).repeat_interleave(L)
+        own = self.context(positions, (target == target[:, None]) & (positions <= positions[:, None]))
+        x = x.flatten(1, 2)  # (B, J L, C)
+        for layer in self.decoder:
+            x = layer(x, h, own, memory=context)
+        return self.ln_f(x).unflatten(1, (J, L))
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # losses
+
+    def warm_up(
+        self, prefix: torch.Tensor, starts: torch.Tensor, y: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The tokens before those of y (B, J, N), and where the decoder is fed them; None where it never is."""
+        if not self.training or self.config.startup_steps == 0:
+            return None, None
+        share = (1 - self.steps / self.config.startup_steps).clamp(min=0.0)
+        if self.config.startup == "target":
+            share = (share > 0).to(share.dtype)
+        where_fed = torch.rand(y.shape, device=y.device) < share
+        return torch.cat((prefix[:, starts - 1][..., None], y[..., :-1].clamp(min=0)), dim=-1), where_fed
+
+    def sums(
+        self, idx: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
+        """
+        `code_nats` (D,), of them `end_nats`, `token_nats` and what they are counted over, `codes`, `tokens`; the losses of the
+        bottleneck; and the codes (B, J, M, D). Arguments as in forward().
+        """
+        config = self.config
+        prefix, real, starts, y = self.split(idx, targets)
+        latent, latent_real = self.ae(y)
+        with torch.autocast(idx.device.type, enabled=False):  # codes must not depend on the precision
+            z, codes, losses = self.bottleneck(at_least_float32(latent), latent_real, self.steps)
+        h, states = self.lp(prefix, real, starts, codes)
+        code_nats, end_nats = [], idx.new_zeros((), dtype=torch.float32)
+        for d in range(config.codebook_levels):
+            label = codes[..., d]  # (B, J, M)
+            if config.task == "pairs" and d == 0:  # "end" stands behind the last latent, where there is room for it
+                is_end = (latent_real.sum(-1, keepdim=True) == torch.arange(config.latents, device=idx.device)) & (
+                    y[..., :1] >= 0
+                )
+                label = torch.where(is_end, config.codebook_size, label)
+            logits = self.code_logits(states[..., d, :], d).flatten(0, 2)
+            nats = F.cross_entropy(logits, label.flatten(), ignore_index=-1, reduction="none")
+            code_nats.append(nats.sum())
+            if config.task == "pairs" and d == 0:
+                end_nats = torch.where(is_end.flatten(), nats, 0.0).sum()
+        x = self.ad(z, latent_real, h, real, starts, *self.warm_up(prefix, starts, y))
+        tokens = (y >= 0).sum()
+        mean = head_loss(x.flatten(0, 1), self.wte.weight, y.flatten(0, 1))
+        sums = {
+            "code_nats": torch.stack(code_nats), "end_nats": end_nats, "codes": (codes >= 0).sum(), "tokens": tokens,
+            "token_nats": torch.where(tokens > 0, mean * tokens, 0.0),  # nothing at all has no mean
+        }  # fmt: skip
+        return sums, losses, codes
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[None, dict[str, torch.Tensor]]:
+        """
+        Rows idx (B, T), targets (B, T) the tokens behind them, -1 = not counted: for pairs those of y are counted, for text all,
+        or all up to an end. No logits (codes come before tokens: see read, code_logits, write), but the losses by name: `total`
+        (to minimise), `reconstruction` (nats per token given the codes; in training as the warm-up feeds it), `code` (nats per
+        code), what the bottleneck adds (`commitment` or `usage`, unweighted), and `token`, the bound, nats per token.
+        """
+        sums, losses, _ = self.sums(idx, targets)
+        nats = sums["code_nats"].sum()
+        losses["reconstruction"] = sums["token_nats"] / sums["tokens"]
+        losses["code"] = nats / sums["codes"].clamp(min=1)
+        losses["token"] = (nats + sums["token_nats"]) / sums["tokens"]
+        # codes that come from no data are not worth predicting
+        losses["total"] = losses["reconstruction"] + losses["code"] * self.bottleneck.ready
+        for name, weight in self.bottleneck.loss_weights.items():
+            losses["total"] = losses["total"] + weight * losses[name]
+        return None, losses
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # sampling
+
+    def make_cache(self, capacity: int | None = None, static: bool = False) -> Cache:
+        """An empty cache for read(): by default for the longest prefix and the codes of one target."""
+        assert not static, "codes and tokens alternate, so shapes change"
+        return super().make_cache(capacity or self.config.prefix_size + self.config.latents * self.config.codebook_levels)
+
+    def write(self, codes: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """
+        Codes (B, m, D) of the first m latents of a target, -1 behind its end, and the states h (B, P, C) of all text before it ->
+        logits (B, m S, V) of its tokens.
+        """
+        starts = torch.tensor([h.size(1)], device=h.device)
+        z = self.bottleneck.decode(codes).to(h.dtype)
+        x = self.ad(z[:, None], (codes[..., 0] >= 0)[:, None], h, None, starts)
+        return F.linear(x[:, 0], self.wte.weight)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # hooks of train.py
+
+    def check(self, data, max_iters: int) -> None:
+        """Raise ValueError for a data set, or a length of training, that cannot work."""
+        config, kind = self.config, data.meta.get("kind", "text")
+        require(
+            kind == config.task,
+            f"task={config.task}, but {data.folder} is a set of {kind}; set --task={kind}, or train on another set",
+        )
+        if kind == "pairs":
+            for side, longest, size in (("x", data.longest_x, config.prefix_size), ("y", data.longest_y, config.target_size)):
+                require(
+                    longest <= size,
+                    f"{data.folder} has an {side} of {longest} tokens, its end included, but there is room for {size} "
+                    f"(block_size={config.block_size}, target_size={config.target_size}): raise them, or leave long pairs out",
+                )
+        for key in ("startup_steps", "quantize_after") if hasattr(self.bottleneck, "quantizers") else ("startup_steps",):
+            require(
+                max_iters == 0 or getattr(config, key) < max_iters,
+                f"{key}={getattr(config, key)} is not below max_iters={max_iters}: the run would never reach latents; lower it",
+            )
+
+    def after_step(self) -> None:
+        """Once after each optimizer step, in every process."""
+        self.steps += 1
+        self.bottleneck.after_step(bool(self.steps >= self.config.quantize_after))
+
+    @torch.no_grad()
+    def measure(self, idx: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What summarize() needs of a batch, in evaluation mode: float64 sums on the CPU, to be added up."""
+        assert not self.training, "measured with dropout, noise and true tokens"
+        sums, _, codes = self.sums(idx, targets)
+        usage = self.code_usage()
+        usage.add(codes)
+        return {name: value.cpu().double() for name, value in (sums | {"usage": usage.counts}).items()}
+
+    def code_usage(self) -> CodeUsage:
+        config = self.config
+        return CodeUsage(QuantizerConfig(config.latent_dim, config.codebook_size, config.codebook_levels))
+
+    def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, float | list[float]]:
+        """Entries of summary.json: bits of codes (and end) and of tokens given the codes add up to the bound."""
+        usage = self.code_usage()
+        usage.counts = sums["usage"].long()
+        if self.bottleneck.ready:
+            usage.warn_if_collapsed()
+        report, bits = usage.report(), math.log(2) * sums["tokens"]
+        return {
+            "code_bits_per_token": (sums["code_nats"].sum() / bits).item(),
+            "end_bits_per_token": (sums["end_nats"] / bits).item(),  # part of the codes'
+            "token_bits_per_token": (sums["token_nats"] / bits).item(),
+            "code_loss": (sums["code_nats"] / (sums["codes"] / self.config.codebook_levels)).tolist(),  # nats a code, per level
+            "code_usage": report["usage"],
+            "code_perplexity": report["perplexity"],
+        }
+
+    def flops_per_token(self) -> int:
+        """
+        As CausalModel counts, for a token of a full row: what runs once for several tokens counts for each of them in part, and
+        attention with the keys that are multiplied, masked ones included.
+        """
+        config = self.config
+        C, S, N, P, T = config.n_embd, config.latent_factor, config.target_size, config.prefix_size, config.block_size
+        J = 1 if config.task == "pairs" else T // N
+        codes = J * (config.latents * config.codebook_levels - 1)
+        shares = [(self.blocks, (P + codes) / T), (self.heads, (codes + J) / T), (self.wte, J * N / T)]  # module, runs a token
+        shares += [(part, J * N / T) for part in (self.convolutions, self.encoder, self.decoder)]
+        shares += [(layer, J * N / T / 2 ** (i + 1)) for i, layer in enumerate(self.down.layers)]
+        shares += [(part, J * N / T / S) for part in (self.to_latent, self.from_latent, self.bottleneck)]
+        for i, parts in enumerate(zip(self.up_convolutions, self.up_attention, self.up_layers)):
+            shares += [(part, J * N / T * 2**i / S) for part in parts]
+        products = 6 * sum(share * p.numel() for module, share in shares for p in module.parameters())
+        ups = sum(2**i / S for i in range(len(self.up_layers)))
+        keys = config.n_layer * (P + codes) ** 2 / T + J * N / T * (N + config.n_decoder_layer * (J * N + P) + ups * P)
+        return round(products + 12 * C * keys)

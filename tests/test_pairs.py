@@ -1,0 +1,128 @@
+"""Sets of pairs: reading files, the numbers, and the windows that models are trained on."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+import dataloader
+from data.pairs import prepare
+
+
+def write(folder, name: str, text: str):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_numbers_in_words():
+    """Guards the generated set: known numbers, and all words are English number words that read back to the number."""
+    known = {
+        0: "zero", 13: "thirteen", 20: "twenty", 99: "ninety-nine", 100: "one hundred", 101: "one hundred and one",
+        999: "nine hundred and ninety-nine", 1000: "one thousand", 1005: "one thousand and five",
+        1100: "one thousand one hundred", 4711: "four thousand seven hundred and eleven",
+        999_999: "nine hundred and ninety-nine thousand nine hundred and ninety-nine",
+    }  # fmt: skip
+    assert {n: prepare.in_words(n) for n in known} == known
+    units = {word: i for i, word in enumerate(prepare.BELOW_20)} | {word: 10 * i for i, word in enumerate(prepare.TENS, 2)}
+
+    def read(words: str) -> int:
+        total = 0
+        for word in re.split("[ -]", words):
+            total = total * {"hundred": 100}.get(word, 1) + units.get(word, 0)
+        return total
+
+    for n in range(0, 10**6, 997):
+        *thousands, rest = prepare.in_words(n).split(" thousand")
+        assert sum(map(read, thousands)) * 1000 + read(rest.strip() or "zero") == n
+    numbers = list(prepare.numbers())
+    assert len({x for x, _ in numbers}) == len(numbers) == prepare.COUNT
+
+
+def test_windows_of_pairs(tmp_path):
+    """Guards the format: a window is one pair, only its answer and end are targets, and all pairs come once, padded with nothing."""
+    lines = [f"question {i}\t{'answer ' * (i % 4 + 1)}{i}" for i in range(60)]
+    source = write(tmp_path, "qa.tsv", "\n".join(lines) + "\n\n")
+    meta = prepare.main(["--input", str(source), "--out_dir", str(tmp_path / "set"), "--val_fraction", "0.3"])
+    data = dataloader.open_data(tmp_path / "set", 48)
+    assert isinstance(data, dataloader.PairData) and meta["kind"] == "pairs"
+    found = []
+    for split in ("train", "val"):
+        for x, y in data.full_windows(split, rows=7):
+            assert x.shape == y.shape == (7, 48)
+            for inputs, targets in zip(x.tolist(), y.tolist()):
+                real = [t for t in targets if t >= 0]
+                if not real:
+                    continue
+                first = next(i for i, t in enumerate(targets) if t >= 0)
+                assert inputs[first] == 9 and real[-1] == 0 and inputs[first + 1 : first + len(real)] == real[:-1]
+                found.append(bytes(inputs[: first + len(real)]).decode())
+    assert sorted(found) == sorted(lines)
+    x, y = data.gather("train", data.batch_starts(1, 2, 5))
+    again = data.gather("train", data.batch_starts(1, 2, 5))
+    assert np.array_equal(x, again[0]) and np.array_equal(y, again[1])
+    assert sum(int((y >= 0).sum()) for _, y in data.full_windows("val", 4)) == meta["val"]["target_tokens"]
+    assert meta["val"]["target_bytes"] == meta["val"]["target_tokens"] and data.bytes_per_token == 1.0
+    ranks = [batch for rank in range(3) for batch in data.full_windows("val", 4, rank, 3)]
+    assert len(ranks) == len(list(data.full_windows("val", 4)))
+    some = sum(int((y >= 0).sum()) for _, y in data.full_windows("val", 4, first_targets=50))
+    assert 20 < some <= 50
+    questions = list(data.questions("val", 3))
+    assert all(q[-1] == 9 and bytes(q + a).decode() in lines for q, a in questions) and len(questions) == 3
+
+
+def test_jsonl_equals_tsv(tmp_path):
+    """Guards the two formats: the same pairs give the same tokens, other keys and space around the sides included."""
+    pairs = [(f"q{i}", f"a {i} ü") for i in range(40)]
+    tsv = write(tmp_path, "a.tsv", "".join(f"{x} \t {y}\r\n" for x, y in pairs))
+    jsonl = write(tmp_path, "b.jsonl", "\n".join(json.dumps({"from": x, "to": y, "more": 1}) for x, y in pairs))
+    metas = [
+        prepare.main(
+            ["--input", str(path), "--keys", "from,to", "--val_fraction", "0.2", "--out_dir", str(tmp_path / path.stem)]
+        )
+        for path in (tsv, jsonl)
+    ]
+    assert metas[0]["train"]["sha256"] == metas[1]["train"]["sha256"] and metas[0]["val"] == metas[1]["val"]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.tsv", "x\ty\nno tab\n", "a.tsv, line 2: 1 columns; a pair is x, one tab, y"),
+        ("a.tsv", "x\ty\tz\n", "line 1: 3 columns"),
+        ("a.tsv", "x\ty\n \ty\n", "line 2: the first side is empty"),
+        ("a.tsv", "x\t \n", "line 1: the second side is empty"),
+        ("a.tsv", "x\ta\0b\n", "a tab or a zero byte in the second side"),
+        ("a.jsonl", '{"x": "a", "y": "b"}\n{"x": ', "line 2: not JSON"),
+        ("a.jsonl", '{"x": "a"}\n', "line 1: no texts under 'x' and 'y'; set --keys"),
+        ("a.jsonl", '{"x": "a", "y": 3}\n', "line 1: no texts"),
+        ("a.jsonl", "[1]\n", "line 1: no texts"),
+        ("a.jsonl", '{"x": "a\\tb", "y": "c"}\n', "a tab or a zero byte in the first side"),
+        ("a.txt", "x\ty\n", "pairs are read from .tsv files"),
+    ],
+)
+def test_lines_that_cannot_be_pairs(tmp_path, name, text, message):
+    """Guards clear lines: each names the file and the line, and what is wrong there; nothing is written."""
+    path = write(tmp_path, name, text)
+    with pytest.raises(ValueError, match=message):
+        prepare.main(["--input", str(path), "--out_dir", str(tmp_path / "set")])
+    assert not (tmp_path / "set" / "train.bin").exists()
+
+
+def test_arguments_that_cannot_work(tmp_path):
+    """Guards clear lines for what is missing, doubled, or has no token for an end."""
+    path = write(tmp_path, "a.tsv", "x\ty\n")
+    for arguments, message in (
+        ([], "give either --numbers or --input"),
+        (["--numbers", "--input", str(path)], "give either --numbers or --input"),
+        (["--input", str(path)], "the data set has no name"),
+        (["--input", str(path), "--name", "../x"], "give a plain name"),
+        (["--input", str(path), "--name", "stdlib"], "give a plain name"),
+        (["--input", str(path), "--out_dir", str(tmp_path / "s"), "--tokenizer", "char"], "no token for the end of an answer"),
+        (["--input", str(path), "--name", "x", "--keys", "a"], "--keys a: give two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare.main(arguments)
+    with pytest.raises(FileNotFoundError, match="does not exist; give a .tsv"):
+        prepare.main(["--input", str(tmp_path / "none.tsv"), "--name", "x"])
