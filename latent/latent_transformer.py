@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from kernels import at_least_float32, head_loss, rotary_angles
 from latent import bottleneck as bottlenecks
 from latent.quantize import CodeUsage, QuantizerConfig
-from latent.resample import CausalDownsample, ResidualConvBlock, UpLayer, doublings, zero_masked
+from latent.resample import CausalDownsample, ResidualConvBlock, UpLayer, doublings
 from model import Block, Cache, CausalModel, Context, CrossAttention, DecoderBlock, LayerNorm, check_sizes, require
 
 
@@ -266,9 +266,9 @@ class LatentTransformer(CausalModel):
             x = convolution(x, mask)
             query = norm(x).unflatten(0, (-1, J)).flatten(1, 2)  # (B J, L, C) -> (B, J, L, C) -> (B, J L, C)
             x = x + attention(query, memory, to_memory(L, stride)[1]).unflatten(1, (J, L)).flatten(0, 1)
-            x = up(zero_masked(x, mask))
+            x = up(x)
             mask, L, stride = mask.repeat_interleave(2, dim=1), 2 * L, stride // 2
-        x = zero_masked(x, mask).unflatten(0, (-1, J))  # (B, J, L, C)
+        x = x.unflatten(0, (-1, J))  # (B, J, L, C); what is not real is behind all that is, out of the decoder's sight
         if fed is not None:
             x = torch.where(where_fed[..., None], self.dropout(self.wte(fed)), x)
         positions, context = to_memory(L, 1)

@@ -379,14 +379,7 @@ def state(out) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "more",
-    [
-        "--bottleneck=vq",
-        "--bottleneck=rq --codebook_levels=2 --startup=target",
-        "--bottleneck=dvq --codebook_levels=2",
-        "--bottleneck=gumbel --anneal_steps=6",
-        "--bottleneck=semhash",
-    ],
+    "more", ["--bottleneck=vq", "--bottleneck=rq --codebook_levels=2 --startup=target", "--bottleneck=gumbel --anneal_steps=6"]
 )
 def test_resume_equals_an_unbroken_run(few_pairs, tmp_path, more):
     """Guards exact resumption, bit for bit: warm-up, schedules, noise, codebooks and the latents they are made of."""
