@@ -333,6 +333,17 @@ def test_fed_decoder_does_not_see_its_own_token():
     assert not changed[:, :6].any() and changed[:, 6:].all()
 
 
+def test_frozen_codebooks_stay():
+    """Guards freeze_codes_after: until then codebooks move with the data, from then on they do not."""
+    model = make_model(quantize_after=1, freeze_codes_after=3).train()
+    seen = []
+    for _ in range(4):
+        model(*rows(model))
+        model.after_step()
+        seen.append(model.bottleneck.quantizers[0].codebook.codes.clone())
+    assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
+
+
 def test_gradients_reach_every_parameter():
     """Guards wiring: after the warm-up reconstruction trains encoder and decoder, the code loss the prior, and no part is idle."""
     for options in OPTIONS:
@@ -459,6 +470,7 @@ def test_continues_text(tiny_data, tmp_path, capsys):
         ({"task": "pairs", "target_size": 24}, "leaves no room for x"),
         ({"target_size": 16}, "block_size=24 is not a multiple of target_size=16"),
         ({"n_head": 5}, "n_embd=12 is not divisible by n_head=5"),
+        ({"quantize_after": 50, "freeze_codes_after": 50}, "freeze_codes_after=50 is not beyond quantize_after=50"),
         ({"startup_steps": -1}, "startup_steps=-1 must not be negative"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"bottleneck": "vae"}, "bottleneck=vae: choose one of"),
