@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from kernels import at_least_float32, head_loss, rotary_angles
 from latent import bottleneck as bottlenecks
 from latent.quantize import CodeUsage, QuantizerConfig
-from latent.resample import CausalDownsample, ResidualConvBlock, UpLayer, doublings, zero_masked
+from latent.resample import CausalDownsample, ResidualConvBlock, UpLayer, doublings
 from model import Block, Cache, CausalModel, Context, CrossAttention, DecoderBlock, LayerNorm, check_sizes, require
 
 
@@ -64,6 +64,7 @@ class LatentTransformerConfig:
     commitment_weight: float = 0.25  # vq, rq, dvq: of the commitment loss in the total
     codebook_decay: float = 0.99  # vq, rq, dvq: weight of the past in the moving averages, per step
     quantize_after: int = 300  # vq, rq, dvq: steps of training without codes before k-means makes the codebooks
+    freeze_codes_after: int = 0  # vq, rq, dvq: steps after which codebooks stay as they are, for the prior's sake; 0 = never
     gumbel_temperature: float = 0.2  # gumbel: at the end, from 1.2
     gumbel_noise: float = 0.5  # gumbel: at the end, from 0
     gumbel_hard: bool = False  # gumbel: one code with a straight-through gradient, not a mixture
@@ -77,8 +78,13 @@ class LatentTransformerConfig:
             f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; choose a divisor of n_embd",
         )
         require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout}: a probability in [0, 1) is needed")
-        for key in ("startup_steps", "quantize_after"):
+        for key in ("startup_steps", "quantize_after", "freeze_codes_after"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
+        require(
+            self.freeze_codes_after == 0 or self.freeze_codes_after > self.quantize_after,
+            f"freeze_codes_after={self.freeze_codes_after} is not beyond quantize_after={self.quantize_after}: the codebooks would "
+            "never be made of data; raise it",
+        )
         doublings(self.latent_factor)
         require(
             self.target_size % self.latent_factor == 0,
@@ -266,9 +272,9 @@ class LatentTransformer(CausalModel):
             x = convolution(x, mask)
             query = norm(x).unflatten(0, (-1, J)).flatten(1, 2)  # (B J, L, C) -> (B, J, L, C) -> (B, J L, C)
             x = x + attention(query, memory, to_memory(L, stride)[1]).unflatten(1, (J, L)).flatten(0, 1)
-            x = up(zero_masked(x, mask))
+            x = up(x)
             mask, L, stride = mask.repeat_interleave(2, dim=1), 2 * L, stride // 2
-        x = zero_masked(x, mask).unflatten(0, (-1, J))  # (B, J, L, C)
+        x = x.unflatten(0, (-1, J))  # (B, J, L, C); what is not real is behind all that is, out of the decoder's sight
         if fed is not None:
             x = torch.where(where_fed[..., None], self.dropout(self.wte(fed)), x)
         positions, context = to_memory(L, 1)
@@ -391,7 +397,10 @@ class LatentTransformer(CausalModel):
     def after_step(self) -> None:
         """Once after each optimizer step, in every process."""
         self.steps += 1
-        self.bottleneck.after_step(bool(self.steps >= self.config.quantize_after))
+        freeze = self.config.freeze_codes_after
+        # every restart of dead codes takes vectors from living ones, which the prior then has to learn again
+        if freeze == 0 or self.steps < freeze or not self.bottleneck.ready:
+            self.bottleneck.after_step(bool(self.steps >= self.config.quantize_after))
 
     @torch.no_grad()
     def measure(self, idx: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:

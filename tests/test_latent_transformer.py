@@ -333,6 +333,17 @@ def test_fed_decoder_does_not_see_its_own_token():
     assert not changed[:, :6].any() and changed[:, 6:].all()
 
 
+def test_frozen_codebooks_stay():
+    """Guards freeze_codes_after: until then codebooks move with the data, from then on they do not."""
+    model = make_model(quantize_after=1, freeze_codes_after=3).train()
+    seen = []
+    for _ in range(4):
+        model(*rows(model))
+        model.after_step()
+        seen.append(model.bottleneck.quantizers[0].codebook.codes.clone())
+    assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
+
+
 def test_gradients_reach_every_parameter():
     """Guards wiring: after the warm-up reconstruction trains encoder and decoder, the code loss the prior, and no part is idle."""
     for options in OPTIONS:
@@ -379,14 +390,7 @@ def state(out) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "more",
-    [
-        "--bottleneck=vq",
-        "--bottleneck=rq --codebook_levels=2 --startup=target",
-        "--bottleneck=dvq --codebook_levels=2",
-        "--bottleneck=gumbel --anneal_steps=6",
-        "--bottleneck=semhash",
-    ],
+    "more", ["--bottleneck=vq", "--bottleneck=rq --codebook_levels=2 --startup=target", "--bottleneck=gumbel --anneal_steps=6"]
 )
 def test_resume_equals_an_unbroken_run(few_pairs, tmp_path, more):
     """Guards exact resumption, bit for bit: warm-up, schedules, noise, codebooks and the latents they are made of."""
@@ -466,6 +470,7 @@ def test_continues_text(tiny_data, tmp_path, capsys):
         ({"task": "pairs", "target_size": 24}, "leaves no room for x"),
         ({"target_size": 16}, "block_size=24 is not a multiple of target_size=16"),
         ({"n_head": 5}, "n_embd=12 is not divisible by n_head=5"),
+        ({"quantize_after": 50, "freeze_codes_after": 50}, "freeze_codes_after=50 is not beyond quantize_after=50"),
         ({"startup_steps": -1}, "startup_steps=-1 must not be negative"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"bottleneck": "vae"}, "bottleneck=vae: choose one of"),
