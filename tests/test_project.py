@@ -148,6 +148,9 @@ def shrink(command: str) -> str | None:
         sizes = "--latent_dim=4 --codebook_size=4 --dataset=my_texts --max_iters=2 --warmup_iters=1 --eval_interval=1 --eval_iters=1"
         if "rqvae" in command:
             sizes += " --n_encoder_layer=1 --n_decoder_layer=1 --block_size=16 --quantize_after=1 --batch_size=64"
+        elif "numbers" in command:
+            sizes = sizes.replace("--dataset=my_texts", "--n_layer=1 --n_decoder_layer=1 --startup_steps=1 --quantize_after=1")
+            sizes += " --freeze_codes_after=0 --final_eval_tokens=1000"
         elif "rq_transformer" in command:
             sizes = sizes[sizes.index("--dataset") :] + " --n_spatial_layer=1 --block_size=16 --batch_size=2"
         else:
