@@ -69,7 +69,9 @@ def test_every_config_file_builds_its_model(path):
         [str(path)], [train.TrainConfig], positional="[CONFIG]", choose=("model", checkpoint.CONFIGS)
     )
     config, model_config = parsed.sections
-    if getattr(model_config, "pretrained", None):  # by name, which a test may not download: GPT-2's shape is the library's default
+    if getattr(
+        model_config, "pretrained", None
+    ):  # by name, which a test may not download: GPT-2's shape is the library's default
         theirs = pytest.importorskip("transformers", reason=HOW_TO_INSTALL).GPT2Config()
         assert model_config.pretrained == "openai-community/gpt2"
         model_config = dataclasses.replace(model_config, vocab_size=theirs.vocab_size)
@@ -166,7 +168,9 @@ def shrink(command: str) -> str | None:
 def test_readme_commands(tmp_path):
     """Guards the README: every command in it is typed as written, only smaller, in order, in a copy of the checkout."""
     tree = tmp_path / "checkout"
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "out", "*.bin", "meta.json", "__pycache__", ".*_cache"))
+    shutil.copytree(
+        ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "out", "*.bin", "meta.json", "__pycache__", ".*_cache")
+    )
     (tree / "my_texts").mkdir()
     for i in range(40):
         (tree / "my_texts" / f"{i}.txt").write_text(f"Text number {i}. " * 20, encoding="utf-8")
@@ -175,7 +179,9 @@ def test_readme_commands(tmp_path):
     commands = [small for small in map(shrink, readme_commands()) if small]
     assert len(commands) >= 12
     for command in commands:
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=tree, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command], cwd=tree, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout[-500:]}\n{done.stderr[-1500:]}"
 
 
