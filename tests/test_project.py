@@ -134,7 +134,8 @@ def shrink(command: str) -> str | None:
     if words[1].startswith("data/"):
         if "--input" in words:
             return f"{command} --tokenizer byte"  # GPT-2's needs a download
-        return command if "stdlib" in command or "--numbers" in command else None  # a download; test_data.py tests the real libraries on local files
+        offline = "stdlib" in command or "--numbers" in command
+        return command if offline else None  # a download; test_data.py tests the real libraries on local files
     if "sample.py" in command:
         return f"{command} --max_new_tokens=5 --device=cpu"
     if "bench.py latent" in command:
