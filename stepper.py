@@ -44,7 +44,8 @@ class Product:
         self.bias, self.dtype, self.scale = bias, dtype, None
         if dtype == torch.int8:  # each row in steps of 1/127 of its largest weight; the operator multiplies with bfloat16
             step = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-            self.weight = (weight / step[:, None]).round().to(torch.int8).contiguous()
+            self.padding = (0, -weight.size(1) % 32)  # zeros: at other widths the operator reads beyond the end of a row
+            self.weight = F.pad((weight / step[:, None]).round().to(torch.int8), self.padding).contiguous()
             self.scale = step.to(torch.bfloat16)
         elif dtype == torch.bfloat16:
             self.weight = weight.contiguous().to(dtype)
@@ -54,7 +55,9 @@ class Product:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.scale is not None:
-            y = torch._weight_int8pack_mm(x[None].to(torch.bfloat16), self.weight, self.scale)[0].to(x.dtype)
+            y = torch._weight_int8pack_mm(F.pad(x, self.padding)[None].to(torch.bfloat16), self.weight, self.scale)[0].to(
+                x.dtype
+            )
         elif self.dtype == x.dtype:
             y = torch.mv(self.weight, x)
         else:
