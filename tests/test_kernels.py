@@ -21,6 +21,19 @@ def plain_loss(x, weight, targets):
     return F.cross_entropy(F.linear(x, weight).flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 7, 8, 9, 20])
+def test_causal_products_equal_the_kernel(tokens, monkeypatch):
+    """Guards the blocks of queries: a key too many or too few at a border, gradients added to the wrong keys, a scale forgotten."""
+    monkeypatch.setattr(kernels.CausalProducts, "BLOCK", 7)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, tokens, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    fast, slow = kernels.attend_in_products(q, k, v, None, True, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert (fast - slow).abs().max() < 1e-12
+    weight = torch.randn(2, 3, tokens, 5, dtype=torch.float64)
+    for ours, theirs in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (fast, slow))):
+        assert (ours - theirs).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("rows", [1, 7, 46, 1000])
 def test_head_loss_equals_the_plain_one(rows, monkeypatch):
     """Guards value and gradients: a chunk left out, targets of -1 counted, or a mean over chunks instead of tokens."""
