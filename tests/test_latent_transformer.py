@@ -15,6 +15,7 @@ import train
 from data.pairs import prepare
 from generate import BlockSampling, Continuation, Sampling
 from latent.latent_transformer import LatentTransformer, LatentTransformerConfig
+from trainer import exact_pairs
 
 TINY = dict(
     vocab_size=19, block_size=24, target_size=8, latent_factor=4, n_layer=2, n_decoder_layer=1, n_head=2, n_embd=12,
@@ -438,7 +439,7 @@ def test_plain_models_learn_pairs_too(few_pairs, tmp_path):
     assert summary["val_tokens"] == sum(len(a) + 1 for _, a in train.dataloader.open_data(few_pairs, 24).questions("val", 99))
     data, model = train.dataloader.open_data(few_pairs, 24), checkpoint.load_run(out, "last")[0]
     seen = SimpleNamespace(questions=lambda *_: data.questions("train", 99), block_size=24, meta=data.meta)
-    assert train.exact_pairs(model, seen) == (1.0, len(list(data.questions("train", 99))))
+    assert exact_pairs(model, seen) == (1.0, len(list(data.questions("train", 99))))
 
 
 def test_continues_text(tiny_data, tmp_path, capsys):

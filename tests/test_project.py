@@ -15,9 +15,9 @@ import pytest
 
 import checkpoint
 import configurator
-import train
 from conftest import HOW_TO_INSTALL, ROOT
 from latent import huggingface
+from trainer import TrainConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
 # layers: a module may import those of lower ones
@@ -66,7 +66,7 @@ def test_every_config_file_builds_its_model(path):
     import torch
 
     parsed = configurator.configure(
-        [str(path)], [train.TrainConfig], positional="[CONFIG]", choose=("model", checkpoint.CONFIGS)
+        [str(path)], [TrainConfig], positional="[CONFIG]", choose=("model", checkpoint.CONFIGS)
     )
     config, model_config = parsed.sections
     if getattr(
@@ -109,7 +109,7 @@ def test_stdlib_pairs_have_one_size():
     sizes = []
     for path in sorted((ROOT / "config" / "stdlib").glob("*.py")):
         parsed = configurator.configure(
-            [str(path)], [train.TrainConfig], positional="[CONFIG]", choose=("model", checkpoint.CONFIGS)
+            [str(path)], [TrainConfig], positional="[CONFIG]", choose=("model", checkpoint.CONFIGS)
         )
         if path.stem != "common":
             sizes.append(checkpoint.build(parsed.sections[0].model, parsed.sections[1]).get_num_params())

@@ -24,6 +24,7 @@ import train
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from conftest import ROOT, make_model, write_tokens
 from model import Block, DecoderBlock
+from trainer import TrainConfig, Trainer, evaluate_all, learning_rate, make_optimizer
 
 TINY = {
     "encoder_decoder": "--n_encoder_layer=1 --n_decoder_layer=1 --n_head=2 --n_cross_head=2 --n_embd=16 --block_size=32",
@@ -113,17 +114,17 @@ def test_accumulation_does_not_change_the_result(tiny_data, tmp_path):
 
 def test_schedule():
     """Guards the learning rate: linear warm-up, cosine to min_lr at lr_decay_iters, constant after; nearly constant if that is far."""
-    config = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=100, lr_decay_iters=60)
-    assert [train.learning_rate(config, s) for s in (0, 4, 9)] == [1 / 11, 5 / 11, 10 / 11]
-    assert train.learning_rate(config, 10) == 1.0 and abs(train.learning_rate(config, 35) - 0.55) < 1e-12
-    assert abs(train.learning_rate(config, 60) - 0.1) < 1e-12 and train.learning_rate(config, 99) == 0.1
-    published = train.TrainConfig(learning_rate=9e-4, min_lr=9e-5, warmup_iters=300, max_iters=9000, lr_decay_iters=700000)
-    assert train.learning_rate(published, 8999) > 0.9995 * 9e-4
+    config = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=100, lr_decay_iters=60)
+    assert [learning_rate(config, s) for s in (0, 4, 9)] == [1 / 11, 5 / 11, 10 / 11]
+    assert learning_rate(config, 10) == 1.0 and abs(learning_rate(config, 35) - 0.55) < 1e-12
+    assert abs(learning_rate(config, 60) - 0.1) < 1e-12 and learning_rate(config, 99) == 0.1
+    published = TrainConfig(learning_rate=9e-4, min_lr=9e-5, warmup_iters=300, max_iters=9000, lr_decay_iters=700000)
+    assert learning_rate(published, 8999) > 0.9995 * 9e-4
 
 
 def test_weight_decay_spares_gains_and_biases():
     model = make_model("encoder_decoder", {"bias": True, "embedding_loss": "mse"})
-    decayed, spared = train.make_optimizer(model, train.TrainConfig(), torch.device("cpu")).param_groups
+    decayed, spared = make_optimizer(model, TrainConfig(), torch.device("cpu")).param_groups
     assert decayed["weight_decay"] == 0.1 and all(p.dim() >= 2 for p in decayed["params"])
     assert spared["weight_decay"] == 0.0 and all(p.dim() == 1 for p in spared["params"])
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
@@ -237,7 +238,7 @@ def test_full_loss_is_exact_at_any_batch_size(tiny_data, name):
     machine = runtime.start("cpu", "float64", "off")
     losses = []
     for rows in (1, 7, 64):
-        total, count = train.evaluate_all(model, data, "val", rows, machine)
+        total, count = evaluate_all(model, data, "val", rows, machine)
         losses.append((total / count).item())
         assert count == 3000
     assert np.ptp(losses) < 1e-9
@@ -250,7 +251,7 @@ def test_full_loss_is_exact_at_any_batch_size(tiny_data, name):
     log_p = torch.cat([model(val[None, i : i + 32])[0].log_softmax(-1)[0] for i in (0, 32, 64, 96)])
     part = -sum(log_p[i, val[i + 1]] for i in range(100))
     for rows in (1, 3):
-        total, count = train.evaluate_all(model, data, "val", rows, machine, first_targets=100)
+        total, count = evaluate_all(model, data, "val", rows, machine, first_targets=100)
         assert count == 100 and abs(total - part) < 1e-9
 
 
@@ -263,7 +264,7 @@ def test_summary_does_not_depend_on_batch_size(tiny_data, tmp_path):
 def test_estimates_use_the_same_windows_every_time(tiny_data):
     data = dataloader.TokenData(tiny_data, 32)
     assert np.array_equal(data.eval_starts("val", 8), dataloader.TokenData(tiny_data, 32).eval_starts("val", 8))
-    trainer = train.Trainer(train.TrainConfig(batch_size=3, eval_iters=2), make_model("decoder_only", {}, vocab_size=256, block_size=32),
+    trainer = Trainer(TrainConfig(batch_size=3, eval_iters=2), make_model("decoder_only", {}, vocab_size=256, block_size=32),
                             data, runtime.start("cpu", "float64", "off"))  # fmt: skip
     x, y = data.gather("val", data.eval_starts("val", 6))
     assert abs(trainer.estimate("val") - trainer.raw_model(x, y)[1]["token"].item()) < 1e-12
@@ -273,9 +274,9 @@ def test_estimates_use_the_same_windows_every_time(tiny_data):
 # micro-batches and memory
 
 
-def make_trainer(data: Path, model: torch.nn.Module, world: int = 1, rank: int = 0, **settings) -> train.Trainer:
+def make_trainer(data: Path, model: torch.nn.Module, world: int = 1, rank: int = 0, **settings) -> Trainer:
     machine = runtime.Runtime(torch.device("cpu"), torch.float64, False, "", rank, 1)
-    trainer = train.Trainer(train.TrainConfig(**settings), model, dataloader.TokenData(data, model.config.block_size), machine)
+    trainer = Trainer(TrainConfig(**settings), model, dataloader.TokenData(data, model.config.block_size), machine)
     trainer.machine = runtime.Runtime(torch.device("cpu"), torch.float64, False, "", rank, world)
     return trainer
 
@@ -397,11 +398,11 @@ def test_micro_batch_size_through_the_front_door(tiny_data, tmp_path, capsys, re
     run(tiny_data, out, *REFERENCE, "--micro_batch_size=auto", "--lr_decay_iters=6", "--resume", "--activation_checkpointing")
     assert "micro_batch_size=auto: 2 of the 8 sequences" in capsys.readouterr().out
     with pytest.raises(ValueError, match="micro_batch_size=0"):
-        train.TrainConfig(micro_batch_size=0)
+        TrainConfig(micro_batch_size=0)
     machine = runtime.Runtime(torch.device("cpu"), torch.float32, False, "", rank=0, world_size=2)
     with pytest.raises(ValueError, match="the 15 sequences of a step cannot be shared by 2 processes"):
-        config = train.TrainConfig(batch_size=5, gradient_accumulation_steps=3, micro_batch_size=1)
-        train.Trainer(config, make_model("decoder_only", {}), None, machine)
+        config = TrainConfig(batch_size=5, gradient_accumulation_steps=3, micro_batch_size=1)
+        Trainer(config, make_model("decoder_only", {}), None, machine)
 
 
 def latent_model(name: str) -> torch.nn.Module:
@@ -487,7 +488,7 @@ def test_two_processes_equal_one(tiny_data, tmp_path, model):
 def test_accumulation_must_be_divisible_by_processes(tiny_data):
     machine = runtime.Runtime(torch.device("cpu"), torch.float32, False, "", rank=0, world_size=2)
     with pytest.raises(ValueError, match="gradient_accumulation_steps=3 cannot be shared by 2 processes"):
-        train.Trainer(train.TrainConfig(gradient_accumulation_steps=3), make_model("decoder_only", {}), None, machine)
+        Trainer(TrainConfig(gradient_accumulation_steps=3), make_model("decoder_only", {}), None, machine)
 
 
 def test_weights_stay_tied_through_everything(tiny_data, tmp_path):

@@ -1,0 +1,385 @@
+"""
+The parts of training: its settings, what a step does, how large a micro-batch fits, and what the model's losses are. train.py puts
+them into a loop.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import dataloader
+import generate
+import runtime
+from model import require
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # what to train on what
+    model: str = "encoder_decoder"  # a name in the registry of checkpoint.py
+    dataset: str = "stdlib"  # data/<dataset>/, or a path to a folder with train.bin, val.bin and meta.json
+    out_dir: str | None = None  # run directory; none: out/ and the config file's path below config/
+    resume: bool = False  # go on from out_dir/last
+    overwrite: bool = False  # start again although out_dir holds a run
+    init_from: str | None = None  # start from the weights of another run directory, or of a nanoGPT ckpt.pt
+    seed: int = 1337  # of the weights, the order of the data, and dropout
+    # length and batch
+    max_iters: int = 2000  # optimizer steps
+    batch_size: int = 16  # sequences; this many times gradient_accumulation_steps are a step, over all processes together
+    gradient_accumulation_steps: int = 1  # see batch_size
+    # AdamW and its schedule
+    learning_rate: float = 2e-3  # after warm-up
+    min_lr: float | None = None  # at lr_decay_iters and after; none: learning_rate / 10
+    warmup_iters: int = 100  # steps of linear warm-up
+    lr_decay_iters: int | None = None  # step at which the cosine ends; none: max_iters
+    decay_lr: bool = True  # false: constant after warm-up
+    weight_decay: float = 0.1  # on tensors with two or more dimensions
+    beta1: float = 0.9  # decay of AdamW's first moment
+    beta2: float = 0.95  # decay of AdamW's second moment
+    grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
+    # evaluation and logging
+    eval_interval: int = 250  # steps between evaluations; each writes the last/ checkpoint
+    eval_iters: int = 20  # batches of an evaluation, the same windows every time and in every run
+    final_eval_tokens: int | None = None  # validation tokens that the final evaluation predicts; none: the whole file
+    log_interval: int = 10  # steps between progress lines
+    eval_sample_tokens: int = 0  # length of a sample printed at evaluations; 0: none
+    eval_sample_prompt: str = "\n"  # what that sample begins with
+    wandb: Literal["off", "online", "offline"] = "off"  # log to Weights & Biases as well
+    wandb_project: str = "encoder-decoder-lm"  # project there
+    wandb_run_name: str | None = None  # name there; none: the name of out_dir
+    # machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products; weights stay float32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
+    micro_batch_size: int | Literal["auto"] | None = None  # sequences at a time; none: batch_size; auto: what a GPU holds
+    activation_checkpointing: bool = False  # compute blocks again for their gradients: slower, with far less memory
+
+    def __post_init__(self):
+        for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "final_eval_tokens"):
+            require(getattr(self, key) is None or getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
+        require(
+            self.micro_batch_size in (None, "auto") or self.micro_batch_size >= 1,
+            f"micro_batch_size={self.micro_batch_size}: at least 1 is needed, or none, or auto",
+        )
+        for key in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "eval_sample_tokens", "seed"):
+            require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
+        require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
+        require(
+            0 <= self.lowest_lr <= self.learning_rate,
+            f"min_lr={self.min_lr} must lie between 0 and learning_rate={self.learning_rate}",
+        )
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"{key}={getattr(self, key)} must lie in [0, 1)")
+        require(
+            self.lr_decay_iters is None or self.lr_decay_iters > self.warmup_iters,
+            f"lr_decay_iters={self.lr_decay_iters} must be beyond warmup_iters={self.warmup_iters}",
+        )
+        require(not (self.resume and self.overwrite), "resume and overwrite exclude each other: choose one")
+        require(not (self.resume and self.init_from), "resume and init_from exclude each other: a resumed run has weights")
+
+    @property
+    def lowest_lr(self) -> float:
+        return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+
+FULL_EVAL_TOKENS = 8192  # in a batch of the full evaluation: fixed, so that its sum is the same whatever batch_size is
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the parts of a step
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rate of step 0, 1, ...: linear warm-up, then a cosine from learning_rate to lowest_lr, then constant."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return config.learning_rate
+    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    if step > end:
+        return config.lowest_lr
+    progress = (step - config.warmup_iters) / max(1, end - config.warmup_iters)
+    return config.lowest_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.lowest_lr)
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """
+    AdamW that decays matrices and embeddings but no gains and biases; fused where torch has such a kernel. What a model names
+    as its backbone, which has a learning rate of its own, is in groups of its own.
+    """
+    backbone = {p for _, p in model.named_backbone_parameters()} if hasattr(model, "named_backbone_parameters") else set()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if (p.dim() >= 2) == decayed and (p in backbone) == own_rate],
+         "weight_decay": config.weight_decay if decayed else 0.0, "backbone": own_rate}
+        for own_rate in ((False, True) if backbone else (False,))
+        for decayed in (True, False)
+    ]  # fmt: skip
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=device.type in ("cuda", "cpu"))
+
+
+class Trainer:
+    """A model, its optimizer and the data they see. `step` counts finished updates."""
+
+    def __init__(self, config: TrainConfig, raw_model: torch.nn.Module, data: dataloader.TokenData, machine: runtime.Runtime):
+        self.sequences = config.batch_size * config.gradient_accumulation_steps  # of a step
+        if config.micro_batch_size is None and config.gradient_accumulation_steps % machine.world_size:
+            raise ValueError(
+                f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared by {machine.world_size} "
+                f"processes; choose a multiple of {machine.world_size} (and a smaller batch_size to keep the tokens per step)"
+            )
+        if self.sequences % machine.world_size:
+            raise ValueError(
+                f"the {self.sequences} sequences of a step cannot be shared by {machine.world_size} processes; choose a "
+                f"batch_size or gradient_accumulation_steps that is a multiple of {machine.world_size}"
+            )
+        self.micro_batch_size = config.batch_size if config.micro_batch_size in (None, "auto") else config.micro_batch_size
+        self.config, self.raw_model, self.data, self.machine = config, raw_model, data, machine
+        self.train_data = data  # what update() draws from; a model may put something else made of it here
+        self.optimizer = make_optimizer(raw_model, config, machine.device)
+        # float16 gradients underflow unless the loss is scaled up; for all other types this does nothing
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+        # dynamic=False: another shape (the last evaluation batch, a sample) compiles once more instead of to slower code
+        self.model = torch.compile(raw_model, dynamic=False) if machine.compile else raw_model
+        self.train_model = self.model
+        if machine.world_size > 1:
+            ids = [machine.device.index] if machine.device.type == "cuda" else None
+            self.train_model = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+        self.step = 0
+        self.ahead = (None, None)  # a micro-batch loaded before it is needed: which one, and its tokens
+        self.full_rows = max(1, FULL_EVAL_TOKENS // data.block_size)
+
+    def load_batch(self, split: str, starts, data=None) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = (data or self.data).gather(split, starts)
+        if self.machine.device.type == "cuda":  # from pinned memory the copy overlaps with what the GPU is doing
+            return tuple(t.pin_memory().to(self.machine.device, non_blocking=True) for t in (x, y))
+        return x.to(self.machine.device), y.to(self.machine.device)
+
+    def micro_batches(self, size: int) -> list[tuple[int, int, int]]:
+        """
+        (number in the step, first sequence, sequences) of each micro-batch of this process: rounds in which every process takes
+        `size` sequences, the last one shared evenly where it is smaller.
+        """
+        world, found, first = self.machine.world_size, [], 0
+        while first < self.sequences:
+            count = min(size, (self.sequences - first) // world)
+            found.append((len(found) * world + self.machine.rank, first + self.machine.rank * count, count))
+            first += world * count
+        return found
+
+    def load_micro_batch(self, step: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.ahead[0] == (step, first, count):
+            return self.ahead[1]
+        starts = self.train_data.batch_starts(self.config.seed, step, self.sequences)
+        return self.load_batch("train", starts[first : first + count], self.train_data)
+
+    def gradients(self, size: int) -> dict[str, torch.Tensor]:
+        """Gradients of the next step, in micro-batches of `size` sequences. Returns the losses as update() does."""
+        config, machine = self.config, self.machine
+        mine, share = self.micro_batches(size), self.sequences // machine.world_size
+        sums: dict[str, torch.Tensor] = {}
+        self.train_model.train()
+        for i, (number, first, count) in enumerate(mine):
+            x, y = self.load_micro_batch(self.step, first, count)
+            runtime.seed_everything(config.seed, self.step, number)
+            if machine.world_size > 1:  # exchange gradients once a step, not once a micro-batch
+                self.train_model.require_backward_grad_sync = i == len(mine) - 1
+            with machine.autocast():
+                _, losses = self.train_model(x, y)
+            # a sequence counts the same in whatever micro-batch; DDP averages over processes, so it is one of this process's share
+            self.scaler.scale(losses["total"] / (share / count)).backward()
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + loss.detach() / (self.sequences / count)
+            # the device still works on all that; meanwhile the host loads what comes next
+            upcoming = (self.step, *mine[i + 1][1:]) if i + 1 < len(mine) else (self.step + 1, *mine[0][1:])
+            self.ahead = (upcoming, self.load_micro_batch(*upcoming))
+        return sums
+
+    def update(self) -> dict[str, torch.Tensor]:
+        """One optimizer step. Returns the losses by name, each this process's share of the mean over the step."""
+        config, machine = self.config, self.machine
+        rate = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * (self.raw_model.backbone_rate(self.step) if group["backbone"] else 1.0)
+        if config.micro_batch_size == "auto" and machine.world_size == 1:  # one of several cannot repeat a step alone
+            sums = self.if_it_fits(self.gradients, self.micro_batch_size)
+            while sums is None:
+                self.micro_batch_size = self.smaller(self.micro_batch_size)
+                print(f"note: out of memory in step {self.step}: again with micro_batch_size={self.micro_batch_size}", flush=True)
+                sums = self.if_it_fits(self.gradients, self.micro_batch_size)
+        else:
+            sums = self.gradients(self.micro_batch_size)
+        if config.grad_clip > 0:
+            self.scaler.unscale_(self.optimizer)
+            moving = [p for group in self.optimizer.param_groups if group["lr"] > 0 for p in group["params"]]
+            sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(moving, config.grad_clip) / machine.world_size
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if hasattr(self.raw_model, "after_step"):
+            self.raw_model.after_step()
+        self.step += 1
+        return sums
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # micro-batches as large as memory allows
+
+    def if_it_fits(self, work: Callable[[int], dict], size: int) -> dict | None:
+        """work(size), or None if it ran out of memory: then nothing has changed, neither gradients nor collected statistics."""
+        before = [buffer.clone() for buffer in self.raw_model.buffers()]
+        try:
+            return work(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # behind the except clause, because the exception holds all that the failed pass had allocated
+        self.ahead = (None, None)
+        self.forget(before)
+        return None
+
+    @torch.no_grad()
+    def forget(self, buffers: list[torch.Tensor]) -> None:
+        """Drop the gradients and give the model back its buffers as they were."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, value in zip(self.raw_model.buffers(), buffers):
+            buffer.copy_(value)
+        if self.machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # what did not fit, or was only tried, is no peak of the run
+
+    def smaller(self, size: int) -> int:
+        """The largest divisor of this process's share of a step that is at most half of `size`: equal shapes compile once."""
+        share = self.sequences // self.machine.world_size
+        return max(n for n in range(1, max(size // 2, 1) + 1) if share % n == 0)
+
+    def probe(self, size: int) -> dict[str, torch.Tensor]:
+        """
+        Forward and backward of the first `size` sequences that will be trained on, beside as much memory as gradients of other
+        micro-batches, the optimizer and the exchange between processes will take. Not compiled, or every size would be.
+        """
+        copies = 1 + (0 if self.optimizer.state else 2) + (self.machine.world_size > 1)
+        reserved = [torch.empty_like(p) for p in self.raw_model.parameters() if p.requires_grad for _ in range(copies)]
+        runtime.seed_everything(self.config.seed)
+        x, y = self.load_micro_batch(self.step, 0, size)
+        self.raw_model.train()
+        with self.machine.autocast():
+            _, losses = self.raw_model(x, y)
+        self.scaler.scale(losses["total"]).backward()
+        del reserved
+        return losses
+
+    def find_micro_batch_size(self) -> None:
+        """Set micro_batch_size to the first that fits, halved from the whole step down; all processes take the smallest found."""
+        size = self.sequences // self.machine.world_size
+        before = [buffer.clone() for buffer in self.raw_model.buffers()]
+        while self.if_it_fits(self.probe, size) is None:
+            size = self.smaller(size)
+        self.forget(before)
+        if self.machine.world_size > 1:
+            sizes = torch.zeros(self.machine.world_size, device=self.machine.device)
+            sizes[self.machine.rank] = size
+            size = int(self.machine.sum_over_processes(sizes).min())
+        self.micro_batch_size = size
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # evaluation: its own windows, no dropout, no random numbers, so that it leaves no trace in the run
+
+    def eval_batches(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This process's share of the fixed evaluation windows of a split."""
+        config, machine = self.config, self.machine
+        starts = self.data.eval_starts(split, config.batch_size * config.eval_iters)
+        for i in range(machine.rank, config.eval_iters, machine.world_size):
+            yield self.load_batch(split, starts[i * config.batch_size : (i + 1) * config.batch_size])
+
+    @torch.no_grad()
+    def estimate(self, split: str) -> float:
+        """Mean loss, nats per token, over the evaluation windows of a split."""
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64)
+        for x, y in self.eval_batches(split):
+            with self.machine.autocast():
+                total += self.model(x, y)[1]["token"].double().cpu()
+        return self.sum_up(total).item() / self.config.eval_iters
+
+    def final_loss(self) -> tuple[float, int]:
+        """Mean loss, nats per token, over the validation file, and the number of tokens. Every process does its share."""
+        rows, first = self.full_rows, self.config.final_eval_tokens
+        total, count = evaluate_all(self.model, self.data, "val", rows, self.machine, first)
+        count = self.sum_up(count)
+        return (self.sum_up(total) / count).item(), int(count)
+
+    def measure(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float | int | list]:
+        """What the model says of itself on batches (x, y), this process's share of them; nothing if it has nothing to say."""
+        if not hasattr(self.raw_model, "measure"):
+            return {}
+        self.raw_model.eval()
+        # a process may get no batch at all, but has to sum up as many numbers as the others: begin with one in which nothing counts
+        nothing = torch.zeros(1, self.data.block_size, dtype=torch.int64)
+        sums: dict[str, torch.Tensor] = {}
+        for x, y in itertools.chain([(nothing, nothing - 1)], batches):
+            with self.machine.autocast():
+                part = self.raw_model.measure(x.to(self.machine.device), y.to(self.machine.device))
+            sums = {name: sums.get(name, 0) + value for name, value in part.items()}
+        return self.raw_model.summarize({name: self.sum_up(value) for name, value in sums.items()})
+
+    def sum_up(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum over processes, on the CPU."""
+        if self.machine.world_size == 1:
+            return value.cpu()
+        return self.machine.sum_over_processes(value.to(self.machine.device)).cpu()  # NCCL wants it on the GPU
+
+
+@torch.no_grad()
+def evaluate_all(
+    model: torch.nn.Module,
+    data: dataloader.TokenData,
+    split: str,
+    rows: int,
+    machine: runtime.Runtime,
+    first_targets: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    (sum of token losses in nats, number of tokens), float64 scalars, over this process's share of a whole split, which is
+    read in fixed order in windows of block_size. Weighted by tokens, so the number of rows at a time does not matter.
+    """
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for x, y in data.full_windows(split, rows, machine.rank, machine.world_size, first_targets):
+        x, y = x.to(machine.device), y.to(machine.device)
+        with machine.autocast():
+            mean = model(x, y)[1]["token"]
+        tokens = (y >= 0).sum().cpu()
+        total += mean.double().cpu() * tokens
+        count += tokens
+    return total, count
+
+
+EXACT_PAIRS = 1000  # unseen pairs to answer after training
+
+
+def exact_pairs(model: torch.nn.Module, data: dataloader.PairData, count: int = EXACT_PAIRS) -> tuple[float, int]:
+    """
+    The share of the first `count` validation pairs that the model answers exactly, greedily, its end included; and how many
+    there were.
+    """
+    model.eval()
+    by_length: dict[int, list[tuple[list[int], list[int]]]] = {}  # prompts sampled together have one length
+    for question, answer in data.questions("val", count):
+        by_length.setdefault(len(question), []).append((question, answer))
+    right, total = 0, 0
+    for pairs in by_length.values():
+        room = data.block_size + 1 - len(pairs[0][0])  # for the longest answer and its end
+        for first in range(0, len(pairs), 100):
+            some = pairs[first : first + 100]
+            samples = [generate.Continuation(question, room, eos=data.meta["end"]) for question, _ in some]
+            for _ in generate.sample_together(model, samples, generate.Sampling(0.0)):
+                pass
+            right += sum(sample.output == answer and sample.reason == "eos" for sample, (_, answer) in zip(samples, some))
+        total += len(pairs)
+    return right / total, total
