@@ -1,7 +1,11 @@
 """The text autoencoder: what its codes and logits may depend on, its statistics, and a whole run of it through the scripts."""
 
+import copy
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ import checkpoint
 import compare
 import sample
 import train
-from conftest import write_tokens
+from conftest import ROOT, write_tokens
 from latent.autoencoder import Autoencoder, AutoencoderConfig
 
 TINY = dict(vocab_size=31, block_size=16, latent_factor=4, n_encoder_layer=2, n_decoder_layer=2, n_head=2, n_embd=12,
@@ -250,6 +254,29 @@ def test_bfloat16_leaves_codebooks_alone():
     assert abs(a - model(idx, idx)[1]["token"]) < 0.1 * a
 
 
+@pytest.mark.parametrize("options", OPTIONS[::2], ids=IDS[::2])
+def test_compiles_without_graph_breaks(options):
+    """Guards compile=on: one graph before and after k-means, with the losses, gradients and statistics of the plain model."""
+    torch._dynamo.reset()
+    model, idx = make(**options, n_encoder_layer=1, n_decoder_layer=1).train(), tokens(32, 16)
+    other = copy.deepcopy(model)
+    compiled, quantized = torch.compile(other, fullgraph=True, backend="aot_eager"), []
+    for step in range(8):
+        expected, found = model(idx, idx)[1], compiled(idx, idx)[1]
+        assert found.keys() == expected.keys()
+        assert all(abs(found[name] - expected[name]) < 1e-10 for name in found), step
+        quantized.append(expected["commitment"] > 0)
+        for one, losses in ((model, expected), (other, found)):
+            one.zero_grad()
+            losses["total"].backward()
+            one.after_step()
+    assert quantized[-1] and quantized[0] == (options.get("codebook_kind") == "simvq")
+    for (name, a), b in zip(model.named_parameters(), other.parameters()):
+        assert (a.grad - b.grad).abs().max() < 1e-9, name
+    for (name, a), b in zip(model.named_buffers(), other.buffers()):
+        assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-9), name
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # measures
 
@@ -382,6 +409,29 @@ def test_resume_equals_an_unbroken_run(tiny_data, tmp_path):
     summaries = [json.loads((out / "summary.json").read_text()) for out in (halves, full)]
     for key in ("val_loss", "token_accuracy", "code_perplexity", "accuracy_by_depth", "residual_by_depth"):
         assert summaries[0][key] == summaries[1][key]
+
+
+def test_two_processes_train_one_autoencoder(tiny_data, tmp_path):
+    """
+    Guards DDP: until k-means two gloo processes give one's losses. After it they share one codebook: each evaluates half of the
+    windows with its own, and the sum is what one process finds with the checkpoint, which holds that of rank 0.
+    """
+    more = ("--gradient_accumulation_steps=2", "--learning_rate=1e-2", "--final_eval_tokens=1280", "--max_iters=12")
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = [str(ROOT / "train.py"), f"--dataset={tiny_data}", f"--out_dir={two}", *SHORT.split(), *more]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    run(tiny_data, one, *more)
+    steps = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, two)]
+    before = [(a, b) for a, b in zip(*steps) if a["kind"] == "train" and a["commitment_loss"] == 0]
+    assert len(before) > 1 and all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in before)
+    together = json.loads((two / "summary.json").read_text())
+    alone = run(tiny_data, two, *more, "--resume")  # nothing is left to do but the evaluation
+    assert state(two)["quantizer.codebook.steps"] > 3 and (together["world_size"], alone["world_size"]) == (2, 1)
+    assert abs(together["val_loss"] - alone["val_loss"]) < 1e-6 and together["code_usage"] == alone["code_usage"]
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
