@@ -311,8 +311,12 @@ def test_measures_add_up_and_are_what_they_say(options):
         assert abs(report["accuracy_by_depth"][depth - 1] - cut[mask].double().mean()) < 1e-12
         used = codes[..., depth - 1].flatten()
         assert report["code_usage"][depth - 1] == len(used[used >= 0].unique()) / 8
-    assert report["code_bits_per_token"] == 3 * 3 / S and report["residual_by_depth"][0] == 1.0
-    assert all(b >= 0 for b in report["residual_by_depth"]) and len(report["residual_by_depth"]) == 4
+    shares = [codes[mask[:, ::S]][:, level].bincount() / mask[:, ::S].sum() for level in range(3)]
+    bits = sum(-(p * p.clamp(min=1e-9).log2()).sum() for p in shares)
+    assert report["code_bits_per_token"] == 3 * 3 / S and abs(report["code_entropy_per_token"] - bits / S) < 1e-5
+    latents = torch.cat([model.compress(idx[row : row + 1, :length], None)[0][0] for row, length in enumerate(lengths)])
+    lengths_by_depth = [r.pow(2).sum().sqrt() for r in model.quantizer.lookup(latents.detach(), model.quantizer.vectors())[1]]
+    assert np.allclose(report["residual_by_depth"], [length / lengths_by_depth[0] for length in lengths_by_depth], rtol=1e-9)
 
 
 def test_a_collapsed_codebook_is_reported():
@@ -478,6 +482,12 @@ def test_settings_that_cannot_work(options, message):
     """Guards clear lines: each names the key, its value and what is allowed."""
     with pytest.raises(ValueError, match=message):
         AutoencoderConfig(**(TINY | options))
+
+
+def test_slow_averages_are_searched_less_often():
+    """Guards codebook_decay: a code is not restarted before its averages have forgotten what they began with."""
+    for decay, steps in ((0.5, 100), (0.99, 100), (0.999, 1000)):
+        assert AutoencoderConfig(codebook_decay=decay).quantizer_config().restart_interval == steps
 
 
 def test_backbones_that_do_not_fit(by_heart, tiny_data, tmp_path):
