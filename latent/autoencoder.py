@@ -54,7 +54,7 @@ class AutoencoderConfig:
     codebook_decay: float = 0.99  # ema: weight of the past in the moving averages, per step
     quantize_after: int = 300  # ema: steps of training without codes before k-means makes the codebooks
     # initial weights from elsewhere
-    backbone: str | None = None  # run directory of an encoder_decoder: its encoder; or hf:NAME_OR_PATH: see latent/huggingface.py
+    backbone: str | None = None  # run directory of an encoder_decoder; or hf:NAME_OR_PATH: latent/huggingface.py
     backbone_config: str | None = None  # of hf:NAME_OR_PATH, what it is, as JSON; train.py takes it from there
     freeze_backbone_iters: int = 0  # steps in which they stay as they are; gradients flow through them
     backbone_lr_scale: float = 0.1  # learning rate of the backbone after that, relative to the others'
@@ -76,7 +76,10 @@ class AutoencoderConfig:
             self.pretrained is None or self.position == "rope",
             f"position={self.position}: backbone={self.backbone} has positions of its own; leave position out",
         )
-        require(self.pretrained is not None or self.backbone_config is None, "backbone_config belongs to backbone=hf:...; leave it out")
+        require(
+            self.pretrained is not None or self.backbone_config is None,
+            "backbone_config belongs to backbone=hf:...; leave it out",
+        )
         doublings(self.latent_factor)
         require(
             self.block_size % self.latent_factor == 0,
@@ -132,7 +135,7 @@ class Autoencoder(CausalModel):
         self.n_layer_cache = config.n_encoder_layer + config.n_decoder_layer
         block, own_blocks = (C, config.n_head, config.bias, config.dropout), config.pretrained is None
         self.head_widths = {C // config.n_head} if own_blocks else set()
-        self.trunk = None if own_blocks else PretrainedTrunk(config.backbone_config, config.dropout)  # in the place of all blocks
+        self.trunk = None if own_blocks else PretrainedTrunk(config.backbone_config, config.dropout)  # for all blocks
         self.wte = nn.Embedding(config.vocab_size, C) if own_blocks else self.trunk.take_embeddings()  # also the output layer
         self.wpe = nn.Embedding(config.block_size, C) if learned else None
         self.dropout = nn.Dropout(config.dropout)

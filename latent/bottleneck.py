@@ -23,7 +23,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from latent.quantize import QuantizerConfig, ResidualQuantizer, require
+from latent.quantize import QuantizerConfig, ResidualQuantizer
+from model import require
 
 KINDS = ("vq", "rq", "dvq", "gumbel", "semhash")
 NOISE_OF_HASHING = 0.5  # standard deviation of n, as in tensor2tensor

@@ -28,8 +28,9 @@ import torch
 import torch.nn as nn
 
 from kernels import rotary_angles
-from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer, require
+from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer
 from latent.resample import CausalDownsample
+from model import require
 
 Losses = dict[str, torch.Tensor]
 

@@ -35,6 +35,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 
+from model import require
+
 
 @dataclass(frozen=True)
 class QuantizerConfig:
@@ -83,12 +85,6 @@ class QuantizerConfig:
         """Factors of the named losses of a forward pass in the total."""
         codebook = {"codebook": 1.0} if self.kind == "simvq" else {}
         return {"commitment": self.commitment_weight} | codebook
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) for a setting that cannot work."""
-    if not condition:
-        raise ValueError(message)
 
 
 class Quantized(NamedTuple):
@@ -462,11 +458,7 @@ def rotate_to(target: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 
 
 class CodeUsage:
-    """
-    Counts codes over a whole evaluation pass: usage and perplexity of single batches are capped by their size and too low.
-
-        usage = CodeUsage(config);  usage.add(codes) for every batch;  usage.sum_over_processes();  usage.report()
-    """
+    """Counts codes over a whole evaluation pass: usage and perplexity of single batches are capped by their size and too low."""
 
     def __init__(self, config: QuantizerConfig):
         self.counts = torch.zeros(config.codebook_levels, config.codebook_size, dtype=torch.int64)  # (D, K)
@@ -476,10 +468,6 @@ class CodeUsage:
         self.counts = self.counts.to(codes.device)
         for level, code in enumerate(codes.flatten(0, -2).unbind(-1)):
             self.counts[level] += torch.bincount(code[code >= 0], minlength=self.counts.size(1))
-
-    def sum_over_processes(self) -> None:
-        if distributed():
-            dist.all_reduce(self.counts)
 
     def report(self) -> dict[str, int | float | list[float]]:
         """

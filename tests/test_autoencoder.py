@@ -1,7 +1,11 @@
 """The text autoencoder: what its codes and logits may depend on, its statistics, and a whole run of it through the scripts."""
 
+import copy
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ import checkpoint
 import compare
 import sample
 import train
-from conftest import write_tokens
+from conftest import ROOT, write_tokens
 from latent.autoencoder import Autoencoder, AutoencoderConfig
 
 TINY = dict(vocab_size=31, block_size=16, latent_factor=4, n_encoder_layer=2, n_decoder_layer=2, n_head=2, n_embd=12,
@@ -250,6 +254,29 @@ def test_bfloat16_leaves_codebooks_alone():
     assert abs(a - model(idx, idx)[1]["token"]) < 0.1 * a
 
 
+@pytest.mark.parametrize("options", OPTIONS[::2], ids=IDS[::2])
+def test_compiles_without_graph_breaks(options):
+    """Guards compile=on: one graph before and after k-means, with the losses, gradients and statistics of the plain model."""
+    torch._dynamo.reset()
+    model, idx = make(**options, n_encoder_layer=1, n_decoder_layer=1).train(), tokens(32, 16)
+    other = copy.deepcopy(model)
+    compiled, quantized = torch.compile(other, fullgraph=True, backend="aot_eager"), []
+    for step in range(8):
+        expected, found = model(idx, idx)[1], compiled(idx, idx)[1]
+        assert found.keys() == expected.keys()
+        assert all(abs(found[name] - expected[name]) < 1e-10 for name in found), step
+        quantized.append(expected["commitment"] > 0)
+        for one, losses in ((model, expected), (other, found)):
+            one.zero_grad()
+            losses["total"].backward()
+            one.after_step()
+    assert quantized[-1] and quantized[0] == (options.get("codebook_kind") == "simvq")
+    for (name, a), b in zip(model.named_parameters(), other.parameters()):
+        assert (a.grad - b.grad).abs().max() < 1e-9, name
+    for (name, a), b in zip(model.named_buffers(), other.buffers()):
+        assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-9), name
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # measures
 
@@ -284,8 +311,12 @@ def test_measures_add_up_and_are_what_they_say(options):
         assert abs(report["accuracy_by_depth"][depth - 1] - cut[mask].double().mean()) < 1e-12
         used = codes[..., depth - 1].flatten()
         assert report["code_usage"][depth - 1] == len(used[used >= 0].unique()) / 8
-    assert report["code_bits_per_token"] == 3 * 3 / S and report["residual_by_depth"][0] == 1.0
-    assert all(b >= 0 for b in report["residual_by_depth"]) and len(report["residual_by_depth"]) == 4
+    shares = [codes[mask[:, ::S]][:, level].bincount() / mask[:, ::S].sum() for level in range(3)]
+    bits = sum(-(p * p.clamp(min=1e-9).log2()).sum() for p in shares)
+    assert report["code_bits_per_token"] == 3 * 3 / S and abs(report["code_entropy_per_token"] - bits / S) < 1e-5
+    latents = torch.cat([model.compress(idx[row : row + 1, :length], None)[0][0] for row, length in enumerate(lengths)])
+    lengths_by_depth = [r.pow(2).sum().sqrt() for r in model.quantizer.lookup(latents.detach(), model.quantizer.vectors())[1]]
+    assert np.allclose(report["residual_by_depth"], [length / lengths_by_depth[0] for length in lengths_by_depth], rtol=1e-9)
 
 
 def test_a_collapsed_codebook_is_reported():
@@ -384,6 +415,29 @@ def test_resume_equals_an_unbroken_run(tiny_data, tmp_path):
         assert summaries[0][key] == summaries[1][key]
 
 
+def test_two_processes_train_one_autoencoder(tiny_data, tmp_path):
+    """
+    Guards DDP: until k-means two gloo processes give one's losses. After it they share one codebook: each evaluates half of the
+    windows with its own, and the sum is what one process finds with the checkpoint, which holds that of rank 0.
+    """
+    more = ("--gradient_accumulation_steps=2", "--learning_rate=1e-2", "--final_eval_tokens=1280", "--max_iters=12")
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = [str(ROOT / "train.py"), f"--dataset={tiny_data}", f"--out_dir={two}", *SHORT.split(), *more]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    run(tiny_data, one, *more)
+    steps = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, two)]
+    before = [(a, b) for a, b in zip(*steps) if a["kind"] == "train" and a["commitment_loss"] == 0]
+    assert len(before) > 1 and all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in before)
+    together = json.loads((two / "summary.json").read_text())
+    alone = run(tiny_data, two, *more, "--resume")  # nothing is left to do but the evaluation
+    assert state(two)["quantizer.codebook.steps"] > 3 and (together["world_size"], alone["world_size"]) == (2, 1)
+    assert abs(together["val_loss"] - alone["val_loss"]) < 1e-6 and together["code_usage"] == alone["code_usage"]
+
+
 @pytest.mark.parametrize("position", ["rope", "learned"])
 def test_backbone_of_a_run(tiny_data, tmp_path, position):
     """Guards the frozen backbone: bit for bit as it was until its time, then trained; nothing of it needed to go on or to load."""
@@ -428,6 +482,12 @@ def test_settings_that_cannot_work(options, message):
     """Guards clear lines: each names the key, its value and what is allowed."""
     with pytest.raises(ValueError, match=message):
         AutoencoderConfig(**(TINY | options))
+
+
+def test_slow_averages_are_searched_less_often():
+    """Guards codebook_decay: a code is not restarted before its averages have forgotten what they began with."""
+    for decay, steps in ((0.5, 100), (0.99, 100), (0.999, 1000)):
+        assert AutoencoderConfig(codebook_decay=decay).quantizer_config().restart_interval == steps
 
 
 def test_backbones_that_do_not_fit(by_heart, tiny_data, tmp_path):

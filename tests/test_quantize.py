@@ -319,6 +319,33 @@ def test_a_restarted_code_survives_the_next_update():
     assert quantizer.restarts == [1, 0, 0]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_dead_code_becomes_a_residual_of_its_level(shared):
+    """Guards restarts of deep levels: a latent, which is longer than any residual there, would be nobody's nearest again."""
+    quantizer = make(shared_codebook=shared)
+    book, deep = quantizer.codebook, 0 if shared else 2
+    residuals = quantizer.lookup(book.recent[:-1], quantizer.vectors())[1]
+    book.ema_count[deep, :6] = 1e-4
+    book.restart_dead_codes()
+    assert sum(quantizer.restarts) == 6
+    pool = torch.cat(residuals[:3]) if shared else residuals[2]
+    found = [[bool((rows == code).all(-1).any()) for rows in (pool, residuals[0])] for code in book.codes[deep, :6]]
+    assert all(in_pool for in_pool, _ in found) and not all(is_latent for _, is_latent in found)
+
+
+def test_recent_latents_are_kept_in_a_ring():
+    """Guards what k-means and restarts draw from: the last 4 x 8 valid latents, and of a batch beyond that the first ones."""
+    quantizer = make(initialize=False)
+    ring, seen = torch.zeros(32, 6, dtype=torch.float64), 0
+    for rows in (12, 12, 12, 1, 80, 7):
+        z, mask = torch.randn(rows, 6, dtype=torch.float64), torch.rand(rows) > 0.3
+        quantizer(z, mask)
+        for latent in z[mask][:32]:
+            ring[seen % 32] = latent
+            seen += 1
+        assert torch.equal(quantizer.codebook.recent[:-1], ring) and quantizer.codebook.seen == seen
+
+
 @pytest.mark.parametrize("initialize", [True, False])
 def test_saved_and_loaded(tmp_path, initialize):
     """Guards checkpoints: codes, hash, and everything a run goes on with, k-means and restarts included, through safetensors."""
@@ -342,13 +369,13 @@ def test_saved_and_loaded(tmp_path, initialize):
 
 def test_hash_tells_codebooks_apart():
     """Guards the contract with a prior: one changed number is another codebook; statistics are none of its business."""
-    for kind in ("ema", "simvq"):
+    for kind, name in (("ema", "codes"), ("simvq", "table"), ("simvq", "map")):
         quantizer = make(kind=kind, dtype=torch.float32)
         before = quantizer.codebook_hash()
         quantizer(torch.randn(30, 6))
         assert quantizer.codebook_hash() == before and len(before) == 64
         with torch.no_grad():
-            (quantizer.codebook.codes if kind == "ema" else quantizer.codebook.map)[0, 0, 0] += 1e-6
+            getattr(quantizer.codebook, name)[0, 0, 0] += 1e-6
         assert quantizer.codebook_hash() != before
 
 

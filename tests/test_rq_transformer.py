@@ -261,6 +261,30 @@ def test_the_autoencoder_is_attached_but_no_part(tmp_path):
     assert all(torch.equal(value.float(), before[name].float()) for name, value in model.autoencoder.state_dict().items())
 
 
+@pytest.mark.parametrize("soft_labels", [0.0, 1e-6])
+def test_codes_do_not_depend_on_the_precision(soft_labels):
+    """Guards bfloat16: the text of evaluation and of soft labels has the codes that were stored, which are float32's."""
+    model = make_prior(prior={"soft_labels": soft_labels}).float().train()
+    x = torch.randint(31, (40, 24), generator=torch.Generator().manual_seed(4))
+    codes = model.autoencoder.encode(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.encode(x, None)[0], codes) and not torch.equal(model.autoencoder.encode(x), codes)
+        assert torch.equal(model.eval().encode(x, None)[0], codes)
+
+
+def test_flops_are_those_of_a_step():
+    """Guards the comparison at equal FLOPs, against torch's counter; codes are projected once a step, so a batch must be large."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sizes = {"block_size": 64, "codebook_size": 16, "latent_dim": 4}
+    model = make_prior(prior={"n_embd": 48, "n_spatial_layer": 3}, **sizes).float().train()
+    codes = random_codes(model, rows=16)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(codes, codes)[1]["total"].backward()
+    assert 0.97 < counter.get_total_flops() / (16 * 64) / model.flops_per_token() < 1.03
+
+
 def test_another_autoencoder_is_refused():
     """Guards the hash: with other codebooks every code would mean something else, and nothing would notice."""
     model, other = make_prior(), make_autoencoder(seed=5)
