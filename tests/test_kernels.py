@@ -109,4 +109,4 @@ for step in range(25):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     faults = int(subprocess.check_output([sys.executable, "-c", count], cwd=ROOT))
-    assert faults < 4096, faults  # pages of one tensor of 16 MiB; up to 100,000 without
+    assert faults < 10_000, faults  # pages; a tensor of 16 MiB has 4,096. Without, up to 100,000
