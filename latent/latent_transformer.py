@@ -26,6 +26,7 @@ target, D levels, n = M D codes of a target, K codes of a level, Z latent width,
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,7 +65,7 @@ class LatentTransformerConfig:
     commitment_weight: float = 0.25  # vq, rq, dvq: of the commitment loss in the total
     codebook_decay: float = 0.99  # vq, rq, dvq: weight of the past in the moving averages, per step
     quantize_after: int = 300  # vq, rq, dvq: steps of training without codes before k-means makes the codebooks
-    freeze_codes_after: int = 0  # vq, rq, dvq: steps after which codebooks stay as they are, for the prior's sake; 0 = never
+    freeze_codes_after: int = 0  # steps after which the codes of a text stay as they are, for the prior's sake; 0 = never
     gumbel_temperature: float = 0.2  # gumbel: at the end, from 1.2
     gumbel_noise: float = 0.5  # gumbel: at the end, from 0
     gumbel_hard: bool = False  # gumbel: one code with a straight-through gradient, not a mixture
@@ -394,11 +395,20 @@ class LatentTransformer(CausalModel):
                 f"{key}={getattr(config, key)} is not below max_iters={max_iters}: the run would never reach latents; lower it",
             )
 
+    def named_backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What train.py gives a learning rate of its own: if codes are to be frozen, all that they are made by."""
+        makers = ("wte.", "convolutions.", "encoder.", "down.", "to_latent.", "bottleneck.")
+        if self.config.freeze_codes_after > 0:
+            yield from ((name, p) for name, p in self.named_parameters() if name.startswith(makers))
+
+    def backbone_rate(self, step: int) -> float:
+        """Its factor: to codes that move, however little, the prior is always behind."""
+        return float(step < self.config.freeze_codes_after or not self.bottleneck.ready)
+
     def after_step(self) -> None:
         """Once after each optimizer step, in every process."""
         self.steps += 1
         freeze = self.config.freeze_codes_after
-        # every restart of dead codes takes vectors from living ones, which the prior then has to learn again
         if freeze == 0 or self.steps < freeze or not self.bottleneck.ready:
             self.bottleneck.after_step(bool(self.steps >= self.config.quantize_after))
 
