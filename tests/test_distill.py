@@ -111,7 +111,7 @@ def test_texts_are_prompts_and_what_sample_py_writes(text_run, tmp_path):
 
 def test_what_cannot_be_distilled(pairs_run, text_run, tmp_path):
     """Guards the user: each mistake is one clear line, and no set is written or overwritten."""
-    (run, source), (plain, plain_source) = pairs_run, text_run
+    (run, _), (plain, plain_source) = pairs_run, text_run
     wrong = [
         (run, ("--count", "0"), ValueError, "--count 0"),
         (run, ("--batch", "0"), ValueError, "--batch 0"),
