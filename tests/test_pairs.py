@@ -90,6 +90,15 @@ def test_jsonl_equals_tsv(tmp_path):
     assert metas[0]["train"]["sha256"] == metas[1]["train"]["sha256"] and metas[0]["val"] == metas[1]["val"]
 
 
+def test_no_question_is_on_both_sides(tmp_path):
+    """Guards the split: a question with several answers, which belongs to one side with all of them."""
+    path = write(tmp_path, "a.tsv", "".join(f"q{i}\t{answer}\n" for i in range(40) for answer in ("yes", "no", "maybe")))
+    prepare.main(["--input", str(path), "--out_dir", str(tmp_path / "set"), "--val_fraction", "0.3"])
+    data = dataloader.open_data(tmp_path / "set", 16)
+    train, val = ([bytes(x) for x, _ in data.questions(split, None)] for split in ("train", "val"))
+    assert not set(train) & set(val) and len(train) + len(val) == 120 and val.count(val[0]) == 3
+
+
 @pytest.mark.parametrize(
     "name, text, message",
     [
