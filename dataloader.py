@@ -30,8 +30,10 @@ SCAN_TOKENS = 16_000_000  # per read when a file is checked: 32 MB of uint16
 
 
 def known_sets() -> list[str]:
-    """Names of the sets that have a prepare script of their own (data/text and data/pairs make others)."""
-    return sorted(path.parent.name for path in DATA.glob("*/prepare.py") if path.parent.name not in ("text", "pairs"))
+    """Names of the sets that have a prepare script of their own (text, pairs and distill make others)."""
+    return sorted(
+        path.parent.name for path in DATA.glob("*/prepare.py") if path.parent.name not in ("text", "pairs", "distill")
+    )
 
 
 def resolve(dataset: str | Path) -> Path:

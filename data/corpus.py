@@ -363,7 +363,7 @@ def write_sides(
             "source": source,
         }
         tokenizers.save(tokenizer, work)
-        (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_meta(meta, work)
         (out_dir / "meta.json").unlink(missing_ok=True)  # without it the folder does not count as a data set
         for name in ("train.bin", "val.bin", tokenizers.FILE_NAME, "meta.json"):
             os.replace(work / name, out_dir / name)
@@ -371,6 +371,10 @@ def write_sides(
         print(f"{name:5s} {meta[name]['tokens']:>14,} tokens  {meta[name]['documents']:>9,} documents")
     print(f"{meta['bytes_per_token']:.4f} bytes per token (val); written to {out_dir}")
     return meta
+
+
+def write_meta(meta: dict, folder: Path) -> None:
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
 def _batches(sided: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
@@ -414,10 +418,16 @@ def _progress_bar(total_bytes: int | None):
 # What the scripts share
 
 
-def arguments(description: str, out_dir: Path | None, tokenizer: str, val_fraction: float) -> argparse.ArgumentParser:
-    """Parser with the options that every script has."""
+def bare_arguments(description: str, out_dir: Path | None) -> argparse.ArgumentParser:
+    """Parser with the option that every script has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out_dir", type=Path, default=out_dir, help="folder to write to")
+    return parser
+
+
+def arguments(description: str, out_dir: Path | None, tokenizer: str, val_fraction: float) -> argparse.ArgumentParser:
+    """Parser with the options of every script that reads text."""
+    parser = bare_arguments(description, out_dir)
     parser.add_argument("--tokenizer", default=tokenizer, help="byte, char, gpt2 or another encoding of tiktoken")
     parser.add_argument("--val_fraction", type=float, default=val_fraction, help="share of the text that validates")
     return parser

@@ -26,6 +26,7 @@ target, D levels, n = M D codes of a target, K codes of a level, Z latent width,
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,7 +65,7 @@ class LatentTransformerConfig:
     commitment_weight: float = 0.25  # vq, rq, dvq: of the commitment loss in the total
     codebook_decay: float = 0.99  # vq, rq, dvq: weight of the past in the moving averages, per step
     quantize_after: int = 300  # vq, rq, dvq: steps of training without codes before k-means makes the codebooks
-    freeze_codes_after: int = 0  # vq, rq, dvq: steps after which codebooks stay as they are, for the prior's sake; 0 = never
+    freeze_codes_after: int = 0  # steps after which the codes of a text stay as they are, for the prior's sake; 0 = never
     gumbel_temperature: float = 0.2  # gumbel: at the end, from 1.2
     gumbel_noise: float = 0.5  # gumbel: at the end, from 0
     gumbel_hard: bool = False  # gumbel: one code with a straight-through gradient, not a mixture
@@ -154,8 +155,8 @@ class LatentTransformer(CausalModel):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # optimizer steps so far
         self.initialize([self.encoder, self.blocks, self.decoder])
 
-    def context(self, positions: torch.Tensor, mask: torch.Tensor, keys: torch.Tensor | None = None) -> Context:
-        """Of queries at positions (T,) that see keys at `keys` (S,), by default the same, where mask (..., T, S) is True."""
+    def context(self, positions: torch.Tensor, mask: torch.Tensor | None, keys: torch.Tensor | None = None) -> Context:
+        """Of queries at positions (T,) that see keys at `keys` (S,), by default the same, where mask (..., T, S) is True (None: all)."""
         rotary = {self.head_width: rotary_angles(positions, self.head_width)}
         key_rotary = None if keys is None else {self.head_width: rotary_angles(keys, self.head_width)}
         return Context(mask, False, rotary, 0, self.config.dropout if self.training else 0.0, key_rotary)
@@ -235,7 +236,9 @@ class LatentTransformer(CausalModel):
     def read(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
         """The stack of lp() over vectors x (B, n, C) behind those in the cache, one target at a time -> states (B, n, C)."""
         positions = cache.length + torch.arange(x.size(1), device=x.device)
-        mask = torch.arange(cache.length + x.size(1), device=x.device) <= positions[:, None]
+        mask = None  # one vector sees all
+        if x.size(1) > 1:
+            mask = torch.arange(cache.length + x.size(1), device=x.device) <= positions[:, None]
         context = self.context(positions, mask)
         context.start = cache.length
         for block, layer in zip(self.blocks, cache.layers):
@@ -309,7 +312,8 @@ class LatentTransformer(CausalModel):
         """
         config = self.config
         prefix, real, starts, y = self.split(idx, targets)
-        latent, latent_real = self.ae(y)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            latent, latent_real = self.ae(y)
         with torch.autocast(idx.device.type, enabled=False):  # codes must not depend on the precision
             z, codes, losses = self.bottleneck(at_least_float32(latent), latent_real, self.steps)
         h, states = self.lp(prefix, real, starts, codes)
@@ -349,6 +353,8 @@ class LatentTransformer(CausalModel):
         losses["token"] = (nats + sums["token_nats"]) / sums["tokens"]
         # codes that come from no data are not worth predicting
         losses["total"] = losses["reconstruction"] + losses["code"] * self.bottleneck.ready
+        if self.training and self.frozen:  # of all parameters a gradient is awaited where there are several processes
+            losses["total"] = losses["total"] + 0.0 * sum(p.sum() for _, p in self.named_backbone_parameters())
         for name, weight in self.bottleneck.loss_weights.items():
             losses["total"] = losses["total"] + weight * losses[name]
         return None, losses
@@ -394,12 +400,25 @@ class LatentTransformer(CausalModel):
                 f"{key}={getattr(config, key)} is not below max_iters={max_iters}: the run would never reach latents; lower it",
             )
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the codes of a text will never change again."""
+        return 0 < self.config.freeze_codes_after <= self.steps and bool(self.bottleneck.ready)
+
+    def named_backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What train.py gives a learning rate of its own: if codes are to be frozen, all that they are made by."""
+        makers = ("wte.", "convolutions.", "encoder.", "down.", "to_latent.", "bottleneck.")
+        if self.config.freeze_codes_after > 0:
+            yield from ((name, p) for name, p in self.named_parameters() if name.startswith(makers))
+
+    def backbone_rate(self, step: int) -> float:
+        """Its factor: codes that move, however little, leave the prior behind."""
+        return 0.0 if self.frozen else 1.0
+
     def after_step(self) -> None:
         """Once after each optimizer step, in every process."""
         self.steps += 1
-        freeze = self.config.freeze_codes_after
-        # every restart of dead codes takes vectors from living ones, which the prior then has to learn again
-        if freeze == 0 or self.steps < freeze or not self.bottleneck.ready:
+        if not self.frozen:
             self.bottleneck.after_step(bool(self.steps >= self.config.quantize_after))
 
     @torch.no_grad()

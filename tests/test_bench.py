@@ -9,6 +9,8 @@ from test_lookahead import write_run
 
 import bench
 import checkpoint
+import configurator
+import generate
 import runtime
 from conftest import TINY_BASELINE, TINY_ENCODER_DECODER
 
@@ -40,6 +42,32 @@ def test_bench_latent(tmp_path, capsys):
     run = write_run(tmp_path / "run", "decoder_only")
     with pytest.raises(ValueError, match="run=... one over codes"):
         bench.main(["latent", f"--run={run}", "--device=cpu"])
+
+
+def test_bench_latent_on_pairs(tmp_path):
+    """Guards the count of whole answers: one that ends early is as short as it is, and a question needs its separator."""
+    run, baseline = write_run(tmp_path / "run", "decoder_only"), write_run(tmp_path / "baseline", "decoder_only")
+    sizes = dict(task="pairs", block_size=24, target_size=16, n_layer=1, n_decoder_layer=1, n_embd=16)
+    config = checkpoint.CONFIGS["latent_transformer"](**sizes)
+    settings = {"train": {"model": "latent_transformer"}, "model": configurator.to_dict(config)}
+    checkpoint.write_json(run / "config.json", settings)
+    torch.manual_seed(0)
+    checkpoint.save(run / "last", checkpoint.build("latent_transformer", config), None, {"step": 1})
+    command = ["latent", f"--run={run}", f"--baseline={baseline}", "--prompt=4711", "--temperature=0", "--repeats=1", "--batch=3",
+               "--device=cpu", "--threads=1"]  # fmt: skip
+    for folder in (run, baseline):
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | {"separator": 9}))
+    rows = bench.main(command)
+    for folder, row in zip((baseline, run), rows[::2]):
+        model = checkpoint.load_run(folder)[0]
+        sample = generate.Continuation([*b"4711", 9], model.config.block_size, eos=0)
+        steps = sum(1 for _ in generate.sample_together(model, [sample], generate.Sampling(0.0)))
+        assert row["tokens_per_step"] == (len(sample.output) + (sample.reason == "eos")) / steps
+    assert [row["batch"] for row in rows] == [1, 3, 1, 3] and rows[2]["tokens_per_step"] == rows[3]["tokens_per_step"] > 1
+    (baseline / "config.json").write_text(json.dumps(json.loads((baseline / "config.json").read_text()) | {"separator": None}))
+    with pytest.raises(ValueError, match="only one is on pairs"):
+        bench.main(command)
 
 
 def test_in_turns(monkeypatch):

@@ -185,6 +185,7 @@ def test_every_bottleneck_carries_a_message(kind):
         ({"bottleneck": "gumbel", "codebook_levels": 2}, "bottleneck=gumbel has one level"),
         ({"bottleneck": "dvq", "codebook_levels": 3}, "latent_dim=64 cannot be cut into codebook_levels=3"),
         ({"bottleneck": "semhash", "codebook_size": 12}, "choose a power of two"),
+        ({"bottleneck": "semhash", "codebook_size": 1}, "codebook_size=1: bottleneck=semhash has"),
         ({"gumbel_temperature": 0.0}, "gumbel_temperature=0.0"),
         ({"gumbel_noise": -1.0}, "gumbel_noise=-1.0 must not be negative"),
         ({"anneal_steps": 0}, "anneal_steps=0: at least 1"),

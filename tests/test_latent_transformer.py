@@ -406,6 +406,32 @@ def test_resume_equals_an_unbroken_run(few_pairs, tmp_path, more):
     assert json.loads((halves / "summary.json").read_text())["val_loss"] == summary["val_loss"]
 
 
+def test_frozen_codes_stay_as_they_are(few_pairs, tmp_path):
+    """Guards freeze_codes_after in training: an encoder or token embedding that moves on would give the prior new codes to learn."""
+    options = (
+        *PAIRS,
+        "--startup_steps=1",
+        "--codebook_size=4",
+        "--quantize_after=2",
+        "--freeze_codes_after=14",
+        "--lr_decay_iters=17",
+    )
+    data, codes, reads = train.dataloader.open_data(few_pairs, 24), [], []
+    x, y = data.gather("train", list(range(len(data.bounds["train"]))))
+    for steps in (12, 14, 17):
+        run(few_pairs, tmp_path, *options, f"--max_iters={steps}", *(["--resume"] if steps > 12 else []))
+        model = checkpoint.load_run(tmp_path, "last")[0]
+        prefix, real, starts, targets = model.split(x, y)
+        with torch.no_grad():
+            latent, latent_real = model.ae(targets)
+            z, found, _ = model.bottleneck(latent, latent_real)
+            codes.append((latent, z, found))
+            reads.append(model.lp(prefix, real, starts, found)[1])
+    assert all(torch.equal(one, other) for one, other in zip(codes[1], codes[2]))
+    assert not torch.equal(codes[0][0], codes[1][0]) and not torch.equal(codes[0][1], codes[1][1])
+    assert not torch.equal(reads[1], reads[2])  # the prior goes on
+
+
 def test_learns_pairs_by_heart(few_pairs, tmp_path, capsys):
     """Guards the whole way, prepare.py to sample.py: questions seen in training are answered exactly with one parallel decode."""
     out = tmp_path / "run"

@@ -38,13 +38,16 @@ def test_numbers_in_words():
         assert sum(map(read, thousands)) * 1000 + read(rest.strip() or "zero") == n
     numbers = list(prepare.numbers())
     assert len({x for x, _ in numbers}) == len(numbers) == prepare.COUNT
+    assert [x for x, _ in numbers[:3]] == ["885440", "403958", "794772"]  # always the same set, or results are not comparable
 
 
 def test_windows_of_pairs(tmp_path):
     """Guards the format: a window is one pair, only its answer and end are targets, and all pairs come once, padded with nothing."""
     lines = [f"question {i}\t{'answer ' * (i % 4 + 1)}{i}" for i in range(60)]
     source = write(tmp_path, "qa.tsv", "\n".join(lines) + "\n\n")
-    meta = prepare.main(["--input", str(source), "--out_dir", str(tmp_path / "set"), "--val_fraction", "0.3"])
+    where = ["--out_dir", str(tmp_path / "set"), "--name", "questions"]
+    meta = prepare.main(["--input", str(source), *where, "--val_fraction", "0.3"])
+    assert meta["dataset"] == "questions"
     data = dataloader.open_data(tmp_path / "set", 48)
     assert isinstance(data, dataloader.PairData) and meta["kind"] == "pairs"
     found = []
@@ -75,7 +78,8 @@ def test_windows_of_pairs(tmp_path):
 def test_jsonl_equals_tsv(tmp_path):
     """Guards the two formats: the same pairs give the same tokens, other keys and space around the sides included."""
     pairs = [(f"q{i}", f"a {i} ü") for i in range(40)]
-    tsv = write(tmp_path, "a.tsv", "".join(f"{x} \t {y}\r\n" for x, y in pairs))
+    lines = [f"{x} \t {y}\r\n" for x, y in pairs]
+    tsv = write(tmp_path, "a.tsv", "\ufeff" + "\r\n".join(["".join(lines[:9]), "".join(lines[9:])]))  # with an empty line
     jsonl = write(tmp_path, "b.jsonl", "\n".join(json.dumps({"from": x, "to": y, "more": 1}) for x, y in pairs))
     metas = [
         prepare.main(
@@ -84,6 +88,15 @@ def test_jsonl_equals_tsv(tmp_path):
         for path in (tsv, jsonl)
     ]
     assert metas[0]["train"]["sha256"] == metas[1]["train"]["sha256"] and metas[0]["val"] == metas[1]["val"]
+
+
+def test_no_question_is_on_both_sides(tmp_path):
+    """Guards the split: a question with several answers, which belongs to one side with all of them."""
+    path = write(tmp_path, "a.tsv", "".join(f"q{i}\t{answer}\n" for i in range(40) for answer in ("yes", "no", "maybe")))
+    prepare.main(["--input", str(path), "--out_dir", str(tmp_path / "set"), "--val_fraction", "0.3"])
+    data = dataloader.open_data(tmp_path / "set", 16)
+    train, val = ([bytes(x) for x, _ in data.questions(split, None)] for split in ("train", "val"))
+    assert not set(train) & set(val) and len(train) + len(val) == 120 and val.count(val[0]) == 3
 
 
 @pytest.mark.parametrize(
@@ -100,6 +113,7 @@ def test_jsonl_equals_tsv(tmp_path):
         ("a.jsonl", "[1]\n", "line 1: no texts"),
         ("a.jsonl", '{"x": "a\\tb", "y": "c"}\n', "a tab or a zero byte in the first side"),
         ("a.txt", "x\ty\n", "pairs are read from .tsv files"),
+        ("a.csv", "x\ty\n", "pairs are read from .tsv files"),
     ],
 )
 def test_lines_that_cannot_be_pairs(tmp_path, name, text, message):
@@ -118,9 +132,11 @@ def test_arguments_that_cannot_work(tmp_path):
         (["--numbers", "--input", str(path)], "give either --numbers or --input"),
         (["--input", str(path)], "the data set has no name"),
         (["--input", str(path), "--name", "../x"], "give a plain name"),
+        (["--input", str(path), "--name", ".."], "give a plain name"),
         (["--input", str(path), "--name", "stdlib"], "give a plain name"),
         (["--input", str(path), "--out_dir", str(tmp_path / "s"), "--tokenizer", "char"], "no token for the end of an answer"),
         (["--input", str(path), "--name", "x", "--keys", "a"], "--keys a: give two"),
+        (["--input", str(path), "--name", "x", "--keys", "a,b,c"], "--keys a,b,c: give two"),
     ):
         with pytest.raises(ValueError, match=message):
             prepare.main(arguments)

@@ -1,4 +1,4 @@
-"""Numbers to English words, 448,256 parameters: 4 bytes become one code."""
+"""Numbers to English words, 481,024 parameters: 4 bytes become one code."""
 
 base = "numbers_8.py"
 latent_factor = 4

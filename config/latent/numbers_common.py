@@ -3,9 +3,9 @@
 dataset = "numbers"
 block_size = 88
 batch_size = 32  # pairs
-max_iters = 4000
+max_iters = 3500
 warmup_iters = 100
-learning_rate = 3e-3
+learning_rate = 2e-3
 min_lr = 1e-4
 eval_interval = 500
 eval_iters = 10

@@ -87,6 +87,38 @@ def read_pairs(path: Path, keys: tuple[str, str]) -> Iterator[tuple[str, str]]:
         yield x, y
 
 
+def folder_for(name: str | None, out_dir: Path | None) -> Path:
+    """Where a data set of this name goes. Raises ValueError for a name that is none, or that of a set with a script of its own."""
+    if out_dir is not None:
+        return out_dir
+    if name is None:
+        raise ValueError("the data set has no name; give --name NAME (written to data/NAME) or --out_dir FOLDER")
+    if Path(name).name != name or name == ".." or (DATA / name / "prepare.py").exists():
+        raise ValueError(f"--name {name}: give a plain name that no data set of this project has, or an --out_dir")
+    return DATA / name
+
+
+def write_pairs(
+    sided: Iterable[tuple[bool, str, str]], tokenizer: tokenizers.Tokenizer, out_dir: Path, source: str, name: str
+) -> dict:
+    """(is it validation?, x, y) of every pair -> a data set in out_dir; returns its meta."""
+    target_bytes = target_tokens = 0
+
+    def documents() -> Iterator[tuple[bool, str]]:
+        nonlocal target_bytes, target_tokens
+        for val, x, y in sided:
+            if val:
+                target_bytes += len(tokenizers.to_utf8(y)) + 1
+                target_tokens += len(tokenizer.encode(y)) + 1
+            yield val, x + SEPARATOR + y
+
+    meta = corpus.write_sides(documents(), tokenizer, out_dir, source, name)
+    meta |= {"kind": "pairs", "separator": tokenizer.encode(SEPARATOR)[0], "end": tokenizer.eos}
+    meta["val"] |= {"target_bytes": target_bytes, "target_tokens": target_tokens}
+    corpus.write_meta(meta, out_dir)
+    return meta
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = corpus.arguments("Pairs of texts as a data set", None, "byte", 0.02)
     parser.add_argument("--numbers", action="store_true", help=f"{COUNT:,} numbers and their English words; needs no file")
@@ -99,11 +131,7 @@ def main(argv: list[str] | None = None) -> dict:
     keys = tuple(args.keys.split(","))
     if len(keys) != 2:
         raise ValueError(f"--keys {args.keys}: give two, such as question,answer")
-    name = args.name or (args.out_dir.resolve().name if args.out_dir else "numbers" if args.numbers else None)
-    if name is None:
-        raise ValueError("the data set has no name; give --name NAME (written to data/NAME) or --out_dir FOLDER")
-    if not args.out_dir and (Path(name).name != name or name == ".." or (DATA / name / "prepare.py").exists()):
-        raise ValueError(f"--name {name}: give a plain name that no data set of this project has, or an --out_dir")
+    out_dir = folder_for(args.name or ("numbers" if args.numbers and not args.out_dir else None), args.out_dir)
 
     def pairs() -> Iterable[tuple[str, str]]:
         return numbers() if args.numbers else (pair for path in args.input for pair in read_pairs(path, keys))
@@ -113,23 +141,10 @@ def main(argv: list[str] | None = None) -> dict:
         raise ValueError(
             f"tokenizer={args.tokenizer} has no token for the end of an answer or none for a tab; use byte or gpt2"
         )
-    out_dir, target_bytes, target_tokens = args.out_dir or DATA / name, 0, 0
-
-    def sided() -> Iterator[tuple[bool, str]]:
-        nonlocal target_bytes, target_tokens
-        for x, y in pairs():
-            val = corpus.is_validation(x, args.val_fraction)  # of x alone: no question is on both sides
-            if val:
-                target_bytes += len(tokenizers.to_utf8(y)) + 1
-                target_tokens += len(tokenizer.encode(y)) + 1
-            yield val, x + SEPARATOR + y
-
     source = "numbers in digits and in words" if args.numbers else ", ".join(path.name for path in args.input)
-    meta = corpus.write_sides(sided(), tokenizer, out_dir, source, name)
-    meta |= {"kind": "pairs", "separator": tokenizer.encode(SEPARATOR)[0], "end": tokenizer.eos}
-    meta["val"] |= {"target_bytes": target_bytes, "target_tokens": target_tokens}
-    (out_dir / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    return meta
+    # of x alone: no question is on both sides
+    sided = ((corpus.is_validation(x, args.val_fraction), x, y) for x, y in pairs())
+    return write_pairs(sided, tokenizer, out_dir, source, args.name or out_dir.resolve().name)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""Sets written by a trained run: what is in them, that it is what sample.py writes, and what is refused."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+import dataloader
+import sample
+import train
+from data.distill import prepare
+from data.pairs import prepare as pairs
+from data.text import prepare as text
+
+SMALL = (
+    "--model=decoder_only --position=rope --n_layer=1 --n_head=2 --n_embd=16 --warmup_iters=1 --eval_iters=1 --device=cpu "
+    "--dtype=float32 --final_eval_tokens=200"
+)
+
+
+@pytest.fixture(scope="module")
+def pairs_run(tmp_path_factory):
+    """A run on pairs, "ac12" -> "aa", just long enough to end most of its answers; and its data."""
+    folder = tmp_path_factory.mktemp("pairs")
+    lines = [f"{'ab'[i % 2]}{'c' * (i % 3 + 1)}{i}\t{'ab'[i % 2] * 2}" for i in range(120)]
+    (folder / "doubles.tsv").write_text("\n".join(lines), encoding="utf-8")
+    pairs.main(["--input", str(folder / "doubles.tsv"), "--out_dir", str(folder / "set"), "--val_fraction", "0.2"])
+    words = (
+        f"{SMALL} --dataset={folder / 'set'} --out_dir={folder / 'run'} --block_size=16 --batch_size=16 --learning_rate=0.01"
+    )
+    train.main([*words.split(), "--max_iters=150", "--eval_interval=150"])
+    return folder / "run", folder / "set"
+
+
+@pytest.fixture(scope="module", params=["byte", "char"])
+def text_run(request, tmp_path_factory):
+    """A run on plain text, hardly trained: it writes noise, with an end in it now and then; and its data."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "text.txt").write_text("\n\n\n".join(f"Text {i} of many. " * 4 for i in range(60)), encoding="utf-8")
+    text.main(["--input", str(folder / "text.txt"), "--out_dir", str(folder / "set"), "--val_fraction", "0.3",
+               "--tokenizer", request.param])  # fmt: skip
+    words = f"{SMALL} --dataset={folder / 'set'} --out_dir={folder / 'run'} --block_size=32 --batch_size=4"
+    train.main([*words.split(), "--max_iters=2", "--eval_interval=2"])
+    return folder / "run", folder / "set"
+
+
+def distill(run, out_dir, *words: str) -> dict:
+    return prepare.main(["--run", str(run), "--out_dir", str(out_dir), "--device", "cpu", *words])
+
+
+def bins(folder) -> list[bytes]:
+    return [(folder / f"{split}.bin").read_bytes() for split in ("train", "val")]
+
+
+@pytest.mark.parametrize("temperature", ["0", "1.0"])
+def test_pairs_hold_the_answers_of_sample_py(pairs_run, tmp_path, temperature):
+    """Guards the teacher's voice: answers by another seed or sample number, of a neighbour in the batch, or without their end."""
+    run, source = pairs_run
+    meta = distill(run, tmp_path / "set", "--temperature", temperature, "--batch", "7", "--seed", "5")
+    data, original = dataloader.open_data(tmp_path / "set", 16), dataloader.open_data(source, 16)
+    questions = sorted((x for x, _ in original.questions("train", None)), key=len)
+    assert meta["teacher"]["written"] == len(data.bounds["train"]) > len(questions) / 2
+    assert meta["teacher"]["written"] + meta["teacher"]["left_out"] == len(questions)
+    answers = {bytes(x): bytes(y).decode() for x, y in data.questions("train", None)}
+    assert answers.keys() <= set(map(bytes, questions))
+    border = next(i for i, x in enumerate(questions) if len(x) > len(questions[0]))  # a batch is cut here
+    for number in (0, 3, border - 1, border, border + 8):
+        words = f"--temperature={temperature} --num_samples={number + 1} --seed=5 --max_new_tokens=10 --device=cpu"
+        texts = sample.main([str(run), f"--prompt={bytes(questions[number][:-1]).decode()}", *words.split()])
+        assert answers.get(bytes(questions[number]), texts[number]) == texts[number]
+
+
+def test_pairs_keep_their_sides(pairs_run, tmp_path):
+    """Guards against a validation set by the teacher, questions on both sides, and a set that changes from call to call."""
+    run, source = pairs_run
+    meta, again = (distill(run, tmp_path / name, *batch) for name, batch in (("one", ()), ("two", ("--batch", "5"))))
+    assert bins(tmp_path / "one") == bins(tmp_path / "two") and meta["val"] == again["val"]
+    data, original = dataloader.open_data(tmp_path / "one", 16), dataloader.open_data(source, 16)
+    assert data.hash == original.hash and data.bytes_per_token == original.bytes_per_token
+    sides = [{bytes(x) for x, _ in data.questions(split, None)} for split in ("train", "val")]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+    teacher = meta["teacher"]
+    digest = hashlib.sha256((run / "best" / "model.safetensors").read_bytes()).hexdigest()
+    assert (teacher["run"], teacher["weights_sha256"], teacher["temperature"], teacher["seed"]) == (str(run), digest, 0.0, 1337)
+    few = distill(run, tmp_path / "few", "--count", "20")
+    assert few["teacher"]["written"] + few["teacher"]["left_out"] == 20 and few["val"]["sha256"] == meta["val"]["sha256"]
+
+
+def test_texts_are_prompts_and_what_sample_py_writes(text_run, tmp_path):
+    """Guards the texts: prompts of the validation side, another seed, texts that are cut or run together, another validation."""
+    run, source = text_run
+    meta = distill(run, tmp_path / "set", "--count", "12", "--prompt_tokens", "6", "--seed", "3", "--batch", "5")
+    data, original = dataloader.TokenData(tmp_path / "set", 1), dataloader.TokenData(source, 1)
+    assert data.hash == original.hash and meta["teacher"]["temperature"] == 1.0
+    teacher = prepare.Teacher(str(run), "best", 1.0, 3, 5, "cpu")
+    end = teacher.tokenizer.eos
+    written, begin = data.train.tolist(), 0
+    for number, prompt in enumerate(teacher.prompts(original, 12, 6)):
+        places = np.lib.stride_tricks.sliding_window_view(original.train, 6)
+        assert (places == prompt).all(1).any() and end not in prompt
+        words = f"--temperature=1 --num_samples={number + 1} --seed=3 --max_new_tokens=26 --device=cpu"
+        texts = sample.main([str(run), f"--prompt={teacher.tokenizer.decode(prompt)}", *words.split()])
+        if not texts[number]:  # ended at once
+            continue
+        whole = teacher.tokenizer.encode(teacher.tokenizer.decode(prompt) + texts[number] + ("\n\n" if end is None else ""))
+        whole += [] if end is None else [end]
+        assert written[begin : begin + len(whole)] == whole
+        begin += len(whole)
+    assert begin == len(written) > 0
+
+
+def test_what_cannot_be_distilled(pairs_run, text_run, tmp_path):
+    """Guards the user: each mistake is one clear line, and no set is written or overwritten."""
+    (run, _), (plain, plain_source) = pairs_run, text_run
+    wrong = [
+        (run, ("--count", "0"), ValueError, "--count 0"),
+        (run, ("--batch", "0"), ValueError, "--batch 0"),
+        (run, ("--temperature", "-1"), ValueError, "temperature=-1"),
+        (run, ("--dataset", str(plain_source)), ValueError, "tokenizer|set of text"),
+        (plain, ("--prompt_tokens", "32"), ValueError, "--prompt_tokens 32 leaves no room"),
+        (tmp_path / "nowhere", (), FileNotFoundError, "nowhere"),
+    ]
+    for teacher, words, error, message in wrong:
+        with pytest.raises(error, match=message):
+            distill(teacher, tmp_path / "set", *words)
+        assert not (tmp_path / "set" / "meta.json").exists()
+    with pytest.raises(ValueError, match="no name; give --name"):
+        prepare.main(["--run", str(run)])
+    distill(run, tmp_path / "set", "--count", "20")
+    before = bins(tmp_path / "set")
+    with pytest.raises(ValueError, match="holds a data set already"):
+        distill(run, tmp_path / "set", "--count", "30")
+    assert bins(tmp_path / "set") == before
+
+
+def test_a_teacher_without_texts(pairs_run):
+    """Guards against a training side of nothing, and a search for prompts that never ends."""
+    run, source = pairs_run
+    teacher = prepare.Teacher(str(run), "best", 0.0, 1, 8, "cpu")
+    data = dataloader.open_data(source, 16)
+    data.block_size = int(data.longest_x)  # room for one token: no answer comes to its end
+    with pytest.raises(ValueError, match="nothing but empty or endless texts"):
+        list(teacher.pairs(data, 10))
+    assert teacher.left_out == 10
+    with pytest.raises(ValueError, match="--prompt_tokens 90: documents of .* are mostly shorter"):
+        list(prepare.Teacher(str(run), "best", 1.0, 1, 8, "cpu").prompts(dataloader.TokenData(source, 1), 3, 90))
