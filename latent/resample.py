@@ -28,7 +28,7 @@ def doublings(factor: int) -> int:
     """log2 of the compression factor S. Raises ValueError unless S is a power of two."""
     if factor < 1 or factor & (factor - 1):
         raise ValueError(
-            f"factor={factor} tokens per latent: layers halve the length, so use 1, 2, 4, 8 or another power of two"
+            f"latent_factor={factor} tokens per latent: layers halve the length, so use 1, 2, 4, 8 or another power of two"
         )
     return factor.bit_length() - 1
 

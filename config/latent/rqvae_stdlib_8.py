@@ -6,5 +6,5 @@ latent_dim = 128
 n_encoder_layer = 2
 n_decoder_layer = 2
 quantize_after = 500
-max_iters = 16000
+max_iters = 12500
 min_lr = 2e-5  # the last steps gain most, as the codes come to rest
