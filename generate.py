@@ -272,7 +272,7 @@ def cached_step(model: torch.nn.Module, int8: bool = False) -> Callable:
         if idx.shape != (1, 1) or not can_step(model):
             return model(idx, cache=cache)[0][:, -1]
         stepper = stepper or Stepper(model, int8)  # packed when it is needed: then precision and weights are final
-        return stepper(idx.item(), cache)[None]
+        return stepper(idx[0].tolist(), cache)
 
     return step
 
@@ -388,7 +388,7 @@ def sample_in_blocks(
         if use_cache and len(samples) == 1 and can_step(model):
             step = stepper = stepper or CodeStepper(model, table)
         if step is not None and spatial.length == codes.size(1) > 0:
-            h = step.state(codes[0, -1].tolist(), spatial)[None]
+            h = step.state(codes[0, -1].tolist(), spatial)
         else:
             h = model.states(codes, table, spatial if use_cache else None)[:, -1]
         stack = codes.new_empty(len(samples), 0)  # (B, d)
@@ -398,12 +398,15 @@ def sample_in_blocks(
         depth.truncate(0)
         for d, level in enumerate(levels):
             if step is not None:
-                logits = step.logits(h[0], stack[0].tolist(), depth)[None]  # (1, K)
+                logits = step.logits(h, stack[0].tolist(), depth)  # (1, K)
             else:
                 logits = model.code_logits(h, stack, table, depth if use_cache else None)[:, -1]  # (B, K)
             stack = torch.cat((stack, pick(logits, drawn[d], level)[:, None]), dim=1)
         codes = torch.cat((codes, stack[:, None]), dim=1)  # (B, blocks in the context, D)
-        logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)[:, -S:].flatten(0, 1)  # (B S, V)
+        if step is not None and step.write is not None and known + 1 == codes.size(1):
+            logits = step.write(stack[0].tolist(), decoder)  # (S, V)
+        else:
+            logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)[:, -S:].flatten(0, 1)  # (B S, V)
         known = codes.size(1) if use_cache else 0
         drawn = None
         if sampling.tokens.temperature > 0:  # positions from 2^31 on, out of the way of the codes'

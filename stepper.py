@@ -1,26 +1,30 @@
 """
-One step of one text at a time, on a CPU: the cached forward pass of a model as matrix-vector products.
+A few tokens of one text at a time, on a CPU: the cached forward pass of a model on packed weights.
 
 At this size a general forward pass of one token spends most of its time around the arithmetic: modules, shapes, kernels that
-are started for a handful of numbers. A stepper computes the same from the same cache, with weights packed once:
+are started for a handful of numbers, weights that come from memory at a fraction of its speed. A stepper computes the same from
+the same cache, with weights packed once:
 
-- a product with a vector adds up columns or takes inner products of rows, whichever the shape makes faster, and adds the
-  residual on the way;
+- a product with one vector is a batched product of two halves of the matrix: two threads, and twice as fast even with one, because
+  it streams the rows (MKL's matrix-vector kernels read weights that are in no cache at a third of that); it adds the residual too;
 - 1 / sqrt(D) is folded into the queries' weights, and LayerNorm's gains in front of the cross-attention keys and values into
   theirs: all decoder layers read the same normalized encoder state, so one product gives the keys and values of all of them;
-- under bfloat16 autocast, weights are stored in bfloat16 and everything between the products is float32; in 8 bits, if asked:
-  what a step costs is above all reading the weights.
+- under bfloat16 autocast, weights are stored in bfloat16 and everything between the products is float32; in 8 bits, if asked.
 
-Shapes: C width, H heads, D head width, S keys (cached ones and the new one), V vocabulary.
+Shapes: n rows (tokens of this step), C width, H heads, D head width, S keys (cached ones and the new), V vocabulary.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from baseline_transformer.model import DecoderOnly
 from kernels import LayerNorm, rotary_angles
+from latent.autoencoder import Autoencoder
 from latent.rq_transformer import RQTransformer
 from model import Block, Cache, CrossAttention, DecoderBlock, EncoderDecoder, LayerCache, SelfAttention
 
@@ -32,57 +36,89 @@ def can_step(model: torch.nn.Module) -> bool:
     return isinstance(model, RQTransformer) or (model.window == 0 and getattr(model, "compression", None) is None)
 
 
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    """F.gelu without the library that torch starts for it, which takes 40 microseconds for a few hundred numbers."""
-    return x * torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
+@contextlib.contextmanager
+def stepping() -> Iterator[None]:
+    """
+    What all steps run in: no gradients, no autocast (Product has its own dtypes), and no oneDNN, whose start takes 6 to 20
+    microseconds a call: for a few hundred numbers torch's own gelu and products in bfloat16 are several times as fast.
+    """
+    onednn = torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags would set more than this, and warn
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
 
 
 class Product:
-    """y = W x + b of vectors; W (out, in) may be several stacked matrices."""
+    """y = W x + b for rows x (n, in); W (out, in) may be several stacked matrices."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
-        self.bias, self.dtype, self.scale = bias, dtype, None
+        self.bias, self.dtype, self.out, self.scale = bias, dtype, weight.size(0), None
         if dtype == torch.int8:  # each row in steps of 1/127 of its largest weight; the operator multiplies with bfloat16
             step = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
             self.padding = (0, -weight.size(1) % 32)  # zeros: at other widths the operator reads beyond the end of a row
             self.weight = F.pad((weight / step[:, None]).round().to(torch.int8), self.padding).contiguous()
             self.scale = step.to(torch.bfloat16)
-        elif dtype == torch.bfloat16:
-            self.weight = weight.contiguous().to(dtype)
-        else:  # measured: the long side of a matrix should be the one that is contiguous in memory
-            columns = weight.size(0) >= weight.size(1)
-            self.weight = (weight.t().contiguous().t() if columns else weight.contiguous()).to(dtype)
+        else:
+            self.odd = self.out % 2  # then with a row of zeros
+            self.weight = F.pad(weight, (0, 0, 0, self.odd)).to(dtype).contiguous()
+            self.halves = self.weight.unflatten(0, (2, -1))  # (2, out / 2, in)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.scale is not None:
-            y = torch._weight_int8pack_mm(F.pad(x, self.padding)[None].to(torch.bfloat16), self.weight, self.scale)[0].to(
-                x.dtype
-            )
-        elif self.dtype == x.dtype:
-            y = torch.mv(self.weight, x)
+            x16 = F.pad(x, self.padding).to(torch.bfloat16)
+            y = torch._weight_int8pack_mm(x16, self.weight, self.scale).to(x.dtype)
+        elif self.dtype != x.dtype:
+            x16 = x.to(self.dtype)
+            y = (torch.mv(self.weight, x16[0])[None] if len(x) == 1 else x16 @ self.weight.T).to(x.dtype)[:, : self.out]
         else:
-            y = torch.mv(self.weight, x.to(self.dtype)).to(x.dtype)
+            y = self.in_halves(x) if len(x) == 1 else x @ self.weight.T
+            y = y[:, : self.out] if self.odd else y
         return y if self.bias is None else y + self.bias
+
+    def in_halves(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """W x (+ residual) of one row: (1, in) -> (1, out). The layout of x, a row of a transposed matrix, matters for speed."""
+        x = x.expand(2, 1, -1).mT  # (2, in, 1)
+        if residual is None:
+            return torch.bmm(self.halves, x).view(1, -1)
+        return torch.baddbmm(residual.view(2, -1, 1), self.halves, x).view(1, -1)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """residual + W x + b."""
-        if self.dtype == x.dtype and self.bias is None:
-            return torch.addmv(residual, self.weight, x)
-        return residual + self(x)
+        if self.dtype != x.dtype or self.bias is not None or self.odd:
+            return residual + self(x)
+        return self.in_halves(x, residual) if len(x) == 1 else torch.addmm(residual, x, self.weight.T)
 
 
 class Norm:
-    """LayerNorm of a vector, without the calls around it."""
+    """LayerNorm of rows, without the calls around it."""
 
-    def __init__(self, norm: LayerNorm):
-        self.weight, self.bias, self.shape = norm.weight, norm.bias, (norm.width,)
+    def __init__(self, norm: LayerNorm | torch.nn.LayerNorm):
+        self.weight, self.bias, self.shape = norm.weight, norm.bias, norm.weight.shape
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.layer_norm(x, self.shape, self.weight, self.bias, 1e-5)
 
 
+class Place(NamedTuple):
+    """Where the rows of a step stand."""
+
+    start: int  # slots start..stop-1 of the cache
+    stop: int
+    positions: slice | torch.Tensor  # (n,)
+    bias: torch.Tensor | None = None  # (n, S) -inf where a row does not see a key; None: all rows see all, each other too
+
+
+def place(start: int, n: int, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> Place:
+    """n rows behind `start` ones; their positions if they are not their slots; mask (n, S) True = sees."""
+    bias = None if mask is None else torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+    return Place(start, start + n, slice(start, start + n) if positions is None else positions, bias)
+
+
 class Rotation:
-    """Rotary embedding of one position at a time: model.rotate with the angles of all positions at hand."""
+    """Rotary embedding: model.rotate with the angles of all positions at hand."""
 
     def __init__(self, block_size: int, head_width: int, like: torch.Tensor):
         half = head_width // 2
@@ -93,13 +129,13 @@ class Rotation:
         channels = torch.arange(head_width)
         self.partner = torch.cat((channels[half : 2 * half], channels[:half], channels[2 * half :]))
 
-    def __call__(self, x: torch.Tensor, position: int) -> torch.Tensor:
-        """x (..., D) turned to its position."""
-        return torch.addcmul(x * self.cos[position], x[..., self.partner], self.sin[position])
+    def __call__(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
+        """x (..., n, D) turned to its positions (n,)."""
+        return torch.addcmul(x * self.cos[positions], x[..., self.partner], self.sin[positions])
 
 
 class Layers:
-    """Blocks of model.py, packed: one vector at a time through all of them."""
+    """Blocks of model.py, packed: rows of one text through all of them."""
 
     def __init__(self, blocks: torch.nn.ModuleList, rotary_length: int, weight_dtype: torch.dtype | None = None):
         """rotary_length: positions, where they are rotary; else 0. Weights are packed in the dtype of autocast unless one is given."""
@@ -112,8 +148,8 @@ class Layers:
         self.rotations = {width: Rotation(rotary_length, width, like) for width in (widths if rotary_length else ())}
         self.blocks = [self.pack(block) for block in blocks]
 
-    def product(self, linear: torch.nn.Linear) -> Product:
-        return Product(linear.weight, linear.bias, self.weight_dtype)
+    def product(self, linear: torch.nn.Linear | torch.nn.Embedding) -> Product:
+        return Product(linear.weight, getattr(linear, "bias", None), self.weight_dtype)
 
     def queries_first(self, linear: torch.nn.Linear, n_head: int) -> Product:
         """The product of a packed linear layer whose first C rows are queries, these divided by sqrt(D)."""
@@ -136,51 +172,52 @@ class Layers:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def turn(self, x: torch.Tensor, position: int) -> torch.Tensor:
-        """Queries or keys (..., D) with their position, if it is rotary."""
-        return self.rotations[x.size(-1)](x, position) if self.rotations else x
+    def turn(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
+        """Queries or keys (..., n, D) with their positions, if they are rotary."""
+        return self.rotations[x.size(-1)](x, positions) if self.rotations else x
 
-    def write(self, cache: LayerCache, kv: torch.Tensor, position: int) -> None:
-        """Put keys and values (2, H, D) into a slot of a layer's cache."""
+    def write(self, cache: LayerCache, kv: torch.Tensor, place: Place) -> None:
+        """Put keys and values (2, H, n, D) into their slots of a layer's cache."""
         if cache.kv is None:
-            cache.kv = kv.new_zeros(2, 1, kv.size(1), cache.capacity, kv.size(2))
+            cache.kv = kv.new_zeros(2, 1, kv.size(1), cache.capacity, kv.size(3))
         elif cache.kv.dtype != self.state_dtype:  # filled under autocast
             cache.kv = cache.kv.to(self.state_dtype)
-        cache.kv[:, 0, :, position] = kv
+        cache.kv[:, 0, :, place.start : place.stop] = kv
 
-    def attend(self, q: torch.Tensor, cache: LayerCache, n: int) -> torch.Tensor:
-        """q (H, D), scaled, over the first n keys and values of a layer -> (C,)."""
-        k, v = cache.kv[:, 0, :, :n]  # (H, S, D)
-        weights = torch.bmm(q[:, None], k.mT).softmax(-1)  # (H, 1, S)
-        return torch.bmm(weights, v).view(-1)
+    def attend(self, q: torch.Tensor, cache: LayerCache, place: Place) -> torch.Tensor:
+        """q (H, n, D), scaled, over all keys and values of a layer so far -> (n, C)."""
+        k, v = cache.kv[:, 0, :, : place.stop]  # (H, S, D)
+        scores = torch.bmm(q, k.mT) if place.bias is None else torch.baddbmm(place.bias, q, k.mT)  # (H, n, S)
+        y = torch.bmm(scores.softmax(-1), v)  # (H, n, D)
+        return y.view(1, -1) if y.size(1) == 1 else y.transpose(0, 1).flatten(1)
 
-    def self_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, position: int) -> torch.Tensor:
+    def self_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, place: Place) -> torch.Tensor:
         norm, c_attn, c_proj, n_head = parts
-        qkv = c_attn(norm(x)).view(3, n_head, -1)  # (3, H, D)
+        qkv = c_attn(norm(x)).view(len(x), 3, n_head, -1).permute(1, 2, 0, 3)  # (3, H, n, D)
         if self.rotations:
-            qkv = torch.cat((self.turn(qkv[:2], position), qkv[2:]))
-        self.write(cache, qkv[1:], position)
-        return c_proj.add_to(x, self.attend(qkv[0], cache, position + 1))
+            qkv = torch.cat((self.turn(qkv[:2], place.positions), qkv[2:]))
+        self.write(cache, qkv[1:], place)
+        return c_proj.add_to(x, self.attend(qkv[0], cache, place))
 
-    def cross_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, position: int) -> torch.Tensor:
+    def cross_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, place: Place) -> torch.Tensor:
         norm, c_q, c_proj, n_head = parts
-        q = self.turn(c_q(norm(x)).view(n_head, -1), position)  # (H, D)
-        return c_proj.add_to(x, self.attend(q, cache, position + 1))
+        q = c_q(norm(x)).view(len(x), n_head, -1).transpose(0, 1)  # (H, n, D)
+        return c_proj.add_to(x, self.attend(self.turn(q, place.positions), cache, place))
 
     def mlp(self, parts: tuple, x: torch.Tensor) -> torch.Tensor:
         norm, c_fc, c_proj = parts
-        return c_proj.add_to(x, gelu(c_fc(norm(x))))
+        return c_proj.add_to(x, F.gelu(c_fc(norm(x))))
 
     def __call__(
-        self, x: torch.Tensor, position: int, own: list[LayerCache], cross: list[LayerCache] | None = None
+        self, x: torch.Tensor, place: Place, own: list[LayerCache], cross: list[LayerCache] | None = None
     ) -> torch.Tensor:
-        """x (C,) at a position -> (C,). It goes into the caches of self-attention; those of cross-attention have it already."""
+        """Rows x (n, C) -> (n, C). They go into the caches of self-attention; those of cross-attention have them already."""
         for i, block in enumerate(self.blocks):
             for name, parts in block.items():
                 if name == "self":
-                    x = self.self_attention(parts, x, own[i], position)
+                    x = self.self_attention(parts, x, own[i], place)
                 elif name == "cross":
-                    x = self.cross_attention(parts, x, cross[i], position)
+                    x = self.cross_attention(parts, x, cross[i], place)
                 else:
                     x = self.mlp(parts, x)
         return x
@@ -202,14 +239,14 @@ class Memory:
             bias = F.linear(norm.bias, linear.weight, bias)
         return linear.weight * norm.weight, bias
 
-    def __call__(self, h: torch.Tensor, position: int, caches: list[LayerCache]) -> None:
-        """Put h (C,) into the caches."""
-        normed = torch.layer_norm(h, h.shape, None, None, 1e-5)
-        kv = self.product(normed).view(len(caches), 2, self.n_head, -1)  # (layers, 2, H, D)
+    def __call__(self, h: torch.Tensor, place: Place, caches: list[LayerCache]) -> None:
+        """Put h (n, C) into the caches."""
+        normed = torch.layer_norm(h, h.shape[1:], None, None, 1e-5)
+        kv = self.product(normed).view(len(h), len(caches), 2, self.n_head, -1).permute(1, 2, 3, 0, 4)  # (layers, 2, H, n, D)
         if self.layers.rotations:
-            kv = torch.stack((self.layers.turn(kv[:, 0], position), kv[:, 1]), dim=1)
+            kv = torch.stack((self.layers.turn(kv[:, 0], place.positions), kv[:, 1]), dim=1)
         for cache, pair in zip(caches, kv):
-            self.layers.write(cache, pair, position)
+            self.layers.write(cache, pair, place)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,7 +254,7 @@ class Memory:
 
 
 class Stepper:
-    """`stepper(token, cache)` appends one token to the cache of a text, and gives the logits (V,) of the next."""
+    """`stepper(tokens, cache)` appends tokens to the cache of a text, and gives the logits behind them."""
 
     def __init__(self, model: EncoderDecoder | DecoderOnly, int8: bool = False):
         """int8: weights of all products in 8 bits. That is another model, within a percent in each product, and a faster one."""
@@ -243,32 +280,69 @@ class Stepper:
         if config.pos_sub != "none" or getattr(config, "decoder_pos_emb", False):
             self.wpe_next = parts.wpe_next.weight if rotary else parts.wpe.weight[1:]  # row t: position t + 1
 
-    @torch.inference_mode()
-    @torch.autocast("cpu", enabled=False)
-    def __call__(self, token: int, cache: Cache) -> torch.Tensor:
-        position, own, cross = cache.length, cache.layers, None
-        x = self.wte[token]
+    @stepping()
+    def __call__(
+        self, tokens: list[int], cache: Cache, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None,
+        read: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """
+        One token, or n with positions (n,) and a mask (n, S) of what they see; they are appended to the cache. Gives the logits (n, V)
+        behind them, or behind those rows of them that are to be `read`.
+        """
+        here, own, cross = place(cache.length, len(tokens), positions, mask), cache.layers, None
+        x = self.wte[torch.tensor(tokens)]  # (n, C)
         if self.wpe is not None:
-            x = x + self.wpe[position]
+            x = x + self.wpe[here.positions]
         if self.encoder is not None:
             E = len(self.encoder.blocks)
             own, cross = cache.layers[E::2], cache.layers[E + 1 :: 2]  # a decoder layer has two
-            x = self.encoder(x, position, cache.layers[:E])
-            self.memory(x, position, cross)
+            x = self.encoder(x, here, cache.layers[:E])
+            self.memory(x, here, cross)
             x = self.bridge(x if self.ln_bridge is None else self.ln_bridge(x))
             if self.config.decoder_pos_emb:
-                x = x + self.wpe_next[position]
-        x = self.ln_f(self.decoder(x, position, own, cross))
+                x = x + self.wpe_next[here.positions]
+        x = self.ln_f(self.decoder(x, here, own, cross))
         if self.config.pos_sub != "none":
-            x = x - self.wpe_next[position]
+            x = x - self.wpe_next[here.positions]
         if self.ln_pos_sub is not None:
             x = self.ln_pos_sub(x)
-        cache.length += 1
-        return self.head(x)
+        cache.length += len(tokens)
+        return self.head(x if read is None else x[read])
+
+
+class BlockWriter:
+    """`writer(codes, cache)` appends one block of S tokens to a text: what Autoencoder.decode does, from the codes of all levels."""
+
+    def __init__(self, model: Autoencoder):
+        config = model.config
+        self.S, self.books = config.latent_factor, model.quantizer.vectors()
+        self.layers = Layers(model.decoder, config.block_size if config.position == "rope" else 0)
+        product, refine = self.layers.product, model.refine_decoder
+        self.refine = Norm(refine.norm), product(refine.c_fc), product(refine.c_proj)
+        self.from_latent = product(model.from_latent)
+        self.up = [(product(layer.dense), Norm(layer.norm)) for layer in model.up.layers]
+        self.wpe = None if model.wpe_decoder is None else model.wpe_decoder.weight
+        self.ln_f, self.head = Norm(model.ln_f), product(model.wte)
+
+    @stepping()
+    def __call__(self, codes: list[int], cache: Cache) -> torch.Tensor:
+        """Codes of one block behind those in the cache -> logits (S, V)."""
+        z = sum(book[code] for book, code in zip(self.books, codes))[None]  # (1, Z)
+        norm, c_fc, c_proj = self.refine
+        gate, value = c_fc(norm(z)).chunk(2, dim=-1)
+        x = self.from_latent(c_proj.add_to(z, F.silu(gate) * value))  # (1, C)
+        for dense, norm in self.up:  # each doubles the rows
+            x = x.repeat_interleave(2, dim=0) + norm(dense(x.relu()).view(-1, x.size(1)))
+        here = place(cache.length, self.S)
+        if self.wpe is not None:
+            x = x + self.wpe[here.positions]
+        x = self.layers(x, here, cache.layers)
+        cache.length += self.S
+        return self.head(self.ln_f(x))
 
 
 class CodeStepper:
-    """The two kinds of steps of an RQTransformer: see `states` and `code_logits` there."""
+    """The steps of an RQTransformer: see `states` and `code_logits` there; and of its autoencoder's decoder."""
 
     def __init__(self, model: RQTransformer, table: torch.Tensor):
         """table (D, K, C): model.table()."""
@@ -277,30 +351,26 @@ class CodeStepper:
         self.spatial, self.depth = Layers(model.spatial.blocks, config.blocks), Layers(model.depth.blocks, 0)
         self.from_sum = None if model.from_sum is None else self.depth.product(model.from_sum)
         self.heads = [(Norm(norm), self.depth.product(linear)) for norm, linear in model.heads]
+        self.write = BlockWriter(model.autoencoder) if model.autoencoder.trunk is None else None
 
     def embed(self, codes: list[int]) -> torch.Tensor:
-        """Sum (C,) of the vectors of the first codes of a stack."""
-        x = self.table[0, codes[0]]
-        for level, code in enumerate(codes[1:], start=1):
-            x = x + self.table[level, code]
-        return x
+        """Sum (1, C) of the vectors of the first codes of a stack."""
+        return sum(level[code] for level, code in zip(self.table, codes))[None]
 
-    @torch.inference_mode()
-    @torch.autocast("cpu", enabled=False)
+    @stepping()
     def state(self, stack: list[int], cache: Cache) -> torch.Tensor:
-        """The spatial state h (C,) behind one more stack, which is appended to the cache (that holds the start at least)."""
-        h = self.spatial(self.embed(stack), cache.length, cache.layers)
+        """The spatial state h (1, C) behind one more stack, which is appended to the cache (that holds the start at least)."""
+        h = self.spatial(self.embed(stack), place(cache.length, 1), cache.layers)
         cache.length += 1
         return h
 
-    @torch.inference_mode()
-    @torch.autocast("cpu", enabled=False)
+    @stepping()
     def logits(self, h: torch.Tensor, codes: list[int], cache: Cache) -> torch.Tensor:
-        """Logits (K,) of the code behind the first `codes` of a stack, all but the last of which are in the cache."""
+        """Logits (1, K) of the code behind the first `codes` of a stack, all but the last of which are in the cache."""
         level = cache.length
         assert level == len(codes), f"{len(codes)} codes, but the cache holds {level} steps"
         x = h if level == 0 else self.from_sum(self.embed(codes))
-        x = self.depth(x + self.wpe[level], level, cache.layers)
+        x = self.depth(x + self.wpe[level], place(level, 1), cache.layers)
         cache.length += 1
         norm, head = self.heads[level]
         return head(norm(x))

@@ -16,7 +16,7 @@ def paths(model, tokens: torch.Tensor, n_prompt: int) -> tuple[torch.Tensor, tor
         step = stepper.Stepper(model)
         for cache in (ours, theirs):
             model(tokens[None, :n_prompt], cache=cache)
-        stepped = torch.stack([step(token, ours) for token in tokens[n_prompt:].tolist()])
+        stepped = torch.cat([step([token], ours) for token in tokens[n_prompt:].tolist()])
         plain = torch.cat([model(token.view(1, 1), cache=theirs)[0][0] for token in tokens[n_prompt:]])
     assert ours.length == theirs.length == len(tokens)
     for one, other in zip(ours.layers, theirs.layers):  # what it leaves behind must serve the general path as well
@@ -52,13 +52,13 @@ def test_int8_weights():
     with torch.inference_mode():
         for width in range(128, 162):  # at most of them the operator itself reads beyond the end
             weight, x = torch.randn(70, width) * torch.logspace(-3, 3, 70)[:, None], torch.randn(width)
-            product = stepper.Product(weight, None, torch.int8)(x)
+            product = stepper.Product(weight, None, torch.int8)(x[None])[0]
             assert ((product - weight @ x).abs() / (weight.norm(dim=1) * x.norm())).max() < 0.01
         caches = [model.make_cache() for _ in range(2)]
         steps = [stepper.Stepper(model), stepper.Stepper(model, int8=True)]
         for cache in caches:
             model(tokens[None, :3], cache=cache)
-        exact, rounded = (torch.stack([step(i, cache) for i in tokens[3:].tolist()]) for step, cache in zip(steps, caches))
+        exact, rounded = (torch.cat([step([i], cache) for i in tokens[3:].tolist()]) for step, cache in zip(steps, caches))
     assert 0 < (exact - rounded).norm() < 0.1 * exact.norm()
 
 
