@@ -52,44 +52,55 @@ def stepping() -> Iterator[None]:
 
 
 class Product:
-    """y = W x + b for rows x (n, in); W (out, in) may be several stacked matrices."""
+    """W x + b for rows x (n, in); W (out, in) may be several stacked matrices."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
-        self.bias, self.dtype, self.out, self.scale = bias, dtype, weight.size(0), None
-        if dtype == torch.int8:  # each row in steps of 1/127 of its largest weight; the operator multiplies with bfloat16
-            step = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-            self.padding = (0, -weight.size(1) % 32)  # zeros: at other widths the operator reads beyond the end of a row
-            self.weight = F.pad((weight / step[:, None]).round().to(torch.int8), self.padding).contiguous()
-            self.scale = step.to(torch.bfloat16)
-        else:
-            self.odd = self.out % 2  # then with a row of zeros
-            self.weight = F.pad(weight, (0, 0, 0, self.odd)).to(dtype).contiguous()
-            self.halves = self.weight.unflatten(0, (2, -1))  # (2, out / 2, in)
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        self.out, self.bias = weight.size(0), bias
+        self.weight = F.pad(weight, (0, 0, 0, self.out % 2)).contiguous()  # odd: and a row of zeros
+        self.halves = self.weight.unflatten(0, (2, -1))  # (2, out / 2, in)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if x.size(0) > 1:
+            y = x @ self.weight.T
+        else:  # the layout of x, a row of a transposed matrix, matters for speed: (1, in) -> (2, in, 1)
+            y = torch.bmm(self.halves, x.expand(2, 1, -1).mT).view(1, -1)
+        return y[:, : self.out] if self.out % 2 else y
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.scale is not None:
-            x16 = F.pad(x, self.padding).to(torch.bfloat16)
-            y = torch._weight_int8pack_mm(x16, self.weight, self.scale).to(x.dtype)
-        elif self.dtype != x.dtype:
-            x16 = x.to(self.dtype)
-            y = (torch.mv(self.weight, x16[0])[None] if len(x) == 1 else x16 @ self.weight.T).to(x.dtype)[:, : self.out]
-        else:
-            y = self.in_halves(x) if len(x) == 1 else x @ self.weight.T
-            y = y[:, : self.out] if self.odd else y
-        return y if self.bias is None else y + self.bias
-
-    def in_halves(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """W x (+ residual) of one row: (1, in) -> (1, out). The layout of x, a row of a transposed matrix, matters for speed."""
-        x = x.expand(2, 1, -1).mT  # (2, in, 1)
-        if residual is None:
-            return torch.bmm(self.halves, x).view(1, -1)
-        return torch.baddbmm(residual.view(2, -1, 1), self.halves, x).view(1, -1)
+        return self.multiply(x) if self.bias is None else self.multiply(x) + self.bias
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """residual + W x + b."""
-        if self.dtype != x.dtype or self.bias is not None or self.odd:
+        if self.bias is not None or self.out % 2 or x.size(0) > 1:
             return residual + self(x)
-        return self.in_halves(x, residual) if len(x) == 1 else torch.addmm(residual, x, self.weight.T)
+        return torch.baddbmm(residual.view(2, -1, 1), self.halves, x.expand(2, 1, -1).mT).view(1, -1)
+
+
+class RoundedProduct(Product):
+    """The same with W in bfloat16 or in 8 bits, and x rounded to bfloat16."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+        self.bias, self.scale, self.padding = bias, None, (0, 0)
+        if dtype == torch.int8:  # each row in steps of 1/127 of its largest weight
+            step = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+            weight, self.scale = (weight / step[:, None]).round(), step.to(torch.bfloat16)
+            self.padding = (0, -weight.size(1) % 32)  # zeros: at other widths the operator reads beyond the end of a row
+        self.weight = F.pad(weight, self.padding).to(dtype).contiguous()
+        self.input = torch.zeros(1, self.weight.size(1), dtype=torch.bfloat16)  # of one row, padded
+        self.inside, self.row = self.input[:, : weight.size(1)], self.input[0]
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if x.size(0) == 1:
+            self.inside.copy_(x)
+        rows = self.input if x.size(0) == 1 else F.pad(x, self.padding).bfloat16()
+        if self.scale is not None:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            y = torch.mv(self.weight, self.row).view(1, -1) if x.size(0) == 1 else rows @ self.weight.T
+        return y.type_as(x)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return residual + self(x)
 
 
 class Norm:
@@ -148,22 +159,27 @@ class Layers:
         self.rotations = {width: Rotation(rotary_length, width, like) for width in (widths if rotary_length else ())}
         self.blocks = [self.pack(block) for block in blocks]
 
-    def product(self, linear: torch.nn.Linear | torch.nn.Embedding) -> Product:
-        return Product(linear.weight, getattr(linear, "bias", None), self.weight_dtype)
+    def product(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
+        if self.weight_dtype in (torch.bfloat16, torch.int8):
+            return RoundedProduct(weight, bias, self.weight_dtype)
+        return Product(weight, bias)
+
+    def linear(self, linear: torch.nn.Linear) -> Product:
+        return self.product(linear.weight, linear.bias)
 
     def queries_first(self, linear: torch.nn.Linear, n_head: int) -> Product:
         """The product of a packed linear layer whose first C rows are queries, these divided by sqrt(D)."""
         C = linear.in_features
         scale = torch.ones(linear.out_features, dtype=self.state_dtype)
         scale[:C] = 1 / math.sqrt(C // n_head)
-        return Product(linear.weight * scale[:, None], None if linear.bias is None else linear.bias * scale, self.weight_dtype)
+        return self.product(linear.weight * scale[:, None], None if linear.bias is None else linear.bias * scale)
 
     def pack_attention(self, layer: SelfAttention | CrossAttention, queries: torch.nn.Linear, norm: LayerNorm) -> tuple:
-        return Norm(norm), self.queries_first(queries, layer.n_head), self.product(layer.c_proj), layer.n_head
+        return Norm(norm), self.queries_first(queries, layer.n_head), self.linear(layer.c_proj), layer.n_head
 
     def pack(self, block: Block | DecoderBlock) -> dict[str, tuple]:
         """The parts of a block in the order in which they run."""
-        mlp = (Norm(block.ln_2), self.product(block.mlp.c_fc), self.product(block.mlp.c_proj))
+        mlp = (Norm(block.ln_2), self.linear(block.mlp.c_fc), self.linear(block.mlp.c_proj))
         own = self.pack_attention(block.attn, block.attn.c_attn, block.ln_1)
         if not isinstance(block, DecoderBlock):
             return {"self": own, "mlp": mlp}
@@ -186,14 +202,14 @@ class Layers:
 
     def attend(self, q: torch.Tensor, cache: LayerCache, place: Place) -> torch.Tensor:
         """q (H, n, D), scaled, over all keys and values of a layer so far -> (n, C)."""
-        k, v = cache.kv[:, 0, :, : place.stop]  # (H, S, D)
+        k, v = cache.kv.select(1, 0).narrow(2, 0, place.stop).unbind()  # (H, S, D)
         scores = torch.bmm(q, k.mT) if place.bias is None else torch.baddbmm(place.bias, q, k.mT)  # (H, n, S)
         y = torch.bmm(scores.softmax(-1), v)  # (H, n, D)
         return y.view(1, -1) if y.size(1) == 1 else y.transpose(0, 1).flatten(1)
 
     def self_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, place: Place) -> torch.Tensor:
         norm, c_attn, c_proj, n_head = parts
-        qkv = c_attn(norm(x)).view(len(x), 3, n_head, -1).permute(1, 2, 0, 3)  # (3, H, n, D)
+        qkv = c_attn(norm(x)).view(x.size(0), 3, n_head, -1).permute(1, 2, 0, 3)  # (3, H, n, D)
         if self.rotations:
             qkv = torch.cat((self.turn(qkv[:2], place.positions), qkv[2:]))
         self.write(cache, qkv[1:], place)
@@ -201,7 +217,7 @@ class Layers:
 
     def cross_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, place: Place) -> torch.Tensor:
         norm, c_q, c_proj, n_head = parts
-        q = c_q(norm(x)).view(len(x), n_head, -1).transpose(0, 1)  # (H, n, D)
+        q = c_q(norm(x)).view(x.size(0), n_head, -1).transpose(0, 1)  # (H, n, D)
         return c_proj.add_to(x, self.attend(self.turn(q, place.positions), cache, place))
 
     def mlp(self, parts: tuple, x: torch.Tensor) -> torch.Tensor:
@@ -229,7 +245,7 @@ class Memory:
     def __init__(self, decoder: torch.nn.ModuleList, layers: Layers):
         folded = [self.fold(block.ln_cross_kv, block.cross_attn.c_kv) for block in decoder]
         bias = None if folded[0][1] is None else torch.cat([b for _, b in folded])
-        self.product = Product(torch.cat([w for w, _ in folded]), bias, layers.weight_dtype)  # (n 2C, C)
+        self.product = layers.product(torch.cat([w for w, _ in folded]), bias)  # (n 2C, C)
         self.layers, self.n_head = layers, decoder[0].cross_attn.n_head
 
     def fold(self, norm: LayerNorm, linear: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -242,7 +258,7 @@ class Memory:
     def __call__(self, h: torch.Tensor, place: Place, caches: list[LayerCache]) -> None:
         """Put h (n, C) into the caches."""
         normed = torch.layer_norm(h, h.shape[1:], None, None, 1e-5)
-        kv = self.product(normed).view(len(h), len(caches), 2, self.n_head, -1).permute(1, 2, 3, 0, 4)  # (layers, 2, H, n, D)
+        kv = self.product(normed).view(h.size(0), len(caches), 2, self.n_head, -1).permute(1, 2, 3, 0, 4)  # (layers, 2, H, n, D)
         if self.layers.rotations:
             kv = torch.stack((self.layers.turn(kv[:, 0], place.positions), kv[:, 1]), dim=1)
         for cache, pair in zip(caches, kv):
@@ -268,13 +284,13 @@ class Stepper:
             self.encoder, self.decoder = Layers(model.encoder, *packing), Layers(model.decoder, *packing)
             self.memory = Memory(model.decoder, self.decoder)
             self.ln_bridge = None if model.ln_bridge is None else Norm(model.ln_bridge)
-            self.bridge = self.decoder.product(model.bridge)
+            self.bridge = self.decoder.linear(model.bridge)
         else:
             parts, self.wte = model.transformer, model.lm_head.weight
             self.decoder = Layers(parts.h, *packing)
         self.ln_f = Norm(parts.ln_f)
         self.ln_pos_sub = Norm(parts.ln_pos_sub) if config.pos_sub == "ln" else None
-        self.head = Product(self.wte, None, self.decoder.weight_dtype)
+        self.head = self.decoder.product(self.wte)
         self.wpe = None if rotary else parts.wpe.weight
         self.wpe_next = None
         if config.pos_sub != "none" or getattr(config, "decoder_pos_emb", False):
@@ -317,12 +333,12 @@ class BlockWriter:
         config = model.config
         self.S, self.books = config.latent_factor, model.quantizer.vectors()
         self.layers = Layers(model.decoder, config.block_size if config.position == "rope" else 0)
-        product, refine = self.layers.product, model.refine_decoder
-        self.refine = Norm(refine.norm), product(refine.c_fc), product(refine.c_proj)
-        self.from_latent = product(model.from_latent)
-        self.up = [(product(layer.dense), Norm(layer.norm)) for layer in model.up.layers]
+        linear, refine = self.layers.linear, model.refine_decoder
+        self.refine = Norm(refine.norm), linear(refine.c_fc), linear(refine.c_proj)
+        self.from_latent = linear(model.from_latent)
+        self.up = [(linear(layer.dense), Norm(layer.norm)) for layer in model.up.layers]
         self.wpe = None if model.wpe_decoder is None else model.wpe_decoder.weight
-        self.ln_f, self.head = Norm(model.ln_f), product(model.wte)
+        self.ln_f, self.head = Norm(model.ln_f), self.layers.product(model.wte.weight)
 
     @stepping()
     def __call__(self, codes: list[int], cache: Cache) -> torch.Tensor:
@@ -349,8 +365,8 @@ class CodeStepper:
         config = model.config
         self.table, self.wpe = table, model.wpe_depth
         self.spatial, self.depth = Layers(model.spatial.blocks, config.blocks), Layers(model.depth.blocks, 0)
-        self.from_sum = None if model.from_sum is None else self.depth.product(model.from_sum)
-        self.heads = [(Norm(norm), self.depth.product(linear)) for norm, linear in model.heads]
+        self.from_sum = None if model.from_sum is None else self.depth.linear(model.from_sum)
+        self.heads = [(Norm(norm), self.depth.linear(linear)) for norm, linear in model.heads]
         self.write = BlockWriter(model.autoencoder) if model.autoencoder.trunk is None else None
 
     def embed(self, codes: list[int]) -> torch.Tensor:

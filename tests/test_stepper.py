@@ -52,7 +52,7 @@ def test_int8_weights():
     with torch.inference_mode():
         for width in range(128, 162):  # at most of them the operator itself reads beyond the end
             weight, x = torch.randn(70, width) * torch.logspace(-3, 3, 70)[:, None], torch.randn(width)
-            product = stepper.Product(weight, None, torch.int8)(x[None])[0]
+            product = stepper.RoundedProduct(weight, None, torch.int8)(x[None])[0]
             assert ((product - weight @ x).abs() / (weight.norm(dim=1) * x.norm())).max() < 0.01
         caches = [model.make_cache() for _ in range(2)]
         steps = [stepper.Stepper(model), stepper.Stepper(model, int8=True)]
