@@ -263,16 +263,18 @@ def lay_out_for_decoding(model: torch.nn.Module) -> None:
 def cached_step(model: torch.nn.Module, int8: bool = False) -> Callable:
     """
     A function (idx, cache) from the tokens (B, T) behind those in the cache, which takes them in, to the logits (B, V) of the
-    next: a Stepper for one token of one text on a CPU (int8: see there), the model's own forward pass for all else.
+    next. With positions (T,), mask (T, S) and slots `read` (R,), as in lookahead.py, to the logits (R, V) behind those of one text.
+    On a CPU a Stepper computes one token of one text and what has a mask (int8: see there), the model's own forward pass all else.
     """
     stepper = None
 
-    def step(idx: torch.Tensor, cache) -> torch.Tensor:
+    def step(idx: torch.Tensor, cache, positions=None, mask=None, read=None) -> torch.Tensor:
         nonlocal stepper
-        if idx.shape != (1, 1) or not can_step(model):
-            return model(idx, cache=cache)[0][:, -1]
+        if len(idx) > 1 or (idx.size(1) > 1 and mask is None) or not can_step(model):
+            logits = model(idx, cache=cache, positions=positions, mask=mask)[0]
+            return logits[:, -1] if read is None else logits[0, read]
         stepper = stepper or Stepper(model, int8)  # packed when it is needed: then precision and weights are final
-        return stepper(idx[0].tolist(), cache)
+        return stepper(idx[0].tolist(), cache, positions, mask, read)
 
     return step
 
@@ -406,7 +408,9 @@ def sample_in_blocks(
         if step is not None and step.write is not None and known + 1 == codes.size(1):
             logits = step.write(stack[0].tolist(), decoder)  # (S, V)
         else:
-            logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)[:, -S:].flatten(0, 1)  # (B S, V)
+            logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)[:, -S:].flatten(
+                0, 1
+            )  # (B S, V)
         known = codes.size(1) if use_cache else 0
         drawn = None
         if sampling.tokens.temperature > 0:  # positions from 2^31 on, out of the way of the codes'

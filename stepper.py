@@ -56,7 +56,9 @@ class Product:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         self.out, self.bias = weight.size(0), bias
-        self.weight = F.pad(weight, (0, 0, 0, self.out % 2)).contiguous()  # odd: and a row of zeros
+        if self.out % 2:  # then with a row of zeros
+            weight = F.pad(weight, (0, 0, 0, 1))
+        self.weight = weight.contiguous()
         self.halves = self.weight.unflatten(0, (2, -1))  # (2, out / 2, in)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,35 +116,30 @@ class Norm:
 
 
 class Place(NamedTuple):
-    """Where the rows of a step stand."""
+    """Where the rows of a step stand, and what they see."""
 
     start: int  # slots start..stop-1 of the cache
     stop: int
     positions: slice | torch.Tensor  # (n,)
-    bias: torch.Tensor | None = None  # (n, S) -inf where a row does not see a key; None: all rows see all, each other too
-
-
-def place(start: int, n: int, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> Place:
-    """n rows behind `start` ones; their positions if they are not their slots; mask (n, S) True = sees."""
-    bias = None if mask is None else torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
-    return Place(start, start + n, slice(start, start + n) if positions is None else positions, bias)
+    bias: torch.Tensor | None  # (n, S) -inf where a row does not see a key; None: all rows see all, each other too
+    rotary: dict[int, tuple[torch.Tensor, torch.Tensor]]  # head width -> cos, sin (3, 1, n, D), see Rotation
 
 
 class Rotation:
-    """Rotary embedding: model.rotate with the angles of all positions at hand."""
+    """Rotary embedding of queries, keys and values at once: model.rotate for the first two, values stay as they are."""
 
     def __init__(self, block_size: int, head_width: int, like: torch.Tensor):
         half = head_width // 2
         cos, sin = rotary_angles(torch.arange(block_size), head_width)  # (T, D // 2)
-        rest = head_width - 2 * half  # 1 channel that is not rotated, if the width is odd
-        self.cos = torch.cat((cos, cos, torch.ones(block_size, rest)), -1).to(like)  # (T, D)
-        self.sin = torch.cat((-sin, sin, torch.zeros(block_size, rest)), -1).to(like)
+        self.cos = torch.ones(3, 1, block_size, head_width).to(like)  # an odd head width leaves its last channel as it is
+        self.sin = torch.zeros_like(self.cos)
+        self.cos[:2, :, :, : 2 * half] = torch.cat((cos, cos), -1)
+        self.sin[:2, :, :, : 2 * half] = torch.cat((-sin, sin), -1)
         channels = torch.arange(head_width)
         self.partner = torch.cat((channels[half : 2 * half], channels[:half], channels[2 * half :]))
 
-    def __call__(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
-        """x (..., n, D) turned to its positions (n,)."""
-        return torch.addcmul(x * self.cos[positions], x[..., self.partner], self.sin[positions])
+    def at(self, positions: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cos[:, :, positions], self.sin[:, :, positions]
 
 
 class Layers:
@@ -188,9 +185,19 @@ class Layers:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def turn(self, x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
-        """Queries or keys (..., n, D) with their positions, if they are rotary."""
-        return self.rotations[x.size(-1)](x, positions) if self.rotations else x
+    def place(self, start: int, n: int, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> Place:
+        """n rows behind `start` ones; their positions (n,) if they are not their slots; mask (n, S) True = sees, None: all."""
+        where = slice(start, start + n) if positions is None else positions
+        bias = None if mask is None else torch.zeros(mask.shape, dtype=self.state_dtype).masked_fill_(~mask, -math.inf)
+        rotary = {width: rotation.at(where) for width, rotation in self.rotations.items()}
+        return Place(start, start + n, where, bias, rotary)
+
+    def turn(self, x: torch.Tensor, place: Place, part: int | slice = slice(None)) -> torch.Tensor:
+        """Queries, keys and values (3, H, n, D), or a part of the three, with their positions, if they are rotary."""
+        if not place.rotary:
+            return x
+        cos, sin = place.rotary[x.size(-1)]
+        return torch.addcmul(x * cos[part], x[..., self.rotations[x.size(-1)].partner], sin[part])
 
     def write(self, cache: LayerCache, kv: torch.Tensor, place: Place) -> None:
         """Put keys and values (2, H, n, D) into their slots of a layer's cache."""
@@ -210,15 +217,14 @@ class Layers:
     def self_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, place: Place) -> torch.Tensor:
         norm, c_attn, c_proj, n_head = parts
         qkv = c_attn(norm(x)).view(x.size(0), 3, n_head, -1).permute(1, 2, 0, 3)  # (3, H, n, D)
-        if self.rotations:
-            qkv = torch.cat((self.turn(qkv[:2], place.positions), qkv[2:]))
+        qkv = self.turn(qkv, place)
         self.write(cache, qkv[1:], place)
         return c_proj.add_to(x, self.attend(qkv[0], cache, place))
 
     def cross_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, place: Place) -> torch.Tensor:
         norm, c_q, c_proj, n_head = parts
         q = c_q(norm(x)).view(x.size(0), n_head, -1).transpose(0, 1)  # (H, n, D)
-        return c_proj.add_to(x, self.attend(self.turn(q, place.positions), cache, place))
+        return c_proj.add_to(x, self.attend(self.turn(q, place, 0), cache, place))
 
     def mlp(self, parts: tuple, x: torch.Tensor) -> torch.Tensor:
         norm, c_fc, c_proj = parts
@@ -258,10 +264,10 @@ class Memory:
     def __call__(self, h: torch.Tensor, place: Place, caches: list[LayerCache]) -> None:
         """Put h (n, C) into the caches."""
         normed = torch.layer_norm(h, h.shape[1:], None, None, 1e-5)
-        kv = self.product(normed).view(h.size(0), len(caches), 2, self.n_head, -1).permute(1, 2, 3, 0, 4)  # (layers, 2, H, n, D)
-        if self.layers.rotations:
-            kv = torch.stack((self.layers.turn(kv[:, 0], place.positions), kv[:, 1]), dim=1)
-        for cache, pair in zip(caches, kv):
+        kv = (
+            self.product(normed).view(h.size(0), len(caches), 2, self.n_head, -1).permute(1, 2, 3, 0, 4)
+        )  # (layers, 2, H, n, D)
+        for cache, pair in zip(caches, self.layers.turn(kv, place, slice(1, 3))):
             self.layers.write(cache, pair, place)
 
 
@@ -305,7 +311,7 @@ class Stepper:
         One token, or n with positions (n,) and a mask (n, S) of what they see; they are appended to the cache. Gives the logits (n, V)
         behind them, or behind those rows of them that are to be `read`.
         """
-        here, own, cross = place(cache.length, len(tokens), positions, mask), cache.layers, None
+        here, own, cross = self.decoder.place(cache.length, len(tokens), positions, mask), cache.layers, None
         x = self.wte[torch.tensor(tokens)]  # (n, C)
         if self.wpe is not None:
             x = x + self.wpe[here.positions]
@@ -348,8 +354,8 @@ class BlockWriter:
         gate, value = c_fc(norm(z)).chunk(2, dim=-1)
         x = self.from_latent(c_proj.add_to(z, F.silu(gate) * value))  # (1, C)
         for dense, norm in self.up:  # each doubles the rows
-            x = x.repeat_interleave(2, dim=0) + norm(dense(x.relu()).view(-1, x.size(1)))
-        here = place(cache.length, self.S)
+            x = (x[:, None] + norm(dense(x.relu()).view(-1, 2, x.size(1)))).flatten(0, 1)  # (r, 2, C) -> (2r, C)
+        here = self.layers.place(cache.length, self.S)
         if self.wpe is not None:
             x = x + self.wpe[here.positions]
         x = self.layers(x, here, cache.layers)
@@ -376,7 +382,7 @@ class CodeStepper:
     @stepping()
     def state(self, stack: list[int], cache: Cache) -> torch.Tensor:
         """The spatial state h (1, C) behind one more stack, which is appended to the cache (that holds the start at least)."""
-        h = self.spatial(self.embed(stack), place(cache.length, 1), cache.layers)
+        h = self.spatial(self.embed(stack), self.spatial.place(cache.length, 1), cache.layers)
         cache.length += 1
         return h
 
@@ -386,7 +392,7 @@ class CodeStepper:
         level = cache.length
         assert level == len(codes), f"{len(codes)} codes, but the cache holds {level} steps"
         x = h if level == 0 else self.from_sum(self.embed(codes))
-        x = self.depth(x + self.wpe[level], place(level, 1), cache.layers)
+        x = self.depth(x + self.wpe[level], self.depth.place(level, 1), cache.layers)
         cache.length += 1
         norm, head = self.heads[level]
         return head(norm(x))
