@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
-from stepper import CodeStepper, Stepper, can_step
+from latent.code_stepper import CodeStepper
+from stepper import Stepper, can_step
 
 
 @dataclass(frozen=True)
@@ -251,13 +252,12 @@ def check_prompts(model: torch.nn.Module, prompts: list[list[int]]) -> None:
 
 def lay_out_for_decoding(model: torch.nn.Module) -> None:
     """
-    Store all matrices of a model on a CPU column by column, in place: shapes, values and use stay as they are. A product with
-    one token's vector then adds up whole columns, which MKL does at several times the speed of one inner product a row.
+    Store all matrices of a model on a CPU column by column, in place: shapes, values and use stay as they are. MKL is then faster
+    with the few rows that the general path has without a cache or in small batches. Not so for models over codes.
     """
-    for part in (model, getattr(model, "autoencoder", None)):
-        for parameter in part.parameters() if part is not None else ():
-            if parameter.dim() == 2 and parameter.device.type == "cpu":
-                parameter.data = parameter.data.t().contiguous().t()
+    for parameter in model.parameters() if getattr(model, "autoencoder", None) is None else ():
+        if parameter.dim() == 2 and parameter.device.type == "cpu":
+            parameter.data = parameter.data.t().contiguous().t()
 
 
 def cached_step(model: torch.nn.Module, int8: bool = False) -> Callable:

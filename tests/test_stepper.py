@@ -1,4 +1,4 @@
-"""One token at a time as matrix-vector products, against the models' own cached forward pass."""
+"""A few tokens at a time on packed weights, against the models' own cached forward pass."""
 
 import pytest
 import torch
@@ -33,6 +33,27 @@ def test_steps_equal_the_models_own(name, options):
     for n_prompt in (1, 5):
         stepped, plain = paths(model, tokens, n_prompt)
         assert (stepped - plain).abs().max() < 1e-10 * plain.abs().max()
+
+
+@pytest.mark.parametrize("name, options", STEPPED, ids=[str(options) for _, options in STEPPED])
+def test_rows_with_a_mask_equal_the_models_own(name, options):
+    """Guards lookahead's step: rows at positions other than their slots that see some of the keys, and only some of them read."""
+    model = make_model(name, options)
+    tokens, held, n = torch.randint(model.config.vocab_size, (model.config.block_size,)), 3, 7
+    positions = held + torch.tensor([0, 1, 2, 1, 2, 2, 3])
+    mask = torch.rand(n, held + n) < 0.5
+    mask |= torch.arange(held + n) == held + torch.arange(n)[:, None]  # itself at least
+    read = torch.tensor([0, 2, 6])
+    ours, theirs = model.make_cache(), model.make_cache()
+    with torch.inference_mode():
+        for cache in (ours, theirs):
+            model(tokens[None, :held], cache=cache)
+        stepped = stepper.Stepper(model)(tokens[:n].tolist(), ours, positions, mask, read)
+        plain = model(tokens[None, :n], cache=theirs, positions=positions, mask=mask)[0][0, read]
+    assert (stepped - plain).abs().max() < 1e-10 * plain.abs().max()
+    assert ours.length == theirs.length == held + n
+    for one, other in zip(ours.layers, theirs.layers):
+        assert (one.kv - other.kv).abs().max() < 1e-10 * one.kv.abs().max()
 
 
 def test_bfloat16_weights():
