@@ -266,11 +266,11 @@ def cached_step(model: torch.nn.Module, int8: bool = False) -> Callable:
     next. With positions (T,), mask (T, S) and slots `read` (R,), as in lookahead.py, to the logits (R, V) behind those of one text.
     On a CPU a Stepper computes one token of one text and what has a mask (int8: see there), the model's own forward pass all else.
     """
-    stepper = None
+    stepper, steps = None, can_step(model)
 
     def step(idx: torch.Tensor, cache, positions=None, mask=None, read=None) -> torch.Tensor:
         nonlocal stepper
-        if len(idx) > 1 or (idx.size(1) > 1 and mask is None) or not can_step(model):
+        if not steps or len(idx) > 1 or (idx.size(1) > 1 and mask is None):
             logits = model(idx, cache=cache, positions=positions, mask=mask)[0]
             return logits[:, -1] if read is None else logits[0, read]
         stepper = stepper or Stepper(model, int8)  # packed when it is needed: then precision and weights are final
@@ -376,7 +376,8 @@ def sample_in_blocks(
         return torch.stack(rows).unflatten(1, (count, size))
 
     idx = torch.tensor([[filler(sample)] * (-len(sample.tokens) % S) + sample.tokens for sample in samples], device=device)
-    table, codes, stepper = model.table(), None, None
+    table, codes = model.table(), None
+    step = CodeStepper(model, table) if use_cache and len(samples) == 1 and can_step(model) else None
     while not all(sample.finished for sample in samples):
         n = idx.size(1) // S  # blocks of text, hence the number of the next one
         if codes is None or codes.size(1) == M:
@@ -386,9 +387,6 @@ def sample_in_blocks(
                 codes = model.encode(idx[:, -kept * S :].contiguous(), None)[0]
             spatial, depth = model.spatial.make_cache(), model.depth.make_cache()
             decoder, known = model.autoencoder.make_decoder_cache(M), 0  # known: blocks in it
-        step = None
-        if use_cache and len(samples) == 1 and can_step(model):
-            step = stepper = stepper or CodeStepper(model, table)
         if step is not None and spatial.length == codes.size(1) > 0:
             h = step.state(codes[0, -1].tolist(), spatial)
         else:
@@ -408,9 +406,8 @@ def sample_in_blocks(
         if step is not None and step.write is not None and known + 1 == codes.size(1):
             logits = step.write(stack[0].tolist(), decoder)  # (S, V)
         else:
-            logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)[:, -S:].flatten(
-                0, 1
-            )  # (B S, V)
+            logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)
+            logits = logits[:, -S:].flatten(0, 1)  # (B S, V)
         known = codes.size(1) if use_cache else 0
         drawn = None
         if sampling.tokens.temperature > 0:  # positions from 2^31 on, out of the way of the codes'
