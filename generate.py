@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
-from stepper import CodeStepper, Stepper, can_step
+from latent.code_stepper import CodeStepper
+from stepper import Stepper, can_step
 
 
 @dataclass(frozen=True)
@@ -251,28 +252,29 @@ def check_prompts(model: torch.nn.Module, prompts: list[list[int]]) -> None:
 
 def lay_out_for_decoding(model: torch.nn.Module) -> None:
     """
-    Store all matrices of a model on a CPU column by column, in place: shapes, values and use stay as they are. A product with
-    one token's vector then adds up whole columns, which MKL does at several times the speed of one inner product a row.
+    Store all matrices of a model on a CPU column by column, in place: shapes, values and use stay as they are. MKL is then faster
+    with the few rows that the general path has without a cache or in small batches. Not so for models over codes.
     """
-    for part in (model, getattr(model, "autoencoder", None)):
-        for parameter in part.parameters() if part is not None else ():
-            if parameter.dim() == 2 and parameter.device.type == "cpu":
-                parameter.data = parameter.data.t().contiguous().t()
+    for parameter in model.parameters() if getattr(model, "autoencoder", None) is None else ():
+        if parameter.dim() == 2 and parameter.device.type == "cpu":
+            parameter.data = parameter.data.t().contiguous().t()
 
 
 def cached_step(model: torch.nn.Module, int8: bool = False) -> Callable:
     """
     A function (idx, cache) from the tokens (B, T) behind those in the cache, which takes them in, to the logits (B, V) of the
-    next: a Stepper for one token of one text on a CPU (int8: see there), the model's own forward pass for all else.
+    next. With positions (T,), mask (T, S) and slots `read` (R,), as in lookahead.py, to the logits (R, V) behind those of one text.
+    On a CPU a Stepper computes one token of one text and what has a mask (int8: see there), the model's own forward pass all else.
     """
-    stepper = None
+    stepper, steps = None, can_step(model)
 
-    def step(idx: torch.Tensor, cache) -> torch.Tensor:
+    def step(idx: torch.Tensor, cache, positions=None, mask=None, read=None) -> torch.Tensor:
         nonlocal stepper
-        if idx.shape != (1, 1) or not can_step(model):
-            return model(idx, cache=cache)[0][:, -1]
+        if not steps or len(idx) > 1 or (idx.size(1) > 1 and mask is None):
+            logits = model(idx, cache=cache, positions=positions, mask=mask)[0]
+            return logits[:, -1] if read is None else logits[0, read]
         stepper = stepper or Stepper(model, int8)  # packed when it is needed: then precision and weights are final
-        return stepper(idx.item(), cache)[None]
+        return stepper(idx[0].tolist(), cache, positions, mask, read)
 
     return step
 
@@ -374,7 +376,8 @@ def sample_in_blocks(
         return torch.stack(rows).unflatten(1, (count, size))
 
     idx = torch.tensor([[filler(sample)] * (-len(sample.tokens) % S) + sample.tokens for sample in samples], device=device)
-    table, codes, stepper = model.table(), None, None
+    table, codes = model.table(), None
+    step = CodeStepper(model, table) if use_cache and len(samples) == 1 and can_step(model) else None
     while not all(sample.finished for sample in samples):
         n = idx.size(1) // S  # blocks of text, hence the number of the next one
         if codes is None or codes.size(1) == M:
@@ -384,11 +387,8 @@ def sample_in_blocks(
                 codes = model.encode(idx[:, -kept * S :].contiguous(), None)[0]
             spatial, depth = model.spatial.make_cache(), model.depth.make_cache()
             decoder, known = model.autoencoder.make_decoder_cache(M), 0  # known: blocks in it
-        step = None
-        if use_cache and len(samples) == 1 and can_step(model):
-            step = stepper = stepper or CodeStepper(model, table)
         if step is not None and spatial.length == codes.size(1) > 0:
-            h = step.state(codes[0, -1].tolist(), spatial)[None]
+            h = step.state(codes[0, -1].tolist(), spatial)
         else:
             h = model.states(codes, table, spatial if use_cache else None)[:, -1]
         stack = codes.new_empty(len(samples), 0)  # (B, d)
@@ -398,12 +398,16 @@ def sample_in_blocks(
         depth.truncate(0)
         for d, level in enumerate(levels):
             if step is not None:
-                logits = step.logits(h[0], stack[0].tolist(), depth)[None]  # (1, K)
+                logits = step.logits(h, stack[0].tolist(), depth)  # (1, K)
             else:
                 logits = model.code_logits(h, stack, table, depth if use_cache else None)[:, -1]  # (B, K)
             stack = torch.cat((stack, pick(logits, drawn[d], level)[:, None]), dim=1)
         codes = torch.cat((codes, stack[:, None]), dim=1)  # (B, blocks in the context, D)
-        logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)[:, -S:].flatten(0, 1)  # (B S, V)
+        if step is not None and step.write is not None and known + 1 == codes.size(1):
+            logits = step.write(stack[0].tolist(), decoder)  # (S, V)
+        else:
+            logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)
+            logits = logits[:, -S:].flatten(0, 1)  # (B S, V)
         known = codes.size(1) if use_cache else 0
         drawn = None
         if sampling.tokens.temperature > 0:  # positions from 2^31 on, out of the way of the codes'

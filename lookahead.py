@@ -166,7 +166,7 @@ class Lookahead:
         self.noise = generate.Noise(sampling, model.config.vocab_size)
         self.random = random.Random(0)  # fills columns of which nothing is known; no part of the text
         self.steps = self.drafted = self.accepted = 0  # forward passes, tokens of drafts, and those of them that were right
-        self.plain_step = generate.cached_step(model)
+        self.forward = generate.cached_step(model)
         self.use(setting)
 
     def use(self, setting: Setting | None) -> None:
@@ -185,7 +185,7 @@ class Lookahead:
         self.steps += 1
         if self.setting is None or before - start - self.cache.length > 1:
             new = torch.tensor([tokens[start + self.cache.length :]], device=self.device)
-            logits = self.plain_step(new, self.cache)
+            logits = self.forward(new, self.cache)
             chosen = generate.pick(logits, self.noise.rows_at(self.number, [before]), self.sampling)
             self.sample.accept(chosen.tolist())
         else:
@@ -215,7 +215,7 @@ class Lookahead:
         mask = torch.ones(len(new), held + len(new), dtype=torch.bool, device=self.device)
         mask[:, held:] = shape.mask
         idx = torch.tensor([new], device=self.device)
-        logits = self.model(idx, cache=cache, positions=shape.offsets + (p - self.start), mask=mask)[0][0, shape.read]
+        logits = self.forward(idx, cache, shape.offsets + (p - self.start), mask, shape.read)  # (R, V)
         noise = self.noise.rows_at(self.number, [p + offset for offset in shape.picks])
         picks = generate.pick(logits, noise, self.sampling).tolist()
 

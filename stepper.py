@@ -1,20 +1,23 @@
 """
-One step of one text at a time, on a CPU: the cached forward pass of a model as matrix-vector products.
+A few tokens of one text at a time, on a CPU: the cached forward pass of a model on packed weights.
 
 At this size a general forward pass of one token spends most of its time around the arithmetic: modules, shapes, kernels that
-are started for a handful of numbers. A stepper computes the same from the same cache, with weights packed once:
+are started for a handful of numbers, weights that come from memory at a fraction of its speed. A stepper computes the same from
+the same cache, with weights packed once:
 
-- a product with a vector adds up columns or takes inner products of rows, whichever the shape makes faster, and adds the
-  residual on the way;
+- a product with one vector is a batched product of two halves of the matrix: two threads, and twice as fast even with one, because
+  it streams the rows (MKL's matrix-vector kernels read weights that are in no cache at a third of that); it adds the residual too;
 - 1 / sqrt(D) is folded into the queries' weights, and LayerNorm's gains in front of the cross-attention keys and values into
   theirs: all decoder layers read the same normalized encoder state, so one product gives the keys and values of all of them;
-- under bfloat16 autocast, weights are stored in bfloat16 and everything between the products is float32; in 8 bits, if asked:
-  what a step costs is above all reading the weights.
+- under bfloat16 autocast, weights are stored in bfloat16 and everything between the products is float32; in 8 bits, if asked.
 
-Shapes: C width, H heads, D head width, S keys (cached ones and the new one), V vocabulary.
+Shapes: n rows (tokens of this step), C width, H heads, D head width, S keys (cached ones and the new), V vocabulary.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -32,74 +35,114 @@ def can_step(model: torch.nn.Module) -> bool:
     return isinstance(model, RQTransformer) or (model.window == 0 and getattr(model, "compression", None) is None)
 
 
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    """F.gelu without the library that torch starts for it, which takes 40 microseconds for a few hundred numbers."""
-    return x * torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
+@contextlib.contextmanager
+def stepping() -> Iterator[None]:
+    """
+    What all steps run in: no gradients, no autocast (Product has its own dtypes), and no oneDNN, whose start takes 6 to 20
+    microseconds a call: for a few hundred numbers torch's own gelu and products in bfloat16 are several times as fast.
+    """
+    onednn = torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags would set more than this, and warn
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
 
 
 class Product:
-    """y = W x + b of vectors; W (out, in) may be several stacked matrices."""
+    """W x + b for rows x (n, in); W (out, in) may be several stacked matrices."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
-        self.bias, self.dtype, self.scale = bias, dtype, None
-        if dtype == torch.int8:  # each row in steps of 1/127 of its largest weight; the operator multiplies with bfloat16
-            step = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-            self.padding = (0, -weight.size(1) % 32)  # zeros: at other widths the operator reads beyond the end of a row
-            self.weight = F.pad((weight / step[:, None]).round().to(torch.int8), self.padding).contiguous()
-            self.scale = step.to(torch.bfloat16)
-        elif dtype == torch.bfloat16:
-            self.weight = weight.contiguous().to(dtype)
-        else:  # measured: the long side of a matrix should be the one that is contiguous in memory
-            columns = weight.size(0) >= weight.size(1)
-            self.weight = (weight.t().contiguous().t() if columns else weight.contiguous()).to(dtype)
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        self.out, self.bias = weight.size(0), bias
+        if self.out % 2:  # then with a row of zeros
+            weight = F.pad(weight, (0, 0, 0, 1))
+        self.weight = weight.contiguous()
+        self.halves = self.weight.unflatten(0, (2, -1))  # (2, out / 2, in)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if x.size(0) > 1:
+            y = x @ self.weight.T
+        else:  # the layout of x, a row of a transposed matrix, matters for speed: (1, in) -> (2, in, 1)
+            y = torch.bmm(self.halves, x.expand(2, 1, -1).mT).view(1, -1)
+        return y[:, : self.out] if self.out % 2 else y
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.scale is not None:
-            y = torch._weight_int8pack_mm(F.pad(x, self.padding)[None].to(torch.bfloat16), self.weight, self.scale)[0].to(
-                x.dtype
-            )
-        elif self.dtype == x.dtype:
-            y = torch.mv(self.weight, x)
-        else:
-            y = torch.mv(self.weight, x.to(self.dtype)).to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        return self.multiply(x) if self.bias is None else self.multiply(x) + self.bias
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """residual + W x + b."""
-        if self.dtype == x.dtype and self.bias is None:
-            return torch.addmv(residual, self.weight, x)
+        if self.bias is not None or self.out % 2 or x.size(0) > 1:
+            return residual + self(x)
+        return torch.baddbmm(residual.view(2, -1, 1), self.halves, x.expand(2, 1, -1).mT).view(1, -1)
+
+
+class RoundedProduct(Product):
+    """The same with W in bfloat16 or in 8 bits, and x rounded to bfloat16."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+        self.bias, self.scale, self.padding = bias, None, (0, 0)
+        if dtype == torch.int8:  # each row in steps of 1/127 of its largest weight
+            step = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+            weight, self.scale = (weight / step[:, None]).round(), step.to(torch.bfloat16)
+            self.padding = (0, -weight.size(1) % 32)  # zeros: at other widths the operator reads beyond the end of a row
+        self.weight = F.pad(weight, self.padding).to(dtype).contiguous()
+        self.input = torch.zeros(1, self.weight.size(1), dtype=torch.bfloat16)  # of one row, padded
+        self.inside, self.row = self.input[:, : weight.size(1)], self.input[0]
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if x.size(0) == 1:
+            self.inside.copy_(x)
+        rows = self.input if x.size(0) == 1 else F.pad(x, self.padding).bfloat16()
+        if self.scale is not None:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            y = torch.mv(self.weight, self.row).view(1, -1) if x.size(0) == 1 else rows @ self.weight.T
+        return y.type_as(x)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return residual + self(x)
 
 
 class Norm:
-    """LayerNorm of a vector, without the calls around it."""
+    """LayerNorm of rows, without the calls around it."""
 
-    def __init__(self, norm: LayerNorm):
-        self.weight, self.bias, self.shape = norm.weight, norm.bias, (norm.width,)
+    def __init__(self, norm: LayerNorm | torch.nn.LayerNorm):
+        self.weight, self.bias, self.shape = norm.weight, norm.bias, norm.weight.shape
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.layer_norm(x, self.shape, self.weight, self.bias, 1e-5)
 
 
+class Place(NamedTuple):
+    """Where the rows of a step stand, and what they see."""
+
+    start: int  # slots start..stop-1 of the cache
+    stop: int
+    positions: slice | torch.Tensor  # (n,)
+    bias: torch.Tensor | None  # (n, S) -inf where a row does not see a key; None: all rows see all, each other too
+    rotary: dict[int, tuple[torch.Tensor, torch.Tensor]]  # head width -> cos, sin (3, 1, n, D), see Rotation
+
+
 class Rotation:
-    """Rotary embedding of one position at a time: model.rotate with the angles of all positions at hand."""
+    """Rotary embedding of queries, keys and values at once: model.rotate for the first two, values stay as they are."""
 
     def __init__(self, block_size: int, head_width: int, like: torch.Tensor):
         half = head_width // 2
         cos, sin = rotary_angles(torch.arange(block_size), head_width)  # (T, D // 2)
-        rest = head_width - 2 * half  # 1 channel that is not rotated, if the width is odd
-        self.cos = torch.cat((cos, cos, torch.ones(block_size, rest)), -1).to(like)  # (T, D)
-        self.sin = torch.cat((-sin, sin, torch.zeros(block_size, rest)), -1).to(like)
+        self.cos = torch.ones(3, 1, block_size, head_width).to(like)  # an odd head width leaves its last channel as it is
+        self.sin = torch.zeros_like(self.cos)
+        self.cos[:2, :, :, : 2 * half] = torch.cat((cos, cos), -1)
+        self.sin[:2, :, :, : 2 * half] = torch.cat((-sin, sin), -1)
         channels = torch.arange(head_width)
         self.partner = torch.cat((channels[half : 2 * half], channels[:half], channels[2 * half :]))
 
-    def __call__(self, x: torch.Tensor, position: int) -> torch.Tensor:
-        """x (..., D) turned to its position."""
-        return torch.addcmul(x * self.cos[position], x[..., self.partner], self.sin[position])
+    def at(self, positions: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cos[:, :, positions], self.sin[:, :, positions]
 
 
 class Layers:
-    """Blocks of model.py, packed: one vector at a time through all of them."""
+    """Blocks of model.py, packed: rows of one text through all of them."""
 
     def __init__(self, blocks: torch.nn.ModuleList, rotary_length: int, weight_dtype: torch.dtype | None = None):
         """rotary_length: positions, where they are rotary; else 0. Weights are packed in the dtype of autocast unless one is given."""
@@ -112,22 +155,27 @@ class Layers:
         self.rotations = {width: Rotation(rotary_length, width, like) for width in (widths if rotary_length else ())}
         self.blocks = [self.pack(block) for block in blocks]
 
-    def product(self, linear: torch.nn.Linear) -> Product:
-        return Product(linear.weight, linear.bias, self.weight_dtype)
+    def product(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
+        if self.weight_dtype in (torch.bfloat16, torch.int8):
+            return RoundedProduct(weight, bias, self.weight_dtype)
+        return Product(weight, bias)
+
+    def linear(self, linear: torch.nn.Linear) -> Product:
+        return self.product(linear.weight, linear.bias)
 
     def queries_first(self, linear: torch.nn.Linear, n_head: int) -> Product:
         """The product of a packed linear layer whose first C rows are queries, these divided by sqrt(D)."""
         C = linear.in_features
         scale = torch.ones(linear.out_features, dtype=self.state_dtype)
         scale[:C] = 1 / math.sqrt(C // n_head)
-        return Product(linear.weight * scale[:, None], None if linear.bias is None else linear.bias * scale, self.weight_dtype)
+        return self.product(linear.weight * scale[:, None], None if linear.bias is None else linear.bias * scale)
 
     def pack_attention(self, layer: SelfAttention | CrossAttention, queries: torch.nn.Linear, norm: LayerNorm) -> tuple:
-        return Norm(norm), self.queries_first(queries, layer.n_head), self.product(layer.c_proj), layer.n_head
+        return Norm(norm), self.queries_first(queries, layer.n_head), self.linear(layer.c_proj), layer.n_head
 
     def pack(self, block: Block | DecoderBlock) -> dict[str, tuple]:
         """The parts of a block in the order in which they run."""
-        mlp = (Norm(block.ln_2), self.product(block.mlp.c_fc), self.product(block.mlp.c_proj))
+        mlp = (Norm(block.ln_2), self.linear(block.mlp.c_fc), self.linear(block.mlp.c_proj))
         own = self.pack_attention(block.attn, block.attn.c_attn, block.ln_1)
         if not isinstance(block, DecoderBlock):
             return {"self": own, "mlp": mlp}
@@ -136,51 +184,61 @@ class Layers:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def turn(self, x: torch.Tensor, position: int) -> torch.Tensor:
-        """Queries or keys (..., D) with their position, if it is rotary."""
-        return self.rotations[x.size(-1)](x, position) if self.rotations else x
+    def place(self, start: int, n: int, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> Place:
+        """n rows behind `start` ones; their positions (n,) if they are not their slots; mask (n, S) True = sees, None: all."""
+        where = slice(start, start + n) if positions is None else positions
+        bias = None if mask is None else torch.zeros(mask.shape, dtype=self.state_dtype).masked_fill_(~mask, -math.inf)
+        rotary = {width: rotation.at(where) for width, rotation in self.rotations.items()}
+        return Place(start, start + n, where, bias, rotary)
 
-    def write(self, cache: LayerCache, kv: torch.Tensor, position: int) -> None:
-        """Put keys and values (2, H, D) into a slot of a layer's cache."""
+    def turn(self, x: torch.Tensor, place: Place, part: int | slice = slice(None)) -> torch.Tensor:
+        """Queries, keys and values (3, H, n, D), or a part of the three, with their positions, if they are rotary."""
+        if not place.rotary:
+            return x
+        cos, sin = place.rotary[x.size(-1)]
+        return torch.addcmul(x * cos[part], x[..., self.rotations[x.size(-1)].partner], sin[part])
+
+    def write(self, cache: LayerCache, kv: torch.Tensor, place: Place) -> None:
+        """Put keys and values (2, H, n, D) into their slots of a layer's cache."""
         if cache.kv is None:
-            cache.kv = kv.new_zeros(2, 1, kv.size(1), cache.capacity, kv.size(2))
+            cache.kv = kv.new_zeros(2, 1, kv.size(1), cache.capacity, kv.size(3))
         elif cache.kv.dtype != self.state_dtype:  # filled under autocast
             cache.kv = cache.kv.to(self.state_dtype)
-        cache.kv[:, 0, :, position] = kv
+        cache.kv[:, 0, :, place.start : place.stop] = kv
 
-    def attend(self, q: torch.Tensor, cache: LayerCache, n: int) -> torch.Tensor:
-        """q (H, D), scaled, over the first n keys and values of a layer -> (C,)."""
-        k, v = cache.kv[:, 0, :, :n]  # (H, S, D)
-        weights = torch.bmm(q[:, None], k.mT).softmax(-1)  # (H, 1, S)
-        return torch.bmm(weights, v).view(-1)
+    def attend(self, q: torch.Tensor, cache: LayerCache, place: Place) -> torch.Tensor:
+        """q (H, n, D), scaled, over all keys and values of a layer so far -> (n, C)."""
+        k, v = cache.kv.select(1, 0).narrow(2, 0, place.stop).unbind()  # (H, S, D)
+        scores = torch.bmm(q, k.mT) if place.bias is None else torch.baddbmm(place.bias, q, k.mT)  # (H, n, S)
+        y = torch.bmm(scores.softmax(-1), v)  # (H, n, D)
+        return y.view(1, -1) if y.size(1) == 1 else y.transpose(0, 1).flatten(1)
 
-    def self_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, position: int) -> torch.Tensor:
+    def self_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, place: Place) -> torch.Tensor:
         norm, c_attn, c_proj, n_head = parts
-        qkv = c_attn(norm(x)).view(3, n_head, -1)  # (3, H, D)
-        if self.rotations:
-            qkv = torch.cat((self.turn(qkv[:2], position), qkv[2:]))
-        self.write(cache, qkv[1:], position)
-        return c_proj.add_to(x, self.attend(qkv[0], cache, position + 1))
+        qkv = c_attn(norm(x)).view(x.size(0), 3, n_head, -1).permute(1, 2, 0, 3)  # (3, H, n, D)
+        qkv = self.turn(qkv, place)
+        self.write(cache, qkv[1:], place)
+        return c_proj.add_to(x, self.attend(qkv[0], cache, place))
 
-    def cross_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, position: int) -> torch.Tensor:
+    def cross_attention(self, parts: tuple, x: torch.Tensor, cache: LayerCache, place: Place) -> torch.Tensor:
         norm, c_q, c_proj, n_head = parts
-        q = self.turn(c_q(norm(x)).view(n_head, -1), position)  # (H, D)
-        return c_proj.add_to(x, self.attend(q, cache, position + 1))
+        q = c_q(norm(x)).view(x.size(0), n_head, -1).transpose(0, 1)  # (H, n, D)
+        return c_proj.add_to(x, self.attend(self.turn(q, place, 0), cache, place))
 
     def mlp(self, parts: tuple, x: torch.Tensor) -> torch.Tensor:
         norm, c_fc, c_proj = parts
-        return c_proj.add_to(x, gelu(c_fc(norm(x))))
+        return c_proj.add_to(x, F.gelu(c_fc(norm(x))))
 
     def __call__(
-        self, x: torch.Tensor, position: int, own: list[LayerCache], cross: list[LayerCache] | None = None
+        self, x: torch.Tensor, place: Place, own: list[LayerCache], cross: list[LayerCache] | None = None
     ) -> torch.Tensor:
-        """x (C,) at a position -> (C,). It goes into the caches of self-attention; those of cross-attention have it already."""
+        """Rows x (n, C) -> (n, C). They go into the caches of self-attention; those of cross-attention have them already."""
         for i, block in enumerate(self.blocks):
             for name, parts in block.items():
                 if name == "self":
-                    x = self.self_attention(parts, x, own[i], position)
+                    x = self.self_attention(parts, x, own[i], place)
                 elif name == "cross":
-                    x = self.cross_attention(parts, x, cross[i], position)
+                    x = self.cross_attention(parts, x, cross[i], place)
                 else:
                     x = self.mlp(parts, x)
         return x
@@ -192,7 +250,7 @@ class Memory:
     def __init__(self, decoder: torch.nn.ModuleList, layers: Layers):
         folded = [self.fold(block.ln_cross_kv, block.cross_attn.c_kv) for block in decoder]
         bias = None if folded[0][1] is None else torch.cat([b for _, b in folded])
-        self.product = Product(torch.cat([w for w, _ in folded]), bias, layers.weight_dtype)  # (n 2C, C)
+        self.product = layers.product(torch.cat([w for w, _ in folded]), bias)  # (n 2C, C)
         self.layers, self.n_head = layers, decoder[0].cross_attn.n_head
 
     def fold(self, norm: LayerNorm, linear: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -202,14 +260,14 @@ class Memory:
             bias = F.linear(norm.bias, linear.weight, bias)
         return linear.weight * norm.weight, bias
 
-    def __call__(self, h: torch.Tensor, position: int, caches: list[LayerCache]) -> None:
-        """Put h (C,) into the caches."""
-        normed = torch.layer_norm(h, h.shape, None, None, 1e-5)
-        kv = self.product(normed).view(len(caches), 2, self.n_head, -1)  # (layers, 2, H, D)
-        if self.layers.rotations:
-            kv = torch.stack((self.layers.turn(kv[:, 0], position), kv[:, 1]), dim=1)
-        for cache, pair in zip(caches, kv):
-            self.layers.write(cache, pair, position)
+    def __call__(self, h: torch.Tensor, place: Place, caches: list[LayerCache]) -> None:
+        """Put h (n, C) into the caches."""
+        normed = torch.layer_norm(h, h.shape[1:], None, None, 1e-5)
+        kv = (
+            self.product(normed).view(h.size(0), len(caches), 2, self.n_head, -1).permute(1, 2, 3, 0, 4)
+        )  # (layers, 2, H, n, D)
+        for cache, pair in zip(caches, self.layers.turn(kv, place, slice(1, 3))):
+            self.layers.write(cache, pair, place)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,7 +275,7 @@ class Memory:
 
 
 class Stepper:
-    """`stepper(token, cache)` appends one token to the cache of a text, and gives the logits (V,) of the next."""
+    """`stepper(tokens, cache)` appends tokens to the cache of a text, and gives the logits behind them."""
 
     def __init__(self, model: EncoderDecoder | DecoderOnly, int8: bool = False):
         """int8: weights of all products in 8 bits. That is another model, within a percent in each product, and a faster one."""
@@ -231,76 +289,43 @@ class Stepper:
             self.encoder, self.decoder = Layers(model.encoder, *packing), Layers(model.decoder, *packing)
             self.memory = Memory(model.decoder, self.decoder)
             self.ln_bridge = None if model.ln_bridge is None else Norm(model.ln_bridge)
-            self.bridge = self.decoder.product(model.bridge)
+            self.bridge = self.decoder.linear(model.bridge)
         else:
             parts, self.wte = model.transformer, model.lm_head.weight
             self.decoder = Layers(parts.h, *packing)
         self.ln_f = Norm(parts.ln_f)
         self.ln_pos_sub = Norm(parts.ln_pos_sub) if config.pos_sub == "ln" else None
-        self.head = Product(self.wte, None, self.decoder.weight_dtype)
+        self.head = self.decoder.product(self.wte)
         self.wpe = None if rotary else parts.wpe.weight
         self.wpe_next = None
         if config.pos_sub != "none" or getattr(config, "decoder_pos_emb", False):
             self.wpe_next = parts.wpe_next.weight if rotary else parts.wpe.weight[1:]  # row t: position t + 1
 
-    @torch.inference_mode()
-    @torch.autocast("cpu", enabled=False)
-    def __call__(self, token: int, cache: Cache) -> torch.Tensor:
-        position, own, cross = cache.length, cache.layers, None
-        x = self.wte[token]
+    @stepping()
+    def __call__(
+        self, tokens: list[int], cache: Cache, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None,
+        read: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """
+        One token, or n with positions (n,) and a mask (n, S) of what they see; they are appended to the cache. Gives the logits (n, V)
+        behind them, or behind those rows of them that are to be `read`.
+        """
+        here, own, cross = self.decoder.place(cache.length, len(tokens), positions, mask), cache.layers, None
+        x = self.wte[torch.tensor(tokens)]  # (n, C)
         if self.wpe is not None:
-            x = x + self.wpe[position]
+            x = x + self.wpe[here.positions]
         if self.encoder is not None:
             E = len(self.encoder.blocks)
             own, cross = cache.layers[E::2], cache.layers[E + 1 :: 2]  # a decoder layer has two
-            x = self.encoder(x, position, cache.layers[:E])
-            self.memory(x, position, cross)
+            x = self.encoder(x, here, cache.layers[:E])
+            self.memory(x, here, cross)
             x = self.bridge(x if self.ln_bridge is None else self.ln_bridge(x))
             if self.config.decoder_pos_emb:
-                x = x + self.wpe_next[position]
-        x = self.ln_f(self.decoder(x, position, own, cross))
+                x = x + self.wpe_next[here.positions]
+        x = self.ln_f(self.decoder(x, here, own, cross))
         if self.config.pos_sub != "none":
-            x = x - self.wpe_next[position]
+            x = x - self.wpe_next[here.positions]
         if self.ln_pos_sub is not None:
             x = self.ln_pos_sub(x)
-        cache.length += 1
-        return self.head(x)
-
-
-class CodeStepper:
-    """The two kinds of steps of an RQTransformer: see `states` and `code_logits` there."""
-
-    def __init__(self, model: RQTransformer, table: torch.Tensor):
-        """table (D, K, C): model.table()."""
-        config = model.config
-        self.table, self.wpe = table, model.wpe_depth
-        self.spatial, self.depth = Layers(model.spatial.blocks, config.blocks), Layers(model.depth.blocks, 0)
-        self.from_sum = None if model.from_sum is None else self.depth.product(model.from_sum)
-        self.heads = [(Norm(norm), self.depth.product(linear)) for norm, linear in model.heads]
-
-    def embed(self, codes: list[int]) -> torch.Tensor:
-        """Sum (C,) of the vectors of the first codes of a stack."""
-        x = self.table[0, codes[0]]
-        for level, code in enumerate(codes[1:], start=1):
-            x = x + self.table[level, code]
-        return x
-
-    @torch.inference_mode()
-    @torch.autocast("cpu", enabled=False)
-    def state(self, stack: list[int], cache: Cache) -> torch.Tensor:
-        """The spatial state h (C,) behind one more stack, which is appended to the cache (that holds the start at least)."""
-        h = self.spatial(self.embed(stack), cache.length, cache.layers)
-        cache.length += 1
-        return h
-
-    @torch.inference_mode()
-    @torch.autocast("cpu", enabled=False)
-    def logits(self, h: torch.Tensor, codes: list[int], cache: Cache) -> torch.Tensor:
-        """Logits (K,) of the code behind the first `codes` of a stack, all but the last of which are in the cache."""
-        level = cache.length
-        assert level == len(codes), f"{len(codes)} codes, but the cache holds {level} steps"
-        x = h if level == 0 else self.from_sum(self.embed(codes))
-        x = self.depth(x + self.wpe[level], level, cache.layers)
-        cache.length += 1
-        norm, head = self.heads[level]
-        return head(norm(x))
+        cache.length += len(tokens)
+        return self.head(x if read is None else x[read])

@@ -18,9 +18,9 @@ import train
 from conftest import write_tokens
 from generate import BlockSampling, Continuation, Sampling
 from latent.autoencoder import Autoencoder, AutoencoderConfig
+from latent.code_stepper import BlockWriter, CodeStepper
 from latent.rq_transformer import RQTransformer, RQTransformerConfig, soft_codes
 from model import Context, rotary_angles
-from stepper import CodeStepper
 
 AUTOENCODER = dict(
     vocab_size=31, block_size=24, latent_factor=4, latent_dim=6, codebook_size=7, codebook_levels=3,
@@ -105,6 +105,26 @@ def test_a_code_stepper_takes_the_models_own_steps(options, prior):
                     logits = step.logits(h, codes[0, m, :d].tolist(), depth)
                     assert (logits - expected[m, d]).abs().max() < 1e-10
             assert spatial.length == model.config.blocks
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"latent_factor": 8, "bias": True}, {"latent_factor": 1, "position": "learned"}, {"n_embd": 15, "n_head": 3},
+     {"shared_codebook": True, "n_decoder_layer": 3}, {"codebook_kind": "simvq", "codebook_levels": 1}],
+)  # fmt: skip
+def test_a_block_writer_takes_the_decoders_own_steps(options):
+    """Guards the packed path from codes to tokens: every option, behind blocks that decode() has put into the cache, or none."""
+    model = make_prior(**options)
+    autoencoder, codes = model.autoencoder, random_codes(model, rows=1)
+    with torch.inference_mode():
+        expected = autoencoder.decode(codes)[0].unflatten(0, (-1, model.config.latent_factor))  # (M, S, V)
+        write = BlockWriter(autoencoder)
+        for prefill in (0, 2):
+            cache = autoencoder.make_decoder_cache()
+            autoencoder.decode(codes[:, :prefill], cache)
+            written = torch.stack([write(stack.tolist(), cache) for stack in codes[0, prefill:]])
+            assert (written - expected[prefill:]).abs().max() < 1e-10 * expected.abs().max()
+            assert cache.length == codes.size(1) * model.config.latent_factor
 
 
 def test_codes_are_predicted_in_raster_order():
@@ -384,7 +404,7 @@ def test_every_block_has_its_own_noise():
         drawn = []
         expand = model.autoencoder.quantizer.decode
         model.autoencoder.quantizer.decode = lambda codes, f=expand, to=drawn: to.append(codes[0, -1].tolist()) or f(codes)
-        text = continued(model, [[1, 2, 3, 4]], 40, sampling)[0].output
+        text = continued(model, [[1, 2, 3, 4]] * 2, 40, sampling)[0].output  # one alone would not call decode()
         model.autoencoder.quantizer.decode = expand
         blocks = drawn if sampling.levels[0] is free else [text[i : i + 4] for i in range(0, 40, 4)]
         assert len({tuple(block) for block in blocks}) == 10 and len({block[0] for block in blocks}) > 5

@@ -1,4 +1,4 @@
-"""One token at a time as matrix-vector products, against the models' own cached forward pass."""
+"""A few tokens at a time on packed weights, against the models' own cached forward pass."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def paths(model, tokens: torch.Tensor, n_prompt: int) -> tuple[torch.Tensor, tor
         step = stepper.Stepper(model)
         for cache in (ours, theirs):
             model(tokens[None, :n_prompt], cache=cache)
-        stepped = torch.stack([step(token, ours) for token in tokens[n_prompt:].tolist()])
+        stepped = torch.cat([step([token], ours) for token in tokens[n_prompt:].tolist()])
         plain = torch.cat([model(token.view(1, 1), cache=theirs)[0][0] for token in tokens[n_prompt:]])
     assert ours.length == theirs.length == len(tokens)
     for one, other in zip(ours.layers, theirs.layers):  # what it leaves behind must serve the general path as well
@@ -33,6 +33,27 @@ def test_steps_equal_the_models_own(name, options):
     for n_prompt in (1, 5):
         stepped, plain = paths(model, tokens, n_prompt)
         assert (stepped - plain).abs().max() < 1e-10 * plain.abs().max()
+
+
+@pytest.mark.parametrize("name, options", STEPPED, ids=[str(options) for _, options in STEPPED])
+def test_rows_with_a_mask_equal_the_models_own(name, options):
+    """Guards lookahead's step: rows at positions other than their slots that see some of the keys, and only some of them read."""
+    model = make_model(name, options)
+    tokens, held, n = torch.randint(model.config.vocab_size, (model.config.block_size,)), 3, 7
+    positions = held + torch.tensor([0, 1, 2, 1, 2, 2, 3])
+    mask = torch.rand(n, held + n) < 0.5
+    mask |= torch.arange(held + n) == held + torch.arange(n)[:, None]  # itself at least
+    read = torch.tensor([0, 2, 6])
+    ours, theirs = model.make_cache(), model.make_cache()
+    with torch.inference_mode():
+        for cache in (ours, theirs):
+            model(tokens[None, :held], cache=cache)
+        stepped = stepper.Stepper(model)(tokens[:n].tolist(), ours, positions, mask, read)
+        plain = model(tokens[None, :n], cache=theirs, positions=positions, mask=mask)[0][0, read]
+    assert (stepped - plain).abs().max() < 1e-10 * plain.abs().max()
+    assert ours.length == theirs.length == held + n
+    for one, other in zip(ours.layers, theirs.layers):
+        assert (one.kv - other.kv).abs().max() < 1e-10 * one.kv.abs().max()
 
 
 def test_bfloat16_weights():
@@ -52,13 +73,13 @@ def test_int8_weights():
     with torch.inference_mode():
         for width in range(128, 162):  # at most of them the operator itself reads beyond the end
             weight, x = torch.randn(70, width) * torch.logspace(-3, 3, 70)[:, None], torch.randn(width)
-            product = stepper.Product(weight, None, torch.int8)(x)
+            product = stepper.RoundedProduct(weight, None, torch.int8)(x[None])[0]
             assert ((product - weight @ x).abs() / (weight.norm(dim=1) * x.norm())).max() < 0.01
         caches = [model.make_cache() for _ in range(2)]
         steps = [stepper.Stepper(model), stepper.Stepper(model, int8=True)]
         for cache in caches:
             model(tokens[None, :3], cache=cache)
-        exact, rounded = (torch.stack([step(i, cache) for i in tokens[3:].tolist()]) for step, cache in zip(steps, caches))
+        exact, rounded = (torch.cat([step([i], cache) for i in tokens[3:].tolist()]) for step, cache in zip(steps, caches))
     assert 0 < (exact - rounded).norm() < 0.1 * exact.norm()
 
 
