@@ -2,3 +2,4 @@
 
 base = "numbers_8.py"
 latent_factor = 4
+freeze_codes_after = 600

@@ -14,4 +14,4 @@ latent_dim = 32
 codebook_size = 256
 startup_steps = 200  # decoder and codes are learned within these
 quantize_after = 300
-freeze_codes_after = 600  # from here on the prior learns quickly: see dev/LOG.md
+freeze_codes_after = 1000  # from here on the prior learns quickly: see dev/LOG.md
