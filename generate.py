@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
-from latent.code_stepper import CodeStepper
+from code_stepper import CodeStepper
 from stepper import Stepper, can_step
 
 

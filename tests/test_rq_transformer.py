@@ -15,10 +15,10 @@ import generate
 import sample
 import tokenizer
 import train
+from code_stepper import BlockWriter, CodeStepper
 from conftest import write_tokens
 from generate import BlockSampling, Continuation, Sampling
 from latent.autoencoder import Autoencoder, AutoencoderConfig
-from latent.code_stepper import BlockWriter, CodeStepper
 from latent.rq_transformer import RQTransformer, RQTransformerConfig, soft_codes
 from model import Context, rotary_angles
 
