@@ -104,7 +104,9 @@ def main(argv: list[str] | None = None) -> dict:
         )
     machine = runtime.start(config.device, config.dtype, config.compile)
     try:
-        return train(config, model_config, machine, parsed)
+        summary = train(config, model_config, machine, parsed)
+        machine.barrier()  # gloo's threads abort a process that leaves while another is still connected to it
+        return summary
     finally:
         runtime.stop()
 

@@ -441,7 +441,7 @@ def test_compiles_without_graph_breaks(options):
 
 
 PROCESSES = """
-import sys
+import os, sys
 import torch, torch.distributed as dist
 from latent.quantize import QuantizerConfig, ResidualQuantizer
 dist.init_process_group("gloo")
@@ -467,7 +467,7 @@ for shared in (False, True):
     torch.save({"state": quantizer.state_dict(), "before": before, "data": kept, "history": torch.stack(history)},
                f"{sys.argv[1]}/{shared}-{rank}.pt")
 dist.barrier()
-dist.destroy_process_group()
+os._exit(0)  # all is saved; taking gloo's threads down aborts once in some fifty launches
 """
 
 
