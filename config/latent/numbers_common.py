@@ -3,7 +3,7 @@
 dataset = "numbers"
 block_size = 88
 batch_size = 32  # pairs
-max_iters = 3500
+max_iters = 5000
 warmup_iters = 100
 learning_rate = 2e-3
 min_lr = 1e-4
