@@ -3,6 +3,7 @@ How fast it is: variants of one job side by side in one run, in turns (A B C, C 
 
     python bench.py sample                          # the two published sizes, 15.8 M and 16.0 M, random weights
     python bench.py sample --run=out/quickstart     # a trained model: only there does tokens/step mean anything
+    python bench.py sample --run=out/quickstart --val_prompts=64 --temperature=0.8      # of many prompts
     python bench.py sample --quick                  # less of everything, under a minute
     python bench.py latent --run=out/latent/rq_transformer_stdlib --baseline=out/stdlib/baseline
                                                     # blocks of tokens from codes, and single tokens from a plain model
@@ -111,6 +112,7 @@ PUBLISHED = {  # config/wikipedia/encdec_plain.py and baseline.py
 class SampleBench:
     run: str | None = None  # run directory of a trained model; none: both models of the published sizes, random weights
     prompt: str = "def "  # text to continue, where there is a run
+    val_prompts: int = 0  # continue so many pieces of the run's validation data instead, half a context each, evenly spaced
     tokens: int = 190  # new tokens of a text
     temperature: float = 0.0  # 0 is greedy
     batch: int = 8  # texts of the batched variant
@@ -123,34 +125,49 @@ class SampleBench:
 
     def __post_init__(self):
         at_least_one(self, "tokens", "batch", "repeats", "threads")
+        if self.val_prompts and (self.val_prompts < 0 or self.run is None):
+            raise ValueError(f"val_prompts={self.val_prompts}: give a positive number, and run=... with validation data")
 
 
 def plainly(
-    model: torch.nn.Module, prompt: list[int], sampling: generate.Sampling, texts: int = 1, **how
+    model: torch.nn.Module, prompts: list[list[int]], sampling: generate.Sampling, texts: int = 1, **how
 ) -> Callable[[int], tuple[int, int]]:
-    """The work of a Variant: so many texts, sampled together."""
+    """The work of a Variant: so many texts of each prompt, sampled together."""
 
     def work(tokens: int) -> tuple[int, int]:
-        samples = [generate.Continuation(prompt, tokens) for _ in range(texts)]
-        steps = sum(1 for _ in generate.sample_together(model, samples, sampling, **how))
-        return texts * tokens, steps
+        steps = 0
+        for prompt in prompts:
+            samples = [generate.Continuation(prompt, tokens) for _ in range(texts)]
+            steps += sum(1 for _ in generate.sample_together(model, samples, sampling, **how))
+        return len(prompts) * texts * tokens, steps
 
     return work
 
 
-def sample_variants(model: torch.nn.Module, prompt: list[int], config: SampleBench) -> list[Variant]:
+def validation_prompts(run: str, count: int, block_size: int) -> list[list[int]]:
+    """So many pieces of half a context, evenly spaced over the validation data of a run."""
+    folder = dataloader.resolve(checkpoint.read_json(Path(run) / "config.json")["train"]["dataset"])
+    val, length = dataloader.open_data(folder, block_size).val, block_size // 2
+    starts = [i * (len(val) - length) // count for i in range(count)]
+    return [val[start : start + length].tolist() for start in starts]
+
+
+def sample_variants(model: torch.nn.Module, prompts: list[list[int]], config: SampleBench) -> list[Variant]:
     """All the ways of sampling from the model, and Hugging Face's where it has the same shape."""
     sampling = generate.Sampling(config.temperature, seed=config.seed)
 
     def plain(texts: int = 1, **how) -> Callable:
-        return plainly(model, prompt, sampling, texts, **how)
+        return plainly(model, prompts, sampling, texts, **how)
 
     def ahead(setting: lookahead.Setting) -> Callable:
         def work(tokens: int) -> tuple[int, int]:
-            run = lookahead.Lookahead(model, generate.Continuation(prompt, tokens), sampling, setting)
-            while not run.sample.finished:
-                run.step()
-            return tokens, run.steps
+            steps = 0
+            for prompt in prompts:
+                run = lookahead.Lookahead(model, generate.Continuation(prompt, tokens), sampling, setting)
+                while not run.sample.finished:
+                    run.step()
+                steps += run.steps
+            return len(prompts) * tokens, steps
 
         return work
 
@@ -166,7 +183,7 @@ def sample_variants(model: torch.nn.Module, prompt: list[int], config: SampleBen
     if next(model.parameters()).is_cuda and not head:
         variants.append(Variant("plain cached, compiled", plain(compile="inductor"), model))
     if hasattr(model.config, "n_layer") and importlib.util.find_spec("transformers"):
-        variants.append(hugging_face(model, prompt, config))
+        variants.append(hugging_face(model, prompts[0], config))
     return variants
 
 
@@ -200,20 +217,22 @@ def hugging_face(model: torch.nn.Module, prompt: list[int], config: SampleBench)
 def bench_sample(config: SampleBench) -> list[dict]:
     machine = runtime.start(config.device, config.dtype, "off")
     if config.run is None:
-        models, prompt = {}, list(range(10))
+        models, prompts = {}, [list(range(10))]
         for name, shape in PUBLISHED.items():
             torch.manual_seed(config.seed)
             models[name] = checkpoint.build(name, checkpoint.CONFIGS[name](vocab_size=50257, block_size=200, **shape))
     else:
         model, text, _ = checkpoint.load_run(config.run, "best", machine.device)
         models = {Path(config.run).name: model}
-        prompt = text.encode(config.prompt)
+        prompts = [text.encode(config.prompt)]
+        if config.val_prompts:
+            prompts = validation_prompts(config.run, config.val_prompts, model.config.block_size)
     tokens, repeats = (min(config.tokens, 24), 1) if config.quick else (config.tokens, config.repeats)
     rows = []
     for name, model in models.items():
         model.to(machine.device, machine.weight_dtype).eval()
         generate.lay_out_for_decoding(model)
-        variants = sample_variants(model, prompt, config)
+        variants = sample_variants(model, prompts, config)
         with machine.autocast():
             found = sampled(variants, tokens, repeats, {f"plain cached, batch {config.batch}": config.batch})
         print(
@@ -309,7 +328,7 @@ def bench_latent(config: LatentBench) -> list[dict]:
         generate.lay_out_for_decoding(model)
         print(f"{name}: {model.get_num_params():,} parameters")
         for batch in batches:
-            work = plainly(model, prompt, sampling, batch) if end is None else answering(model, prompt, end, sampling, batch)
+            work = plainly(model, [prompt], sampling, batch) if end is None else answering(model, prompt, end, sampling, batch)
             variants.append(Variant(f"{name}, batch {batch}", work, model))
             texts[variants[-1].name] = batch
     with machine.autocast():

@@ -10,9 +10,13 @@ from test_lookahead import write_run
 import bench
 import checkpoint
 import configurator
+import dataloader
 import generate
+import lookahead
 import runtime
+import tokenizer
 from conftest import TINY_BASELINE, TINY_ENCODER_DECODER
+from data import corpus
 
 
 @pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
@@ -28,6 +32,33 @@ def test_bench_sample(name, tmp_path, capsys):
     assert sum(line.startswith("| ") for line in table) == len(rows) + 2
     for row in rows:
         assert row["tokens_per_second"] > 0 and row["tokens_per_step"] >= 1
+
+
+def test_bench_sample_of_validation_prompts(tmp_path):
+    """Guards tokens/step over many prompts: each is continued once, from where the pieces of the validation data begin."""
+    run = write_run(tmp_path / "run", "decoder_only")
+    config = json.loads((run / "config.json").read_text())
+    block_size = config["model"]["block_size"]
+    corpus.write_dataset(["ab" * 20 + f" number {i}. " for i in range(60)], tokenizer.get("byte"), tmp_path / "set", 0.2, "a test")
+    (run / "config.json").write_text(json.dumps(config | {"train": config["train"] | {"dataset": str(tmp_path / "set")}}))
+    prompts = bench.validation_prompts(str(run), 3, block_size)
+    val = dataloader.open_data(tmp_path / "set", block_size).val.tolist()
+    for i, prompt in enumerate(prompts):
+        start = i * (len(val) - block_size // 2) // 3
+        assert prompt == val[start : start + block_size // 2]
+    rows = bench.main(["sample", f"--run={run}", "--val_prompts=3", "--tokens=12", "--repeats=1", "--device=cpu", "--threads=1"])
+    model = checkpoint.load_run(run, "best", torch.device("cpu"))[0]
+    generate.lay_out_for_decoding(model)
+    steps = 0
+    for prompt in prompts:
+        ahead = lookahead.Lookahead(model, generate.Continuation(prompt, 12), generate.Sampling(0.0, seed=1337), lookahead.AUTO[-1])
+        while not ahead.sample.finished:
+            ahead.step()
+        steps += ahead.steps
+    (row,) = [row for row in rows if row["variant"] == f"lookahead {lookahead.AUTO[-1]}"]
+    assert row["tokens_per_step"] == 36 / steps
+    with pytest.raises(ValueError, match="val_prompts=3"):
+        bench.main(["sample", "--val_prompts=3"])
 
 
 def test_bench_latent(tmp_path, capsys):
