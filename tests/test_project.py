@@ -134,6 +134,8 @@ def shrink(command: str) -> str | None:
     if words[1].startswith("data/"):
         if "--input" in words:
             return f"{command} --tokenizer byte"  # GPT-2's needs a download
+        if "data/distill" in command:
+            return f"{command} --count=3 --prompt_tokens=4"
         offline = "stdlib" in command or "--numbers" in command
         return command if offline else None  # a download; test_data.py tests the real libraries on local files
     if "sample.py" in command:
@@ -154,6 +156,8 @@ def shrink(command: str) -> str | None:
         elif "numbers" in command:
             sizes = sizes.replace("--dataset=my_texts", "--n_layer=1 --n_decoder_layer=1 --startup_steps=1 --quantize_after=1")
             sizes += " --freeze_codes_after=0 --final_eval_tokens=1000"
+        elif "latent_transformer" in command:
+            sizes += " --n_layer=1 --n_decoder_layer=1 --startup_steps=1 --quantize_after=1 --target_size=8 --block_size=16 --batch_size=64"
         elif "rq_transformer" in command:
             sizes = sizes[sizes.index("--dataset") :] + " --n_spatial_layer=1 --block_size=16 --batch_size=2"
         else:
