@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> dict:
 def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: configurator.Settings) -> dict:
     say = print if machine.is_main else (lambda *args, **kwargs: None)
     say(machine.reasons)
+    commit = git_commit()  # now: by the end of a long run the checkout may have moved on
     if machine.is_main:
         dataloader.prepare_if_missing(config.dataset)
     machine.barrier()
@@ -287,7 +288,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         "train_loss": trainer.estimate("train"), "val_loss": val_loss, "val_tokens": val_tokens,
         "best_val_loss": state["best_val_loss"], "best_step": state["best_step"],
         "seconds": state["seconds"], "tokens_per_second": trainer.step * tokens_per_step / max(state["train_seconds"], 1e-9),
-        "peak_memory_bytes": machine.peak_memory_bytes(), "seed": config.seed, "commit": git_commit(), "data_hash": data.hash,
+        "peak_memory_bytes": machine.peak_memory_bytes(), "seed": config.seed, "commit": commit, "data_hash": data.hash,
         "torch": torch.__version__, "device": device_name(machine), "dtype": str(machine.dtype).removeprefix("torch."),
         "compiled": machine.compile, "world_size": machine.world_size,
     }  # fmt: skip

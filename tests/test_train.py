@@ -564,6 +564,14 @@ def test_run_directory(reference):
         assert summary[key] is not None, key
 
 
+def test_the_commit_is_that_of_the_start(tiny_data, tmp_path, monkeypatch):
+    """Guards against a summary that names code which was not there yet when a long run began."""
+    commits = iter(["started", "committed meanwhile", "and again"])
+    monkeypatch.setattr(train, "git_commit", lambda: next(commits))
+    summary = train.main(arguments(tiny_data, tmp_path / "run"))
+    assert summary["commit"] == "started"
+
+
 def test_no_network_and_no_optional_imports(tiny_data, tmp_path, monkeypatch):
     """Guards air-gapped machines: training and sampling open no socket and import neither wandb, datasets nor matplotlib."""
     code = (
