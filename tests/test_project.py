@@ -157,7 +157,8 @@ def shrink(command: str) -> str | None:
             sizes = sizes.replace("--dataset=my_texts", "--n_layer=1 --n_decoder_layer=1 --startup_steps=1 --quantize_after=1")
             sizes += " --freeze_codes_after=0 --final_eval_tokens=1000"
         elif "latent_transformer" in command:
-            sizes += " --n_layer=1 --n_decoder_layer=1 --startup_steps=1 --quantize_after=1 --target_size=8 --block_size=16 --batch_size=64"
+            sizes += " --n_layer=1 --n_decoder_layer=1 --startup_steps=1 --quantize_after=1"
+            sizes += " --target_size=8 --block_size=16 --batch_size=64"
         elif "rq_transformer" in command:
             sizes = sizes[sizes.index("--dataset") :] + " --n_spatial_layer=1 --block_size=16 --batch_size=2"
         else:
