@@ -244,17 +244,16 @@ class EMACodebook(nn.Module):
     def initialize(self) -> None:
         """k-means of each level on its own residual, on the latents that rank 0 has kept (all ranks draw from one data set)."""
         config, generator = self.config, self.generator()
-        size, iterations = config.codebook_size, config.kmeans_iterations
         if not distributed() or dist.get_rank() == 0:
             residual, residuals = self.recent[:-1], []
             for level in range(config.codebook_levels):
-                centres, count = kmeans(residual, size, iterations, generator)
+                centres, count = kmeans(residual, config.codebook_size, config.kmeans_iterations, generator)
                 if not config.shared_codebook:
                     self.set_codes(level, centres, count)
                 residuals.append(residual)
                 residual = residual - centres[nearest_code(residual, centres)]
             if config.shared_codebook:  # one codebook for what all levels will see
-                self.set_codes(0, *kmeans(torch.cat(residuals), size, iterations, generator))
+                self.set_codes(0, *kmeans(torch.cat(residuals), config.codebook_size, config.kmeans_iterations, generator))
         self.initialized.fill_(True)
         self.from_rank_0(self.codes, self.ema_count, self.ema_sum)
 

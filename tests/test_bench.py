@@ -15,6 +15,7 @@ import generate
 import lookahead
 import runtime
 import tokenizer
+from benchmarks import sampling, timing, training
 from conftest import TINY_BASELINE, TINY_ENCODER_DECODER
 from data import corpus
 
@@ -41,7 +42,7 @@ def test_bench_sample_of_validation_prompts(tmp_path):
     block_size = config["model"]["block_size"]
     corpus.write_dataset(["ab" * 20 + f" number {i}. " for i in range(60)], tokenizer.get("byte"), tmp_path / "set", 0.2, "a test")
     (run / "config.json").write_text(json.dumps(config | {"train": config["train"] | {"dataset": str(tmp_path / "set")}}))
-    prompts = bench.validation_prompts(str(run), 3, block_size)
+    prompts = sampling.validation_prompts(str(run), 3, block_size)
     val = dataloader.open_data(tmp_path / "set", block_size).val.tolist()
     for i, prompt in enumerate(prompts):
         start = i * (len(val) - block_size // 2) // 3
@@ -104,7 +105,7 @@ def test_bench_latent_on_pairs(tmp_path):
 def test_in_turns(monkeypatch):
     """Guards the medians and the order: with a clock of our own, rates are exact."""
     clock, calls = [0.0], []
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
 
     def work(name, seconds):
         def run(tokens):
@@ -115,8 +116,8 @@ def test_in_turns(monkeypatch):
         return run
 
     model = torch.nn.Linear(10, 10, bias=False)  # 400 bytes
-    variants = [bench.Variant("a", work("a", [9, 1, 4, 2]), model), bench.Variant("b", work("b", [9, 8, 8, 8]), model)]
-    a, b = bench.sampled(variants, 16, 3, {"b": 2})
+    variants = [sampling.Variant("a", work("a", [9, 1, 4, 2]), model), sampling.Variant("b", work("b", [9, 8, 8, 8]), model)]
+    a, b = sampling.sampled(variants, 16, 3, {"b": 2})
     assert calls == ["a", "b", "a", "b", "b", "a", "a", "b"]
     assert a == ("a", 16.0, 2.0, 16 * 400 / 2 / 1e9) and b == ("b", 4.0, 1.0, 16 * 400 / 8 / 1e9)
 
@@ -130,7 +131,7 @@ def tiny_sizes(monkeypatch) -> None:
         name: {key: value for key, value in shape.items() if key not in ("vocab_size", "block_size")}
         for name, shape in (("encoder_decoder", TINY_ENCODER_DECODER), ("decoder_only", TINY_BASELINE))
     }
-    monkeypatch.setitem(bench.SIZES, "stdlib", (31, 12, 3, shapes))
+    monkeypatch.setitem(training.SIZES, "stdlib", (31, 12, 3, shapes))
 
 
 THEIR_MODEL = """
@@ -165,7 +166,7 @@ class GPT(torch.nn.Module):
 def test_bench_train(tmp_path, capsys, monkeypatch):
     """Guards the comparison: all variants in one table, theirs first and through the same steps; the columns follow from the speed."""
     tiny_sizes(monkeypatch)
-    monkeypatch.setattr(bench, "matrix_peak", lambda machine, n: {torch.float32: 2e9, torch.bfloat16: 4e9}[machine.dtype])
+    monkeypatch.setattr(training, "matrix_peak", lambda machine, n: {torch.float32: 2e9, torch.bfloat16: 4e9}[machine.dtype])
     (tmp_path / "model.py").write_text(THEIR_MODEL)
     small = ["train", "--size=stdlib", "--compile=off", "--steps=1", "--repeats=2", "--device=cpu", "--threads=1"]
     rows = bench.main([*small, f"--compare_with={tmp_path / 'model.py'}"])
@@ -202,7 +203,7 @@ def test_training_is_a_whole_optimizer_step():
                 model(tokens[:, :-1], tokens[:, 1:])[1]["total"].backward()
                 optimizer.step()
         else:
-            assert bench.training(model, optimizer, tokens, runtime.start("cpu", "float64", "off"))(3) == 3 * 2 * 12
+            assert training.optimizer_steps(model, optimizer, tokens, runtime.start("cpu", "float64", "off"))(3) == 3 * 2 * 12
             assert all(p.grad is None for p in model.parameters())
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights))
@@ -211,16 +212,16 @@ def test_training_is_a_whole_optimizer_step():
 def test_matrix_peak(monkeypatch):
     """Guards the arithmetic: 2 n^3 operations in the shortest of five times."""
     times = iter([0, 5, 0, 3, 0, 2, 0, 8, 0, 4])
-    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
-    assert bench.matrix_peak(runtime.start("cpu", "float32", "off"), 4) == 2 * 64 / 2
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
+    assert training.matrix_peak(runtime.start("cpu", "float32", "off"), 4) == 2 * 64 / 2
 
 
 def test_memory_is_that_of_a_process_of_its_own():
     """Guards peak memory: what this process once had must not count, and each variant must get the settings of the table."""
     fill = torch.ones(2**28)  # 1 GiB
     del fill
-    config = bench.TrainBench(size="stdlib", batch=1, memory=True, device="cpu", threads=1)
-    peak = bench.memory_alone(config, "decoder_only", "float32", "off")
+    config = training.TrainBench(size="stdlib", batch=1, memory=True, device="cpu", threads=1)
+    peak = training.memory_alone(config, "decoder_only", "float32", "off")
     assert 50 * 2**20 < peak < min(2**30, runtime.start("cpu", "float32", "off").peak_memory_bytes())
 
 
@@ -232,7 +233,7 @@ def test_bench_data(tmp_path, capsys, monkeypatch):
     """Guards the pair: both tokenize all of the same text, ours as data/text/prepare.py does, and batches come from the result."""
     tiktoken = pytest.importorskip("tiktoken")
     encoding = tiktoken.Encoding("b", pat_str=r"\w+|\W", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
-    monkeypatch.setattr(bench.tokenizer, "get", lambda name: bench.tokenizer.TiktokenTokenizer(name, encoding))
+    monkeypatch.setattr(tokenizer, "get", lambda name: tokenizer.TiktokenTokenizer(name, encoding))
     text = tmp_path / "text.txt"
     text.write_text("\n\n\n".join(f"document {i} " * 9 for i in range(80)))
     small = ["data", "--quick", "--batches=3", "--batch=2", "--block_size=16", "--threads=2", f"--input={text}"]

@@ -1,0 +1,106 @@
+"""`bench.py latent`: tokens/s of models that write blocks of tokens from codes, beside a plain model that writes single ones."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import checkpoint
+import generate
+import runtime
+from benchmarks.sampling import Variant, plainly, sampled
+from benchmarks.shapes import STDLIB
+from benchmarks.timing import at_least_one
+
+
+@dataclass(frozen=True)
+class LatentBench:
+    run: str | None = None  # run directory of a model over codes; none: the default sizes for S = 4 and 8, random weights
+    baseline: str | None = None  # run directory of the plain model beside it; none: config/stdlib/baseline.py, random weights
+    prompt: str = "def "  # text to continue, where there is a run; a question, where it is one on pairs
+    tokens: int = 192  # new tokens of a text
+    temperature: float = 0.8  # of codes and of the baseline's tokens; 0 is greedy
+    batch: int = 32  # texts of the batched variants
+    repeats: int = 3  # of each variant
+    quick: bool = False  # 24 tokens, 1 repeat
+    threads: int | None = None  # of the CPU; none: as many as torch takes
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of matrix products
+    seed: int = 1337  # of random weights and of the noise
+
+    def __post_init__(self):
+        at_least_one(self, "tokens", "batch", "repeats", "threads")
+
+
+def latent_models(config: LatentBench) -> list[tuple[str, torch.nn.Module, list[int], int | None]]:
+    """
+    Name, model, prompt and, of runs on pairs, the end of an answer: first the baseline's, then those of the models over codes.
+    Raises ValueError for runs of another kind.
+    """
+    found, prompt = [], list(range(8))
+    torch.manual_seed(config.seed)
+    for run, is_baseline in ((config.baseline, True), (config.run, False)):
+        if run is not None:
+            model, text, _ = checkpoint.load_run(run, "best")
+            if generate.writes_blocks(model) == is_baseline or getattr(model, "predicts", "next") == "itself":
+                kinds = "baseline=... takes a plain model, run=... one over codes"
+                raise ValueError(f"{'baseline' if is_baseline else 'run'}={run}: the wrong kind of model; {kinds}")
+            separator = checkpoint.read_json(Path(run) / "config.json").get("separator")
+            end = None if separator is None else text.eos
+            found.append((run, model, text.encode(config.prompt) + ([] if end is None else [separator]), end))
+        elif is_baseline:
+            shape = checkpoint.CONFIGS["decoder_only"](**STDLIB["decoder_only"])
+            found.append(("baseline", checkpoint.build("decoder_only", shape), prompt, None))
+        else:
+            for S in (4, 8):
+                autoencoder = checkpoint.build("autoencoder", checkpoint.CONFIGS["autoencoder"](latent_factor=S))
+                shape = checkpoint.CONFIGS["rq_transformer"]().fitted_to(autoencoder)
+                found.append((f"RQ-transformer, S={S}", checkpoint.build("rq_transformer", shape), prompt, None))
+                found[-1][1].attach(autoencoder)
+    if len({end for *_, end in found}) > 1:
+        raise ValueError(f"run={config.run}, baseline={config.baseline}: only one is on pairs; give two runs on the same data")
+    return found
+
+
+def answering(
+    model: torch.nn.Module, question: list[int], end: int, sampling: generate.Sampling, texts: int
+) -> Callable[[int], tuple[int, int]]:
+    """The work of a Variant: the whole answer, however long, so many times together."""
+
+    def work(tokens: int) -> tuple[int, int]:
+        samples = [generate.Continuation(question, model.config.block_size, eos=end) for _ in range(texts)]
+        steps = sum(1 for _ in generate.sample_together(model, samples, sampling))
+        return sum(len(sample.output) + (sample.reason == "eos") for sample in samples), steps
+
+    return work
+
+
+def bench_latent(config: LatentBench) -> list[dict]:
+    machine = runtime.start(config.device, config.dtype, "off")
+    sampling = generate.Sampling(config.temperature, seed=config.seed)
+    tokens, repeats = (min(config.tokens, 24), 1) if config.quick else (config.tokens, config.repeats)
+    variants, texts, batches = [], {}, sorted({1, config.batch})
+    for name, model, prompt, end in latent_models(config):
+        model.to(machine.device, machine.weight_dtype).eval()
+        generate.lay_out_for_decoding(model)
+        print(f"{name}: {model.get_num_params():,} parameters")
+        for batch in batches:
+            work = plainly(model, [prompt], sampling, batch) if end is None else answering(model, prompt, end, sampling, batch)
+            variants.append(Variant(f"{name}, batch {batch}", work, model))
+            texts[variants[-1].name] = batch
+    with machine.autocast():
+        found = sampled(variants, tokens, repeats, texts)
+    plain = {texts[row.variant]: row.tokens_per_second for row in found[: len(batches)]}
+    length = f"{tokens} tokens a text" if end is None else "whole answers"
+    print(f"{length}, temperature {config.temperature:g}; {machine.reasons}")
+    print(f"\n{'| variant':42} | tokens/s | x plain cached | tokens/step |")
+    print(f"| {'-' * 40} | -------: | -------------: | ----------: |")
+    rows = []
+    for row in found:
+        values = {"variant": row.variant, "batch": texts[row.variant], "tokens_per_second": row.tokens_per_second,
+                  "tokens_per_step": row.tokens_per_step, "ratio": row.tokens_per_second / plain[texts[row.variant]]}  # fmt: skip
+        print(f"| {row.variant:40} | {row.tokens_per_second:8.1f} | {values['ratio']:14.2f} | {row.tokens_per_step:11.2f} |")
+        rows.append(values | {"new_tokens": tokens})
+    return rows

@@ -1,0 +1,166 @@
+"""
+`bench.py train`: tokens/s of whole optimizer steps of our models and of a nanoGPT's, their share of what the machine's matrix
+products reach, and peak memory.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import checkpoint
+import configurator
+import runtime
+from benchmarks.shapes import PUBLISHED, STDLIB
+from benchmarks.timing import at_least_one, in_turns, rate
+
+SIZES = {  # vocabulary, tokens of a sequence, sequences of a step, shapes of the models
+    "published": (50257, 200, 8, PUBLISHED),
+    "stdlib": (256, 256, 16, STDLIB),
+}
+THEIRS = "nanogpt"  # name in `models` of what compare_with brings
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    size: Literal["published", "stdlib"] = "published"  # 16 M parameters, vocabulary 50,257, 8 x 200; or 1 M, 256, 16 x 256
+    batch: int | None = None  # sequences of a step, if others than that
+    models: tuple[str, ...] = (THEIRS, "encoder_decoder", "decoder_only")  # in this order; nanogpt only with compare_with
+    compare_with: str | None = None  # path to a nanoGPT's model.py, whose GPT gets the shape of our decoder_only
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of matrix products
+    compile: tuple[str, ...] = ("off", "on")  # torch.compile
+    steps: int = 2  # in a repeat
+    repeats: int = 5  # of each variant
+    memory: bool = False  # also the peak memory of each variant, alone in another process
+    quick: bool = False  # 1 step, 1 repeat, the first of dtypes, not compiled
+    threads: int | None = None  # of the CPU; none: as many as torch takes
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    seed: int = 1337  # of weights and tokens
+
+    def __post_init__(self):
+        at_least_one(self, "batch", "steps", "repeats", "threads")
+        for key, known in (("models", (THEIRS, *PUBLISHED)), ("dtypes", ("float32", "bfloat16")), ("compile", ("off", "on"))):
+            for word in getattr(self, key):
+                if word not in known:
+                    raise ValueError(f"{key}={word}: {configurator.choice_text(word, known)} was expected")
+        if not (self.measured and self.dtypes and self.compile):
+            raise ValueError("nothing to measure: models, dtypes and compile need a word each, and models=nanogpt compare_with")
+
+    @property
+    def measured(self) -> list[str]:
+        return [name for name in self.models if name != THEIRS or self.compare_with]
+
+
+def their_model(path: Path, **shape) -> torch.nn.Module:
+    """GPT of a nanoGPT's model.py. Raises FileNotFoundError, or ValueError where the file has no such class."""
+    if not path.is_file():
+        raise FileNotFoundError(f"compare_with={path}: there is no such file; give the path of a nanoGPT's model.py")
+    spec = importlib.util.spec_from_file_location(THEIRS, path)
+    module = sys.modules[THEIRS] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    if not (hasattr(module, "GPT") and hasattr(module, "GPTConfig")):
+        raise ValueError(f"compare_with={path} has no classes GPT and GPTConfig; give the path of a nanoGPT's model.py")
+    with contextlib.redirect_stdout(sys.stderr):  # it says how many parameters it has
+        return module.GPT(module.GPTConfig(dropout=0.0, bias=False, **shape))
+
+
+def optimizer_steps(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, machine: runtime.Runtime
+) -> Callable[[int], int]:
+    """Work for in_turns: so many optimizer steps on tokens (B, T + 1), and how many tokens they learn from."""
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def work(steps: int) -> int:
+        for _ in range(steps):
+            with machine.autocast():
+                loss = model(x, y)[1]
+            (loss["total"] if isinstance(loss, dict) else loss).backward()  # theirs comes without a name
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        machine.wait()
+        return steps * x.numel()
+
+    return work
+
+
+def matrix_peak(machine: runtime.Runtime, n: int) -> float:
+    """Floating-point operations per second of a product of two n x n matrices, the best of five."""
+    a = torch.randn(n, n, device=machine.device).to(machine.dtype)
+
+    def work(times: int) -> None:
+        for _ in range(times):
+            a @ a
+        machine.wait()
+
+    return 2 * n**3 / min(seconds for seconds, _ in in_turns({"": work}, 1, 5, warm_up=1)[""])
+
+
+def bench_train(config: TrainBench) -> list[dict]:
+    base = runtime.start(config.device, "float32", "off")
+    vocab_size, block_size, batch, shapes = SIZES[config.size]
+    steps, repeats, dtypes, compiles = config.steps, config.repeats, config.dtypes, config.compile
+    if config.quick:
+        steps, repeats, dtypes, compiles = 1, 1, dtypes[:1], ("off",)
+    torch.manual_seed(config.seed)
+    tokens = torch.randint(vocab_size, (config.batch or batch, block_size + 1), device=base.device)
+    machines = {dtype: dataclasses.replace(base, dtype=runtime.DTYPES[dtype]) for dtype in dtypes}
+    works, chosen = {}, {}
+    for name in config.measured:
+        kind = "decoder_only" if name == THEIRS else name
+        shape = dict(vocab_size=vocab_size, block_size=block_size, **shapes[kind])
+        model = checkpoint.build(kind, checkpoint.CONFIGS[kind](**shape))
+        flops = model.flops_per_token()  # theirs is of the same shape
+        if name == THEIRS:
+            model = their_model(Path(config.compare_with), **shape)
+        model.to(base.device).train()
+        # one model for all its variants: how fast it trains does not depend on what it has learned
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=base.device.type in ("cuda", "cpu"))
+        for dtype, compile in itertools.product(dtypes, compiles):
+            called = torch.compile(model, dynamic=False) if compile == "on" else model
+            variant = f"{name} {dtype}{' compiled' if compile == 'on' else ''}"
+            works[variant] = optimizer_steps(called, optimizer, tokens, machines[dtype])
+            chosen[variant] = name, dtype, compile, flops
+    timed = in_turns(works, steps, repeats, warm_up=2)
+    alone = base.peak_memory_bytes() if len(works) == 1 else None  # before matrix_peak adds to it
+    peaks = {dtype: matrix_peak(machine, 2048 if base.device.type == "cpu" else 8192) for dtype, machine in machines.items()}
+
+    print(f"{config.size} size, {len(tokens)} x {block_size} tokens a step; {base.reasons.split(';')[0]}; matrix peak", end=" ")
+    print(", ".join(f"{dtype} {peak / 1e12:.3g} TFLOP/s" for dtype, peak in peaks.items()))
+    print(f"\n{'| variant':44} | tokens/s | x first | TFLOP/s | of peak | peak memory, MiB |")
+    print(f"| {'-' * 42} | -------: | ------: | ------: | ------: | ---------------: |")
+    rows = []
+    for variant, (name, dtype, compile, flops) in chosen.items():
+        speed = rate(timed[variant])
+        memory = memory_alone(config, name, dtype, compile) if config.memory else alone
+        rows.append(
+            {"variant": variant, "tokens_per_second": speed, "ratio": speed / rate(next(iter(timed.values()))),
+             "flops_per_second": speed * flops, "share_of_peak": speed * flops / peaks[dtype], "peak_memory_bytes": memory}
+        )  # fmt: skip
+        row, shown = rows[-1], "" if memory is None else f"{memory / 2**20:,.0f}"
+        print(
+            f"| {variant:42} | {speed:8,.0f} | {row['ratio']:7.2f} | {row['flops_per_second'] / 1e12:7.3g} "
+            f"| {row['share_of_peak']:7.1%} | {shown:>16} |"
+        )
+    return rows
+
+
+def memory_alone(config: TrainBench, name: str, dtype: str, compile: str) -> int:
+    """Peak memory, bytes, of one variant: of a process that does nothing else, as a process only knows the highest it ever had."""
+    only = dataclasses.replace(
+        config, models=(name,), dtypes=(dtype,), compile=(compile,), steps=1, repeats=1, memory=False, quick=False
+    )
+    flags = [f"--{key}={configurator.as_text(value)}" for key, value in configurator.to_dict(only).items()]
+    script = Path(__file__).parents[1] / "bench.py"
+    done = subprocess.run([sys.executable, script, "train", *flags], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring the memory of {name} {dtype} failed: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])["rows"][0]["peak_memory_bytes"]
