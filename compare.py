@@ -31,7 +31,7 @@ class CompareConfig:
     reference: str | None = None  # row that the others are tested against; none: the one with the lowest validation loss
     published: bool = False  # add the eight published runs
     plot: str | None = "out/compare"  # draw the curves to PLOT.png and PLOT.svg; none: do not
-    metrics: tuple[str, ...] = ()  # draw these keys of metrics.jsonl instead of the losses: KEY,KEY
+    metrics: tuple[str, ...] | None = None  # draw these keys of metrics.jsonl instead of the losses: KEY,KEY
     output: str | None = None  # also write the Markdown to this file
     json: str | None = None  # also write the numbers to this file
 
@@ -385,8 +385,8 @@ def endings_text(rows: list[Row]) -> str:
         if not endings:
             continue
         best, best_step, last, change, share = map(np.array, zip(*endings, strict=True))
-        relative = change.mean() / last.mean()
-        verdict = "flat" if abs(relative) < FLAT else "rising" if relative > 0 else "still falling"
+        moved = change.mean()
+        verdict = "flat" if abs(moved) < FLAT * last.mean() else "rising" if moved > 0 else "still falling"
         lines.append([row.label, with_sd(best), f"{best_step.mean():,.0f}", with_sd(last), with_sd(change, "+"), verdict])
         shares |= {f"{100 * s:.3g} %" for s in share}
     if not lines:
@@ -505,7 +505,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     differences = [paired_difference(row, reference) for row in rows if row is not reference]
     if options.metrics and options.plot is None:
         raise ValueError("--metrics says what to draw to --plot, which is none: give it a path")
-    check_metrics(rows, options.metrics)
+    check_metrics(rows, options.metrics or ())
 
     parts = [table(rows), table_notes(rows)]
     parts += [text] if (text := endings_text(rows)) else []

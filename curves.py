@@ -74,7 +74,7 @@ def save(panels: list[Callable], curves: Curves, prefix: str, dashed: str | None
     width = 12 if columns > 1 else 7
     shown = {label: [c for c in of.values() if len(c[0])] for label, of in curves.items() if any(len(c[0]) for c in of.values())}
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(width, 1.4 + 3.8 * lines), layout="constrained")
+        figure = Figure(figsize=(width, 5.2 + 3.8 * (lines - 1)), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.1)
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for ax in axes[len(panels) :]:

@@ -24,7 +24,7 @@ from trainer import TrainConfig
 
 MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in
            [*ROOT.glob("*.py"), *ROOT.glob("baseline_transformer/*.py"), *ROOT.glob("latent/*.py")]}  # fmt: skip
-LOW = {"model", "kernels", "configurator", "dataloader", "runtime", "tokenizer", "latent.resample", "latent.quantize"}
+LOW = {"model", "kernels", "configurator", "curves", "dataloader", "runtime", "tokenizer", "latent.resample", "latent.quantize"}
 SCRIPTS = {"train", "sample", "compare", "bench"}
 
 
