@@ -391,7 +391,7 @@ def endings_text(rows: list[Row]) -> str:
         shares |= {f"{100 * s:.3g} %" for s in share}
     if not lines:
         return ""
-    header = ["run", "lowest on windows", "its step", "last on windows", "change at the end", "curve"]
+    header = ["run", "lowest on windows", "mean step", "last on windows", "change at the end", "curve"]
     note = (
         "Validation loss at the evaluations, on sample windows that are the same at every step, so not comparable with the whole "
         f"file above. Change: over the last {' or '.join(sorted(shares))} of the training tokens; flat: less than "
