@@ -1,10 +1,11 @@
 # make quickstart   trains an encoder-decoder and its baseline, compares and samples them (minutes on two CPU cores)
+# make table        trains what is missing of the eight rows of config/stdlib/ with three seeds, and compares them (hours)
 # make test         lint and tests, what CI runs
-# Both create .venv first. Another Python: make PYTHON=python3.12 quickstart
+# All create .venv first. Another Python: make PYTHON=python3.12 quickstart
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-.PHONY: quickstart test install
+.PHONY: quickstart table test install
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -22,7 +23,15 @@ quickstart: out/quickstart/summary.json out/quickstart_baseline/summary.json
 	$(RUN) sample.py out/quickstart_baseline --prompt="def " --max_new_tokens=400 --temperature=0.7
 	@echo "--- the table is above, its plot is out/quickstart_comparison.png"
 
-# an interrupted quickstart goes on where it stopped
+ROWS := $(filter-out common,$(patsubst config/stdlib/%.py,%,$(wildcard config/stdlib/*.py)))
+table: $(foreach row,$(ROWS),$(foreach seed,1 2 3,out/stdlib/$(row)_s$(seed)/summary.json))
+	$(RUN) compare.py $(^D) --reference=baseline --output=out/stdlib/table.md --plot=out/stdlib/curves
+
+# an interrupted run goes on where it stopped; a finished one of the table stays as it is
+out/stdlib/%/summary.json: | $(VENV)/.installed
+	run=$*; $(RUN) train.py config/stdlib/$${run%_s*}.py --seed=$${run##*_s} --out_dir=out/stdlib/$* \
+		$$(test -d out/stdlib/$*/last && echo --resume || echo --overwrite)
+
 out/%/summary.json: $(VENV)/.installed
 	$(RUN) train.py config/$*.py --out_dir=out/$* $$(test -d out/$*/last && echo --resume || echo --overwrite)
 

@@ -3,11 +3,13 @@ One honest table from run directories, with what clears the noise of the seeds a
 
     python compare.py out/encdec_* out/baseline_*
     python compare.py out --reference=baseline --output=results/table.md --plot=results/curves
+    python compare.py out --metrics=gain_embedding,gain_encoder --plot=results/gains
 
 Runs with equal settings and different seeds form a row, named after the directory without its _seed1, -seed1 or _s1.
-Every loss is in nats per token; the validation loss is that of the whole validation file.
+Every loss is in nats per token; the validation loss is that of the last weights over the whole validation file.
 """
 
+import difflib
 import functools
 import glob
 import json
@@ -20,7 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configurator import configure, exit_on_user_error, nearest
+import curves
+from configurator import configure, exit_on_user_error, is_number, nearest
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class CompareConfig:
     reference: str | None = None  # row that the others are tested against; none: the one with the lowest validation loss
     published: bool = False  # add the eight published runs
     plot: str | None = "out/compare"  # draw the curves to PLOT.png and PLOT.svg; none: do not
+    metrics: tuple[str, ...] | None = None  # draw these keys of metrics.jsonl instead of the losses: KEY,KEY
     output: str | None = None  # also write the Markdown to this file
     json: str | None = None  # also write the numbers to this file
 
@@ -65,7 +69,11 @@ class Run(NamedTuple):
     path: Path
     config: dict[str, object]  # the settings that define a row
     summary: dict
-    evals: list[dict]  # the "eval" lines of metrics.jsonl, steps ascending
+    lines: list[dict]  # of metrics.jsonl, steps ascending, a step's evaluation last
+
+    @property
+    def evals(self) -> list[dict]:
+        return [line for line in self.lines if line["kind"] == "eval"]
 
 
 class Row(NamedTuple):
@@ -136,7 +144,7 @@ def read_runs(paths: list[Path]) -> list[Run]:
         if not math.isfinite(summary["val_loss"]):
             unfinished.append(f"{path}: its validation loss is {summary['val_loss']}: it diverged")
             continue
-        runs.append(Run(path, settings, summary, read_evals(path / "metrics.jsonl")))
+        runs.append(Run(path, settings, summary, read_lines(path / "metrics.jsonl")))
     if not runs:
         raise ValueError("no finished run of a language model: " + "; ".join(unfinished))
     for line in unfinished:
@@ -144,30 +152,33 @@ def read_runs(paths: list[Path]) -> list[Run]:
     return runs
 
 
-def read_evals(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
     """
-    The eval lines of a metrics.jsonl. A run that crashed and was resumed from an earlier step writes its steps again: what
+    The lines of a metrics.jsonl. A run that crashed and was resumed from an earlier step writes its steps again: what
     stood there is dropped. Lines cut off by a crash are passed over with a warning.
     """
     if not path.exists():
         warn(f"{path} does not exist: no curve of this run")
         return []
-    evals: list[dict] = []
+
+    def place(record: dict) -> tuple:
+        return record["step"], record["kind"] == "eval"  # a step is trained, then evaluated
+
+    records: list[dict] = []
     broken = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-            step, kind = record["step"], record["kind"]
+            here = place(record)
         except (ValueError, KeyError, TypeError):
             broken += bool(line.strip())
             continue
-        if kind == "eval":
-            while evals and evals[-1]["step"] >= step:
-                evals.pop()
-            evals.append(record)
+        while records and place(records[-1]) >= here:
+            records.pop()
+        records.append(record)
     if broken:
         warn(f"{path}: {broken} half-written line{'s' * (broken > 1)} passed over")
-    return evals
+    return records
 
 
 def check_same_data(runs: list[Run]) -> None:
@@ -242,6 +253,27 @@ def t_critical(nu: int, p: float = 0.05) -> float:
     return high
 
 
+class Ending(NamedTuple):
+    """How the validation loss of a run went at its evaluations, all on the same windows, with the weights of that step."""
+
+    best: float  # the lowest
+    best_step: int
+    last: float
+    change: float  # from the last evaluation that lies at least a tenth of the training tokens before the end
+    share: float  # of the training tokens in which that change came about
+
+
+def ending(run: Run) -> Ending | None:
+    """None for a run without two evaluations so far apart."""
+    evals = run.evals
+    earlier = [line for line in evals if line["tokens"] <= 0.9 * evals[-1]["tokens"]][-1:]
+    if not earlier or not evals[-1]["tokens"]:
+        return None
+    best, last = min(evals, key=lambda line: line["val_loss"]), evals[-1]
+    change, share = last["val_loss"] - earlier[0]["val_loss"], 1 - earlier[0]["tokens"] / last["tokens"]
+    return Ending(best["val_loss"], best["step"], last["val_loss"], change, share)
+
+
 class Difference(NamedTuple):
     run: str
     reference: str
@@ -292,9 +324,9 @@ def count(value: float) -> str:
     return f"{value:.3g}"
 
 
-def with_sd(row: Row, key: str) -> str:
-    sd = row.sd(key)
-    return f"{row.mean(key):.4f}" + (f" ± {sd:.4f}" if sd is not None else "")
+def with_sd(values: np.ndarray, sign: str = "") -> str:
+    sd = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.4f}{sd}"
 
 
 def short_commit(run: Run) -> str:
@@ -319,7 +351,7 @@ def table(rows: list[Row]) -> str:
                 count(first["tokens"]),
                 str(len(row.runs)),
                 f"{row.mean('train_loss'):.4f}",
-                with_sd(row, "val_loss"),
+                with_sd(row.values("val_loss")),
                 f"{row.mean('val_bits_per_byte'):.4f}",
                 count(row.mean("tokens_per_second")),
                 f"{memory / 2**30:.2f} GiB" if memory else "–",
@@ -332,7 +364,7 @@ def table(rows: list[Row]) -> str:
 def table_notes(rows: list[Row]) -> str:
     first = rows[0].runs[0].summary
     data = f"{first['dataset']}, sha256 {first['data_hash'][:12]}"
-    judged = f"validation over {first['val_tokens']:,} tokens ({data})"
+    judged = f"validation with the last weights over {first['val_tokens']:,} tokens ({data}), training on sample windows"
     notes = [f"Losses in nats per token, mean ± sample standard deviation over seeds; {judged}."]
     for key, what in (("tokens", "training tokens"), ("commit", "commits"), ("device", "devices"), ("dtype", "dtypes")):
         if len({str(run.summary.get(key)) for row in rows for run in row.runs}) > 1:
@@ -340,6 +372,33 @@ def table_notes(rows: list[Row]) -> str:
     if any(short_commit(run).endswith("+") for row in rows for run in row.runs):
         notes.append("A commit with + had uncommitted changes.")
     return " ".join(notes)
+
+
+FLAT = 0.005  # of the loss: less than that up or down at the end of training is called flat
+
+
+def endings_text(rows: list[Row]) -> str:
+    """The lowest and the last point of each row's curve, and whether it still moves; empty where no row has a curve."""
+    lines, shares = [], set()
+    for row in rows:
+        endings = [e for e in map(ending, row.runs) if e]
+        if not endings:
+            continue
+        best, best_step, last, change, share = map(np.array, zip(*endings, strict=True))
+        moved = change.mean()
+        verdict = "flat" if abs(moved) < FLAT * last.mean() else "rising" if moved > 0 else "still falling"
+        lines.append([row.label, with_sd(best), f"{best_step.mean():,.0f}", with_sd(last), with_sd(change, "+"), verdict])
+        shares |= {f"{100 * s:.3g} %" for s in share}
+    if not lines:
+        return ""
+    header = ["run", "lowest on windows", "mean step", "last on windows", "change at the end", "curve"]
+    note = (
+        "Validation loss at the evaluations, on sample windows that are the same at every step, so not comparable with the whole "
+        f"file above. Change: over the last {' or '.join(sorted(shares))} of the training tokens; flat: less than "
+        f"{100 * FLAT:g} % of the loss. A learning rate that has decayed flattens a curve, too. The lowest point is chosen on "
+        "the windows that it is measured on."
+    )
+    return markdown_table(header, lines) + "\n\n" + note
 
 
 def differences_text(differences: list[Difference]) -> str:
@@ -354,7 +413,7 @@ def differences_text(differences: list[Difference]) -> str:
 
 
 def published_text(rows: list[Row]) -> str:
-    here = {row.label: with_sd(row, "val_loss") for row in rows}
+    here = {row.label: with_sd(row.values("val_loss")) for row in rows}
     lines = [
         [name, loss, weight, pos_sub, f"{train:.3f}", f"{val:.3f}", here.get(name, "–")]
         for name, loss, weight, pos_sub, train, val in PUBLISHED
@@ -365,111 +424,35 @@ def published_text(rows: list[Row]) -> str:
 
 # curves
 
-# Okabe & Ito, "Color Universal Design" (2008), with grey for their yellow, which is too light for a line on white
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888"]
-MARKERS = "os^DvPX*"
 
-
-def curve(row: Row, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens (N,), values (seeds, N)) of `key` where every seed of the row was evaluated; N = 0 without such values."""
-    runs = [{e["tokens"]: e[key] for e in run.evals if e.get(key) is not None} for run in row.runs if run.evals]
-    tokens = sorted(set.intersection(*map(set, runs))) if runs else []
+def curve(row: Row, key: str) -> curves.Curve:
+    """
+    (tokens (N,), values (seeds, N)) of `key` where every seed of the row logged it; N = 0 without such values. Taken from
+    train lines only where eval lines lack the key: these have the embedding loss as well, but of other tokens each time.
+    """
+    tokens: list[float] = []
+    runs: list[dict[float, float]] = []
+    for kind in ("eval", "train"):
+        if not tokens:
+            of_kind = [[line for line in run.lines if line["kind"] == kind] for run in row.runs if run.lines]
+            runs = [{line["tokens"]: line[key] for line in lines if is_number(line.get(key))} for lines in of_kind]
+            tokens = sorted(set.intersection(*map(set, runs))) if runs else []
     return np.array(tokens, dtype=float), np.array([[run[t] for t in tokens] for run in runs], dtype=float)
 
 
-def plot(rows: list[Row], prefix: str) -> list[Path]:
-    """Draw the curves of the rows that have any to PREFIX.png and PREFIX.svg. Raises ImportError without matplotlib."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-    from matplotlib.ticker import EngFormatter
-
-    styles = [
-        {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)], "markersize": 5}
-        for i in range(len(rows))
-    ]
-    drawn = [(row, style) for row, style in zip(rows, styles, strict=True) if len(curve(row, "val_loss")[0])]
-    has_embedding = any(len(curve(row, "embedding_loss")[0]) for row, _ in drawn)
-    end = max(curve(row, "val_loss")[0][-1] for row, _ in drawn)
-    factor = bits_per_nat(drawn[0][0].runs[0])
-
-    def lines(ax, key: str, since: float, markers: int = 1, **options) -> np.ndarray:
-        """A line and band a row from `since` tokens on, with so many markers; returns every value drawn."""
-        values = [np.zeros(0)]
-        for row, style in drawn:
-            tokens, losses = curve(row, key)
-            losses, tokens = losses[:, tokens >= since] if len(tokens) else losses, tokens[tokens >= since]
-            if not len(tokens):
-                continue
-            marked = np.linspace(len(tokens) - 1, 0, markers).astype(int).tolist()
-            ax.plot(tokens, losses.mean(0), **style | {"linewidth": 1.7, "markevery": marked} | options)
-            if len(losses) > 1 and "linestyle" not in options:
-                ax.fill_between(tokens, losses.min(0), losses.max(0), color=style["color"], alpha=0.18, linewidth=0)
-            values.append(losses.ravel())
-        return np.concatenate(values)
-
-    settings = {
-        "font.size": 11,
-        "axes.titlesize": 11.5,
-        "axes.grid": True,
-        "grid.alpha": 0.3,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "compare",
-        "svg.fonttype": "none",
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(12, 5.2), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1)
-        axes = figure.subplots(1, 3 if has_embedding else 2)
-        lines(axes[0], "val_loss", 0)
-        lines(axes[0], "train_loss", 0, linestyle="--", linewidth=0.9, marker="")
-        # the first drop, from ln(vocab_size), would flatten everything after it
-        shown = np.concatenate(
-            [
-                v[:, t >= 0.1 * end].ravel()
-                for row, _ in drawn
-                for key in ("val_loss", "train_loss")
-                for t, v in [curve(row, key)]
-                if len(t)
-            ]
-        )
-        set_limits(axes[0], shown)
-        axes[0].set_title("Loss on validation and training windows")
-        axes[0].set_ylabel("loss (nats per token)")
-        set_limits(axes[1], lines(axes[1], "val_loss", 0.4 * end, markers=4))
-        axes[1].set_title("Validation, last 60 % of training")
-        axes[1].set_ylabel("validation loss (nats per token)")
-        right = axes[1].secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
-        right.set_ylabel("bits per byte")
-        if has_embedding:
-            lines(axes[2], "embedding_loss", 0)
-            axes[2].set_yscale("log")
-            axes[2].set_title("Embedding loss")
-            axes[2].set_ylabel("embedding loss (unweighted)")
-        for ax in axes:
-            ax.set_xlabel("training tokens")
-            ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
-        handles = [Line2D([], [], label=row.label, linewidth=1.7, **style) for row, style in drawn]
-        handles.append(Line2D([], [], color="#444444", linewidth=0.9, linestyle="--", label="training windows"))
-        if any(len(row.runs) > 1 for row, _ in drawn):
-            handles.append(Patch(color="#444444", alpha=0.18, linewidth=0, label="lowest to highest seed"))
-        longest = max(len(row.label) for row, _ in drawn)  # about 140 characters, handles included, fit beside each other
-        columns = max(1, min(5, len(handles), 140 // (longest + 8)))
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-        stem = prefix.removesuffix(".png").removesuffix(".svg")
-        Path(stem).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(f"{stem}.png", dpi=150)
-        figure.savefig(f"{stem}.svg", metadata={"Date": None})  # equal curves, equal file
-    return [Path(f"{stem}.png"), Path(f"{stem}.svg")]
-
-
-def set_limits(ax, values: np.ndarray) -> None:
-    values = values[np.isfinite(values)]
-    if len(values):
-        margin = 0.05 * (values.max() - values.min()) or 0.01
-        ax.set_ylim(values.min() - margin, values.max() + margin)
+def check_metrics(rows: list[Row], keys: tuple[str, ...]) -> None:
+    """Raises ValueError for a key without a curve in any row, naming keys like it."""
+    lines = (line for row in rows for run in row.runs for line in run.lines)
+    known = sorted({key for line in lines for key, value in line.items() if is_number(value)} - {"step", "tokens"})
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            raise ValueError(
+                f"--metrics={key}: no run logged that; "
+                + (f"near it are {', '.join(near)}" if near else f"there are {', '.join(known) or 'no metrics at all'}")
+            )
+        if not any(len(curve(row, key)[0]) for row in rows):
+            raise ValueError(f"--metrics={key}: in no row is there a step at which all seeds logged it")
 
 
 def write(path: str, text: str) -> None:
@@ -490,6 +473,7 @@ def as_json(rows: list[Row], differences: list[Difference]) -> str:
             "seeds": [run.summary["seed"] for run in row.runs],
             "paths": [str(run.path) for run in row.runs],
             "commits": [run.summary["commit"] for run in row.runs],
+            "windows": [e._asdict() if e else None for e in map(ending, row.runs)],
             **{key: {"mean": row.mean(key), "sd": row.sd(key), "values": row.values(key).tolist()} for key in keys},
         }
         for row in rows
@@ -519,8 +503,12 @@ def main(argv: list[str] | None = None) -> list[Row]:
         )
     reference = rows[labels.index(name)]
     differences = [paired_difference(row, reference) for row in rows if row is not reference]
+    if options.metrics and options.plot is None:
+        raise ValueError("--metrics says what to draw to --plot, which is none: give it a path")
+    check_metrics(rows, options.metrics or ())
 
     parts = [table(rows), table_notes(rows)]
+    parts += [text] if (text := endings_text(rows)) else []
     parts += [differences_text(differences)] if differences else []
     parts += [published_text(rows)] if options.published else []
     text = "\n\n".join(parts)
@@ -530,11 +518,16 @@ def main(argv: list[str] | None = None) -> list[Row]:
     if options.json is not None:
         write(options.json, as_json(rows, differences))
     if options.plot is not None:
-        if not any(run.evals for run in runs):
+        keys = options.metrics or curves.LOSSES
+        drawn = {row.label: {key: curve(row, key) for key in keys} for row in rows}
+        if not any(len(of[keys[0]][0]) for of in drawn.values()):
             warn("no run has evaluations in its metrics.jsonl: nothing to plot")
             return rows
         try:
-            files = plot(rows, options.plot)
+            if options.metrics:
+                files = curves.draw_metrics(drawn, keys, options.plot)
+            else:
+                files = curves.draw_losses(drawn, bits_per_nat(runs[0]), options.plot)
         except ImportError:
             warn("no plot without matplotlib: pip install matplotlib (or --plot=none)")
         else:

@@ -308,7 +308,8 @@ def choice_text(value: object, options) -> str:
 
 def type_text(kind: object) -> str:
     if typing.get_origin(kind) is tuple:
-        return f"a list of {typing.get_args(kind)[0].__name__} such as 4,4,2"
+        of = typing.get_args(kind)[0]
+        return f"a list of {of.__name__} such as {'this,that' if of is str else '4,4,2'}"
     return {int: "an integer", float: "a float", bool: "true or false", str: "a string", types.NoneType: "none"}[kind]
 
 

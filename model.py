@@ -479,8 +479,8 @@ class EncoderDecoder(CausalModel):
 
     def embedding_loss_report(self, idx: torch.Tensor) -> dict[str, float]:
         """
-        What the embedding loss does to the model on tokens idx (B, T), dropout off: its value, the mean gains of its two
-        LayerNorms, and the norm of the gradient that weight * loss sends into the token and position tables.
+        What the embedding loss does to the model on tokens idx (B, T), dropout off: its value; mean gain and norm of the bias
+        of its two LayerNorms, and how far the biases are apart; norm of the gradient of weight * loss in token and position table.
         """
         was_training = self.training
         self.eval()
@@ -491,10 +491,11 @@ class EncoderDecoder(CausalModel):
             weighted = self.config.embedding_loss_weight * loss
             grads = torch.autograd.grad(weighted, list(tables.values()), allow_unused=True)
         self.train(was_training)
-        report = {"embedding_loss": loss.item()}
-        for name, norm in (("embedding", self.embedding_loss.ln_embedding), ("encoder", self.embedding_loss.ln_encoder)):
-            if norm is not None and norm.weight is not None:
-                report[f"gain_{name}"] = norm.weight.mean().item()
-        for name, grad in zip(tables, grads):
-            report[f"embedding_grad_{name}"] = 0.0 if grad is None else grad.norm().item()
-        return report
+        report = {f"embedding_grad_{name}": 0.0 if grad is None else grad.norm().item() for name, grad in zip(tables, grads)}
+        norms = {"embedding": self.embedding_loss.ln_embedding, "encoder": self.embedding_loss.ln_encoder}
+        norms = {name: norm for name, norm in norms.items() if norm is not None and norm.weight is not None}
+        for name, norm in norms.items():
+            report |= {f"gain_{name}": norm.weight.mean().item(), f"bias_{name}": norm.bias.norm().item()}
+        if len(norms) == 2:
+            report["bias_distance"] = (norms["embedding"].bias - norms["encoder"].bias).norm().item()
+        return report | {"embedding_loss": loss.item()}

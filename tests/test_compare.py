@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import compare
+import curves
 
 ROOT = Path(__file__).parent.parent
 BYTES_PER_TOKEN = 4.2
@@ -134,6 +136,12 @@ def rows_of(*folders: Path) -> dict[str, compare.Row]:
     return {row.label: row for row in compare.group(compare.read_runs(compare.find_runs([str(f) for f in folders])))}
 
 
+def table_after(text: str, first: str, number: int = 0) -> list[list[str]]:
+    """Cells of the table number 0, 1, ... whose header begins with `first`: header, rule, lines."""
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith(f"| {first} ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in blocks[number]]
+
+
 # statistics
 
 
@@ -251,7 +259,7 @@ def test_table_numbers_equal_a_slow_computation(tmp_path, capsys):
     )
     text = capsys.readouterr().out
     assert (tmp_path / "new" / "t.md").read_text(encoding="utf-8") == text
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    lines = table_after(text, "run")
     header, cells = lines[0], {line[0]: line for line in lines[2:]}
     assert len(cells) == 8 and all(len(line) == len(header) for line in lines)
     numbers = {row["run"]: row for row in json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["rows"]}
@@ -397,19 +405,78 @@ def test_repeated_and_half_written_lines(tmp_path, capsys):
         for s, v in ((0, 9), (10, 8), (20, 7), (25, 6), (20, 5), (30, 4))
     ]  # crashed after 25, resumed from 10 with another interval
     lines.insert(2, {"step": 15, "kind": "train", "loss": 1.0})
+    lines.insert(4, {"step": 25, "kind": "train", "loss": 2.0})  # logged before the evaluation of its step, and to be dropped
     text = "\n".join(map(json.dumps, lines))
+
+    def evals(run: Path) -> list[tuple]:
+        records = compare.read_lines(run / "metrics.jsonl")
+        assert [record["step"] for record in records if record["kind"] == "train"] == [15]
+        return [(record["step"], record["val_loss"]) for record in records if record["kind"] == "eval"]
+
     (run / "metrics.jsonl").write_text(text + "\n", encoding="utf-8")
-    assert [(e["step"], e["val_loss"]) for e in compare.read_evals(run / "metrics.jsonl")] == [
-        (0, 9),
-        (10, 8),
-        (20, 5),
-        (30, 4),
-    ]
+    assert evals(run) == [(0, 9), (10, 8), (20, 5), (30, 4)]
     assert capsys.readouterr().err == ""
-    cut = text.replace('{"step": 25', '{"step": 22, "tok{"step": 25')[:-30]
+    cut = text.replace('{"step": 25, "tokens"', '{"step": 22, "tok{"step": 25, "tokens"')[:-30]
     (run / "metrics.jsonl").write_text(cut, encoding="utf-8")
-    assert [(e["step"], e["val_loss"]) for e in compare.read_evals(run / "metrics.jsonl")] == [(0, 9), (10, 8), (20, 5)]
+    assert evals(run) == [(0, 9), (10, 8), (20, 5)]
     assert "2 half-written lines passed over" in capsys.readouterr().err
+
+
+# how the curves end
+
+
+def test_lowest_and_last_point_equal_a_slow_computation(tmp_path, capsys):
+    """Guards the lowest of the mean curve in place of the mean of the lowest, a wrong stretch of training, and a changed sign."""
+    curves_of = {"over": ([9, 4, 2, 3, 3.5], [9, 4, 3, 1, 1.5]), "down": ([9, 7, 6, 5, 4], [9, 8, 6, 4, 3]), "level": ([9, 3, 2, 2, 2],)}
+    for name, runs in curves_of.items():
+        for seed, losses in enumerate(runs, 1):
+            evals = [{"step": 10 * i, "val_loss": loss, "train_loss": loss} for i, loss in enumerate(losses)]
+            write_run(tmp_path / f"{name}_s{seed}", seed, evals=evals, model={"name": name})
+    compare.main([str(tmp_path / "*"), "--plot=none", f"--json={tmp_path / 't.json'}"])
+    text = capsys.readouterr().out
+    for line in table_after(text, "run", 1)[2:]:
+        steps, best, last, change = [], [], [], []
+        for run in sorted(tmp_path.glob(f"{line[0]}_s*")):
+            logged = list(map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
+            losses = [record["val_loss"] for record in logged]
+            steps.append(logged[losses.index(min(losses))]["step"])
+            best.append(min(losses))
+            last.append(losses[-1])
+            change.append(losses[-1] - losses[-2])  # five evaluations: the last but one is a quarter before the end
+        means = [f"{statistics.mean(best):.4f}", f"{statistics.mean(steps):.0f}", f"{statistics.mean(last):.4f}"]
+        assert [cell.split()[0] for cell in line[1:5]] == [*means, f"{statistics.mean(change):+.4f}"]
+        if len(best) > 1:
+            assert [line[i].split()[-1] for i in (1, 3, 4)] == [f"{statistics.stdev(v):.4f}" for v in (best, last, change)]
+        assert line[5] == {"over": "rising", "down": "still falling", "level": "flat"}[line[0]]
+    assert "over the last 25 % of the training tokens" in text
+    rows = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["rows"]
+    assert {row["run"]: [w["best"] for w in row["windows"]] for row in rows} == {
+        name: [min(losses) for losses in runs] for name, runs in curves_of.items()
+    }
+
+
+def test_the_end_is_a_tenth_of_training(tmp_path):
+    """Guards a change between the last two evaluations where these are close together: a curve that falls would look flat."""
+    evals = [{"step": step, "val_loss": 100.0 - step, "train_loss": 0.0} for step in (*range(0, 100, 4), 97, 98, 99, 100)]
+    (run,) = compare.read_runs([write_run(tmp_path / "a", evals=evals)])
+    end = compare.ending(run)
+    assert (end.best, end.best_step, end.last) == (0.0, 100, 0.0)
+    assert end.change == -12.0 and end.share == pytest.approx(0.12)  # from step 88, the last one at 90 or before
+    (run,) = compare.read_runs([write_run(tmp_path / "b", evals=evals[:1])])
+    assert compare.ending(run) is None  # a run of no steps
+
+
+def test_train_logs_what_the_best_point_is_made_of(tmp_path):
+    """Guards names: the lowest evaluation of a real run, out of its lines, is what train.py found and kept as best/."""
+    import train
+
+    flags = "--n_layer=1 --n_embd=8 --n_head=2 --block_size=16 --batch_size=2 --max_iters=6 --warmup_iters=1 --eval_interval=2"
+    flags += f" --eval_iters=1 --final_eval_tokens=100 --learning_rate=0.5 --device=cpu --dtype=float32 --out_dir={tmp_path / 'a'}"
+    summary = train.main(["--model=decoder_only", "--dataset=stdlib", *flags.split()])
+    (run,) = compare.read_runs([tmp_path / "a"])
+    end = compare.ending(run)
+    assert (end.best, end.best_step) == (summary["best_val_loss"], summary["best_step"])
+    assert [line["step"] for line in run.evals] == [0, 2, 4, 6] and end.last == run.evals[-1]["val_loss"]
 
 
 # curves
@@ -434,9 +501,9 @@ def test_plot_files(tmp_path, capsys, write, panels):
     pixels = (image.imread(tmp_path / "plots" / "curves.png")[:, :, :3] * 255).astype(np.uint8)
     assert pixels.shape[1] >= 1200 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 200
     counted = {
-        colour: int((pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(2).sum()) for colour in compare.COLOURS
+        colour: int((pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(2).sum()) for colour in curves.COLOURS
     }
-    assert all(counted[colour] > 300 for colour in compare.COLOURS[: len(rows)]), counted
+    assert all(counted[colour] > 300 for colour in curves.COLOURS[: len(rows)]), counted
     svg = (tmp_path / "plots" / "curves.svg").read_text(encoding="utf-8")
     assert all(row.label in svg for row in rows) and ("Embedding loss" in svg) == (panels == 3)
     assert "nats per token" in svg and "bits per byte" in svg and "training tokens" in svg
@@ -453,3 +520,77 @@ def test_the_table_stands_without_matplotlib_or_curves(tmp_path, capsys, monkeyp
     compare.main([str(run), f"--plot={tmp_path / 'p'}"])
     printed = capsys.readouterr()
     assert "| a " in printed.out and "nothing to plot" in printed.err and not (tmp_path / "p.png").exists()
+
+
+def write_metrics(root: Path) -> None:
+    """Two rows of two seeds; only the first logs gains, in its evaluations; both log a gradient norm while they train."""
+    for name, gain in (("a", True), ("b", False)):
+        for seed in (1, 2):
+            lines = []
+            for step in range(0, 50, 5):
+                lines += [{"step": step, "kind": "train", "grad_norm": 1.0 / (step + seed), "embedding_loss": 7.0, "note": "text"}]
+                if step % 10 == 0:
+                    more = {"gain_encoder": seed * 10.0**-step, "embedding_loss": float(step)} if gain else {}
+                    lines += [{"step": step, "val_loss": 9.0 - step / 10 - seed, "train_loss": 1.0} | more]
+            write_run(root / f"{name}_s{seed}", seed, evals=lines, model={"name": name})
+
+
+def test_metrics_of_evaluations_and_of_training(tmp_path):
+    """Guards a key that both kinds of line have, of other tokens each, drawn as one zigzag; and train lines that are not found."""
+    write_metrics(tmp_path)
+    rows = rows_of(tmp_path)
+    tokens, values = compare.curve(rows["a"], "embedding_loss")
+    assert tokens.tolist() == [0, 10e3, 20e3, 30e3, 40e3] and values.tolist() == [[0, 10, 20, 30, 40]] * 2
+    tokens, values = compare.curve(rows["b"], "grad_norm")
+    assert tokens.tolist() == [1000.0 * step for step in range(0, 50, 5)]
+    assert values.tolist() == [[1.0 / (step + seed) for step in range(0, 50, 5)] for seed in (1, 2)]
+    assert len(compare.curve(rows["b"], "gain_encoder")[0]) == len(compare.curve(rows["a"], "note")[0]) == 0
+
+
+def test_metrics_plot(tmp_path, capsys):
+    """Guards a panel or a row that is missing, a row without values in the legend, and gains near 0 on a linear axis."""
+    pytest.importorskip("matplotlib")
+    write_metrics(tmp_path / "out")
+    plot = tmp_path / "gains"
+    compare.main([str(tmp_path / "out"), "--metrics=gain_encoder,grad_norm", f"--plot={plot}"])
+    svg = plot.with_suffix(".svg").read_text(encoding="utf-8")
+    assert ">gain_encoder<" in svg and ">grad_norm<" in svg and "Embedding loss" not in svg and "bits per byte" not in svg
+    assert ">a<" in svg and ">b<" in svg and ">lowest to highest seed<" in svg
+    compare.main([str(tmp_path / "out"), "--metrics=gain_encoder", f"--plot={plot}"])
+    svg = plot.with_suffix(".svg").read_text(encoding="utf-8")
+    assert ">a<" in svg and ">b<" not in svg and "grad_norm" not in svg
+    assert "10^{-40}" in svg
+
+
+def test_metrics_that_nobody_logged(tmp_path, capsys):
+    """Guards an empty panel: what is wrong is said, once, before any table, with what there is."""
+    write_metrics(tmp_path)
+    for words, message in (
+        (["--metrics=gain_encodr"], "--metrics=gain_encodr: no run logged that; near it are gain_encoder"),
+        (["--metrics=xyz"], "--metrics=xyz: no run logged that; there are embedding_loss, gain_encoder, grad_norm, train_loss, val"),
+        (["--metrics=grad_norm,note"], "--metrics=note: no run logged that"),
+        (["--metrics=grad_norm", "--plot=none"], "--metrics says what to draw to --plot, which is none"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            compare.main([str(tmp_path), *words])
+    assert capsys.readouterr().out == ""
+    write_run(tmp_path / "c_s1", 1, evals=[{"step": 1, "kind": "train", "odd": 1.0}], model={"name": "c"})
+    write_run(tmp_path / "c_s2", 2, evals=[{"step": 2, "kind": "train", "odd": 1.0}], model={"name": "c"})
+    with pytest.raises(ValueError, match="--metrics=odd: in no row is there a step at which all seeds logged it"):
+        compare.main([str(tmp_path), "--metrics=odd"])
+
+
+def test_small_files_redraw_everything(tmp_path):
+    """Guards a table or picture that depends on more than the three small files of each run, or on where these lie, or on time."""
+    pytest.importorskip("matplotlib")
+    write_quickstart_like(tmp_path / "out")
+    for run in (tmp_path / "out").iterdir():
+        (tmp_path / "results" / run.name).mkdir(parents=True)
+        for name in ("config.json", "metrics.jsonl", "summary.json"):
+            shutil.copy(run / name, tmp_path / "results" / run.name / name)
+    drawn = []
+    for place in ("out", "results"):
+        folder = tmp_path / place
+        compare.main([str(folder), f"--output={folder / 'table.md'}", f"--plot={folder / 'curves'}"])
+        drawn.append([(folder / name).read_bytes() for name in ("table.md", "curves.png", "curves.svg")])
+    assert drawn[0] == drawn[1]

@@ -368,7 +368,12 @@ def test_embedding_loss_in_training_only_and_weighted():
     assert set(losses) == {"token", "total"} and losses["total"] == losses["token"]
     _, losses = model.train()(x, x)
     assert abs(losses["total"] - losses["token"] - 8 * losses["embedding"]) < 1e-12
+    with torch.no_grad():
+        model.embedding_loss.ln_embedding.bias[:2] = torch.tensor([3.0, 1.0])
+        model.embedding_loss.ln_encoder.bias[0] = -1.0
+    _, losses = model(x, x)
     report = model.embedding_loss_report(x)
+    assert (report["bias_embedding"], report["bias_encoder"], report["bias_distance"]) == (10**0.5, 1.0, 17**0.5)
     assert abs(report["embedding_loss"] - losses["embedding"]) < 1e-12 and model.training
     (8 * losses["embedding"]).backward()
     assert abs(report["embedding_grad_wte"] - model.wte.weight.grad.norm()) < 1e-9

@@ -1,0 +1,142 @@
+"""
+Learning curves as pictures. What is to be drawn comes as {label of a row: {key: curve}}: a line for the mean over seeds, in a
+band from the lowest to the highest of them. A row keeps its colour in every picture, whether or not it has something to show.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+Curve = tuple[np.ndarray, np.ndarray]  # training tokens (N,), values (seeds, N); N = 0 without values
+Curves = dict[str, dict[str, Curve]]
+
+LOSSES = ("val_loss", "train_loss", "embedding_loss")  # what draw_losses() draws
+# Okabe & Ito, "Color Universal Design" (2008), with grey for their yellow, which is too light for a line on white
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888"]
+MARKERS = "os^DvPX*"
+SETTINGS = {
+    "font.size": 11,
+    "axes.titlesize": 11.5,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "compare",
+    "svg.fonttype": "none",
+}
+
+
+def styles(curves: Curves) -> dict[str, dict]:
+    return {
+        label: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)], "markersize": 5}
+        for i, label in enumerate(curves)
+    }
+
+
+def draw_lines(ax, curves: Curves, key: str, since: float = 0, markers: int = 1, **options) -> np.ndarray:
+    """A line and band a row from `since` tokens on, with so many markers; returns every value drawn."""
+    drawn = [np.zeros(0)]
+    for label, style in styles(curves).items():
+        tokens, values = curves[label][key]
+        if not (tokens >= since).any():
+            continue
+        values, tokens = values[:, tokens >= since], tokens[tokens >= since]
+        marked = np.linspace(len(tokens) - 1, 0, markers).astype(int).tolist()
+        ax.plot(tokens, values.mean(0), **style | {"linewidth": 1.7, "markevery": marked} | options)
+        if len(values) > 1 and "linestyle" not in options:
+            ax.fill_between(tokens, values.min(0), values.max(0), color=style["color"], alpha=0.18, linewidth=0)
+        drawn.append(values.ravel())
+    return np.concatenate(drawn)
+
+
+def set_limits(ax, values: np.ndarray) -> None:
+    values = values[np.isfinite(values)]
+    if len(values):
+        margin = 0.05 * (values.max() - values.min()) or 0.01
+        ax.set_ylim(values.min() - margin, values.max() + margin)
+
+
+def save(panels: list[Callable], curves: Curves, prefix: str, dashed: str | None = None) -> list[Path]:
+    """
+    Let each panel draw into axes of its own, and write PREFIX.png and PREFIX.svg with one legend for all; `dashed` says what
+    dashed lines are. Raises ImportError without matplotlib.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import EngFormatter
+
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    width = 12 if columns > 1 else 7
+    shown = {label: [c for c in of.values() if len(c[0])] for label, of in curves.items() if any(len(c[0]) for c in of.values())}
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(width, 5.2 + 3.8 * (lines - 1)), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1)
+        axes = figure.subplots(lines, columns, squeeze=False).ravel()
+        for ax in axes[len(panels) :]:
+            ax.remove()
+        for ax, panel in zip(axes, panels):
+            panel(ax)
+            ax.set_xlabel("training tokens")
+            ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        handles = [
+            Line2D([], [], label=label, linewidth=1.7, **style) for label, style in styles(curves).items() if label in shown
+        ]
+        if dashed:
+            handles.append(Line2D([], [], color="#444444", linewidth=0.9, linestyle="--", label=dashed))
+        if any(len(values) > 1 for some in shown.values() for _, values in some):
+            handles.append(Patch(color="#444444", alpha=0.18, linewidth=0, label="lowest to highest seed"))
+        # about 12 characters an inch, handles included, fit beside each other
+        fitting = 140 * width // 12 // (max(map(len, shown)) + 8)
+        figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(5, len(handles), fitting)), frameon=False)
+        stem = prefix.removesuffix(".png").removesuffix(".svg")
+        Path(stem).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(f"{stem}.png", dpi=150)
+        figure.savefig(f"{stem}.svg", metadata={"Date": None})  # equal curves, equal file
+    return [Path(f"{stem}.png"), Path(f"{stem}.svg")]
+
+
+def draw_losses(curves: Curves, bits_per_nat: float, prefix: str) -> list[Path]:
+    """The keys of LOSSES: validation and training, validation closer, and the embedding loss where there is one."""
+    end = max(tokens[-1] for of in curves.values() for tokens, _ in [of["val_loss"]] if len(tokens))
+
+    def whole(ax) -> None:
+        draw_lines(ax, curves, "val_loss")
+        draw_lines(ax, curves, "train_loss", linestyle="--", linewidth=0.9, marker="")
+        # the first drop, from ln(vocab_size), would flatten everything after it
+        both = [of[key] for of in curves.values() for key in ("val_loss", "train_loss")]
+        set_limits(ax, np.concatenate([values[:, tokens >= 0.1 * end].ravel() for tokens, values in both if len(tokens)]))
+        ax.set_title("Loss on validation and training windows")
+        ax.set_ylabel("loss (nats per token)")
+
+    def last_part(ax) -> None:
+        set_limits(ax, draw_lines(ax, curves, "val_loss", 0.4 * end, markers=4))
+        ax.set_title("Validation, last 60 % of training")
+        ax.set_ylabel("validation loss (nats per token)")
+        right = ax.secondary_yaxis("right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat))
+        right.set_ylabel("bits per byte")
+
+    def embedding(ax) -> None:
+        draw_lines(ax, curves, "embedding_loss")
+        ax.set_yscale("log")
+        ax.set_title("Embedding loss")
+        ax.set_ylabel("embedding loss (unweighted)")
+
+    has_embedding = any(len(of["embedding_loss"][0]) for of in curves.values())
+    return save([whole, last_part] + [embedding] * has_embedding, curves, prefix, dashed="training windows")
+
+
+def draw_metrics(curves: Curves, keys: tuple[str, ...], prefix: str) -> list[Path]:
+    """A panel for each key, logarithmic where all its values are positive and the largest is 100 times the smallest or more."""
+
+    def panel(ax, key: str) -> None:
+        values = draw_lines(ax, curves, key, markers=4)
+        if values.min() > 0 and values.max() >= 100 * values.min():
+            ax.set_yscale("log")
+        ax.set_title(key)
+
+    return save([functools.partial(panel, key=key) for key in keys], curves, prefix)
