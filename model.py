@@ -492,8 +492,7 @@ class EncoderDecoder(CausalModel):
             grads = torch.autograd.grad(weighted, list(tables.values()), allow_unused=True)
         self.train(was_training)
         report = {f"embedding_grad_{name}": 0.0 if grad is None else grad.norm().item() for name, grad in zip(tables, grads)}
-        norms = {"embedding": self.embedding_loss.ln_embedding, "encoder": self.embedding_loss.ln_encoder}
-        norms = {name: norm for name, norm in norms.items() if norm is not None and norm.weight is not None}
+        norms = {name[3:]: norm for name, norm in self.embedding_loss.named_children() if norm.weight is not None}  # of ln_...
         for name, norm in norms.items():
             report |= {f"gain_{name}": norm.weight.mean().item(), f"bias_{name}": norm.bias.norm().item()}
         if len(norms) == 2:
