@@ -369,8 +369,8 @@ def test_embedding_loss_in_training_only_and_weighted():
     _, losses = model.train()(x, x)
     assert abs(losses["total"] - losses["token"] - 8 * losses["embedding"]) < 1e-12
     with torch.no_grad():
-        model.embedding_loss.ln_embedding.bias[:2] = torch.tensor([3.0, 1.0])
-        model.embedding_loss.ln_encoder.bias[0] = -1.0
+        model.embedding_loss.ln_embedding.bias.copy_(torch.tensor([3.0, 1.0] + [0.0] * 10))
+        model.embedding_loss.ln_encoder.bias.copy_(torch.tensor([-1.0] + [0.0] * 11))
     _, losses = model(x, x)
     report = model.embedding_loss_report(x)
     biases = [report[f"bias_{name}"] for name in ("embedding", "encoder", "distance")]
