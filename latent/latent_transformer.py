@@ -464,7 +464,8 @@ class LatentTransformer(CausalModel):
         shares += [(layer, J * N / T / 2 ** (i + 1)) for i, layer in enumerate(self.down.layers)]
         shares += [(part, J * N / T / S) for part in (self.to_latent, self.from_latent, self.bottleneck)]
         for i, parts in enumerate(zip(self.up_convolutions, self.up_attention, self.up_layers)):
-            shares += [(part, J * N / T * 2**i / S) for part in parts]
+            shares += [(part, J * N / T * 2**i / S) for part in parts] + [(parts[1].c_kv, P / T - J * N / T * 2**i / S)]
+        shares += [(layer.cross_attn.c_kv, (P - J * N) / T) for layer in self.decoder]  # keys and values: of the prefix, once
         products = 6 * sum(share * p.numel() for module, share in shares for p in module.parameters())
         ups = sum(2**i / S for i in range(len(self.up_layers)))
         keys = config.n_layer * (P + codes) ** 2 / T + J * N / T * (N + config.n_decoder_layer * (J * N + P) + ups * P)

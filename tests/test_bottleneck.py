@@ -44,8 +44,40 @@ def test_decode_gives_what_forward_gave(kind):
     other = torch.where(mask[..., None], z, 100.0)  # what is masked must not count
     for name, loss in bottleneck(other, mask, 7).losses.items():
         assert torch.equal(loss, first.losses[name])
+        assert torch.isclose(loss, bottleneck(z[mask], None, 7).losses[name])  # and not be averaged over
     bottleneck.train()
-    assert torch.equal(bottleneck(z, mask, 7).codes, first.codes)
+    assert torch.equal(bottleneck(z, mask, 5000).codes, first.codes)  # whatever noise z_q has by then
+
+
+@pytest.mark.parametrize("kind", ["vq", "rq", "dvq"])
+def test_latents_pass_in_training_until_all_codebooks_are_made(kind):
+    """
+    Guards the start: before k-means, which waits until it is told, training passes z itself, 0 where masked, and pays no
+    commitment, while evaluation uses codes. With slices that goes on until the last of them is ready; then both use codes.
+    """
+    bottleneck = make(kind).train()
+    for quantizer in bottleneck.quantizers:
+        quantizer.codebook.initialized.fill_(False)
+    z, mask = torch.randn(3, 300, 6, dtype=torch.float64), torch.rand(3, 300) < 0.7
+    for quantizer in bottleneck.quantizers:
+        trained = bottleneck(z, mask)  # more latents than the 50 a code that k-means needs
+        assert torch.equal(trained.z_q, torch.where(mask[..., None], z, 0.0)) and trained.losses["commitment"] == 0
+        evaluated = bottleneck.eval()(z, mask)
+        assert torch.equal(evaluated.z_q, bottleneck.decode(trained.codes)) and evaluated.losses["commitment"] > 0
+        bottleneck.train().after_step(False)
+        assert not bottleneck.ready
+        quantizer.step()
+    trained, evaluated = bottleneck(z, mask), bottleneck.eval()(z, mask)
+    assert bottleneck.ready and torch.equal(trained.z_q, evaluated.z_q)
+    assert trained.losses["commitment"] == evaluated.losses["commitment"] > 0
+    if kind != "rq":  # one level: the distance of real latents, per channel, however many slices they are cut into
+        assert torch.isclose(trained.losses["commitment"], (z - trained.z_q)[mask].square().mean())
+
+
+@pytest.mark.parametrize("decay, steps", [(0.5, 100), (0.99, 100), (0.999, 1000)])
+def test_codes_are_not_restarted_too_early(decay, steps):
+    """Guards codebook_decay: searches for dead codes wait until the averages have forgotten what they began with."""
+    assert make("dvq", codebook_decay=decay).quantizers[0].config.restart_interval == steps
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
@@ -123,6 +155,17 @@ def test_gumbel_schedule():
         assert [round(float(v), 6) for v in bottleneck.schedule(torch.tensor(step))] == list(expected)
 
 
+@pytest.mark.parametrize("step", [0, 700, 5000])
+def test_gumbel_trains_at_the_temperature_of_its_step(step):
+    """Guards the use of the schedules: in training z_q is the mixture at the temperature and the noise of the step it is told."""
+    bottleneck, z = make("gumbel").train(), torch.randn(20, 6, dtype=torch.float64)
+    torch.manual_seed(1)
+    z_q = bottleneck(z, None, torch.tensor(step)).z_q
+    torch.manual_seed(1)
+    w = gumbel_softmax(z @ bottleneck.directions.T, *bottleneck.schedule(step))
+    assert (z_q - w @ bottleneck.codes).abs().max() < 1e-12
+
+
 def test_gumbel_usage_loss():
     """Guards its meaning: log K if one code takes all, 0 if all are used alike."""
     bottleneck = make("gumbel").eval()
@@ -130,6 +173,7 @@ def test_gumbel_usage_loss():
         bottleneck.directions.copy_(torch.eye(8, 6) * 100)
     one = torch.zeros(5, 6, dtype=torch.float64)
     assert bottleneck(one).losses["usage"].abs() < 1e-12  # all logits equal
+    assert bottleneck(one, torch.zeros(5, dtype=torch.bool)).losses["usage"] == 0  # nothing is real, and no NaN
     one[:, 2] = 1.0
     assert abs(bottleneck(one).losses["usage"].item() - torch.log(torch.tensor(8.0)).item()) < 1e-6
 
@@ -142,6 +186,30 @@ def test_hashing_bits():
     signs = torch.tensor([[1.0 if k >> i & 1 else -1.0 for i in range(3)] for k in range(8)], dtype=torch.float64)
     z = signs @ torch.linalg.pinv(bottleneck.directions).T
     assert torch.equal(bottleneck(z).codes, codes)
+
+
+def test_hashing_in_training():
+    """
+    Guards the noise, the mix and the gradient: bits are drawn as a Gaussian of deviation 0.5 decides, half of the latents, whole
+    ones, pass a sigmoid that reaches 0 and 1, and the threshold of the others has the gradient of that sigmoid.
+    """
+    bottleneck = make("semhash").train()
+    to_z, to_bits = torch.linalg.pinv(bottleneck.directions).T, torch.linalg.pinv(bottleneck.codes)
+
+    def bits(logits):
+        return (bottleneck(logits @ to_z).z_q @ to_bits + 1) / 2
+
+    logits = torch.tensor([0.2, -0.1, 0.0], dtype=torch.float64).expand(40_000, 3).clone().requires_grad_()
+    found = bits(logits)
+    found.sum().backward()
+    whole = (found - found.round()).abs() < 1e-9
+    hard = whole.all(-1)
+    assert (whole.any(-1) & ~hard).sum() < 10 and abs(hard.double().mean() - 0.5) < 0.01
+    for some in (hard, ~hard):
+        assert ((found[some] > 0.5).double().mean(0) - torch.special.ndtr(logits[0] / 0.5)).abs().max() < 0.015
+    assert (logits.grad[hard].mean(0) / logits.grad[~hard].mean(0) - 1).abs().max() < 0.02
+    far = torch.randn_like(logits).sign() * 6
+    assert (bits(far) - (far > 0).double()).abs().max() < 1e-9
 
 
 def test_slices_of_dvq_are_quantized_apart():

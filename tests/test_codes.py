@@ -1,6 +1,10 @@
 """The store of codes: what it holds equals encoding on the fly, and it never hands out codes of anything else."""
 
+import contextlib
 import json
+import multiprocessing
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,11 +46,57 @@ def test_stored_codes_equal_codes_made_on_the_fly(data, tmp_path, offsets):
         store.gather("val", chosen)
 
 
+def test_how_codes_are_extracted_does_not_matter(data, tmp_path, monkeypatch):
+    """Guards chunks and precision: one window at a time, because it is longer than a chunk, or under autocast: the same codes."""
+    text, model = np.array(data.train[:1500]), autoencoder()
+    few = dataloader.TokenData(write_tokens(tmp_path / "few", text, text), 24)
+
+    def codes(name: str) -> torch.Tensor:
+        return CodeData(tmp_path / name, few, model).gather("train", np.arange(62))[0]
+
+    whole = codes("whole")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(codes("autocast"), whole)
+    monkeypatch.setattr(latent.codes, "TOKENS", 23)
+    assert torch.equal(codes("single"), whole)
+
+
+def test_all_16_bits_are_codes(data, tmp_path):
+    """Guards the format: of 65536 codes, as many as are allowed, those of the upper half do not come back negative."""
+    text, model = np.array(data.train[:1000]), autoencoder(codebook_size=2**16, codebook_levels=1)
+    few = dataloader.TokenData(write_tokens(tmp_path / "few", text, text), 24)
+    codes = CodeData(tmp_path / "codes", few, model).gather("train", np.arange(40))[0]
+    assert torch.equal(codes, model.encode(torch.from_numpy(text[: 40 * 24].astype(np.int64)).view(40, 24)))
+    assert codes.max() >= 2**15
+
+
+def store_of_rank(rank: int, folder: Path, data: dataloader.TokenData, model) -> None:
+    """One of two processes: what it said and what it read, in files of its own."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    with open(folder / f"said{rank}", "w") as said, contextlib.redirect_stdout(said):
+        torch.save(CodeData(folder / "codes", data, model).gather("train", np.arange(50))[0], folder / f"read{rank}")
+    os._exit(0)  # all is saved; taking gloo's threads down may abort
+
+
+def test_one_process_extracts_and_the_other_waits(data, tmp_path):
+    """Guards DDP: two processes that write one file, or one that reads it before it is written."""
+    model, context = autoencoder(), multiprocessing.get_context("fork")
+    processes = [context.Process(target=store_of_rank, args=(rank, tmp_path, data, model)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert "encoding the training text" in (tmp_path / "said0").read_text() and not (tmp_path / "said1").read_text()
+    expected = CodeData(tmp_path / "alone", data, model).gather("train", np.arange(50))[0]
+    assert all(torch.equal(torch.load(tmp_path / f"read{rank}"), expected) for rank in range(2))
+
+
 def test_order_is_a_pure_function(data, tmp_path):
     """Guards resuming: the windows of a step depend on seed and step alone, and all windows occur."""
     store = CodeData(tmp_path / "codes", data, autoencoder())
-    a, b, c = (store.batch_starts(seed, step, 8) for seed, step in ((1, 5), (1, 5), (1, 6)))
-    assert (a == b).all() and (a != c).any()
+    a, b, c, d = (store.batch_starts(seed, step, 8) for seed, step in ((1, 5), (1, 5), (1, 6), (2, 5)))
+    assert (a == b).all() and (a != c).any() and (a != d).any()
     many = store.batch_starts(0, 0, 100_000)
     assert many.min() == 0 and many.max() == store.windows - 1
 
@@ -98,6 +148,17 @@ def test_a_crash_leaves_no_store(data, tmp_path, monkeypatch):
     assert not (folder / "meta.json").exists() and max(calls) <= latent.codes.TOKENS // 24
     monkeypatch.undo()
     assert CodeData(folder, data, other).gather("train", np.arange(3))[0].shape == (3, 6, 3)
+
+
+def test_a_store_that_shrinks_during_a_run_is_noticed(data, tmp_path):
+    """Guards against memory that was never written: windows behind the new end are no codes, those before it still are."""
+    folder = tmp_path / "codes"
+    store = CodeData(folder, data, autoencoder())
+    last = store.gather("train", np.array([store.windows - 2]))[0]
+    (folder / "codes.bin").write_bytes((folder / "codes.bin").read_bytes()[:-2])
+    assert torch.equal(store.gather("train", np.array([store.windows - 2]))[0], last)
+    with pytest.raises(AssertionError, match="codes.bin ends within window"):
+        store.gather("train", np.array([store.windows - 1]))
 
 
 def test_codes_that_do_not_fit_16_bits_are_refused(data, tmp_path):

@@ -191,6 +191,25 @@ def test_decoder_does_not_see_what_is_padded_behind(options):
     assert (longer - found.logits)[tokens].abs().max() < 1e-12
 
 
+def test_latents_stand_where_their_blocks_begin():
+    """Guards the positions on the way up: latent i of a target at s looks at the prefix as the only one of a target at s + i S does."""
+    model = make_model(**OPTIONS[3])
+    model.decoder = torch.nn.ModuleList()  # that, and convolutions, look at neighbours
+    with torch.no_grad():
+        for convolution in model.up_convolutions:
+            convolution.norm.weight.zero_()
+        z, h = torch.randn(1, 1, 4, 6, dtype=torch.float64), torch.randn(1, 22, 12, dtype=torch.float64)
+        real, prefix = torch.ones(1, 1, 4, dtype=torch.bool), torch.arange(22)[None] < 6
+        together = model.ad(z, real, h, prefix, torch.tensor([6])).unflatten(2, (4, 4))
+        for i in range(4):
+            alone = model.ad(z[:, :, i : i + 1], real[:, :, :1], h, prefix, torch.tensor([6 + 4 * i]))
+            assert (together[:, :, i] - alone).abs().max() < 1e-5
+            assert (
+                i == 0
+                or (alone - model.ad(z[:, :, i : i + 1], real[:, :, :1], h, prefix, torch.tensor([6]))).abs().max() > 1e-3
+            )
+
+
 def test_rows_and_padding_of_pairs_do_not_matter():
     """Guards pairs: alone or in a batch, and whatever ids stand in the padding, a pair has the same loss."""
     model = make_model(**OPTIONS[3])
@@ -229,8 +248,30 @@ def test_the_bound_counts_codes_ends_and_tokens():
     assert abs(losses["token"] - (nats + ends) / 33) < 1e-10 and abs(sums["end_nats"] - ends) < 1e-5
     assert abs(sums["code_nats"].sum() + sums["token_nats"] - nats - ends) < 1e-10
     summary = model.summarize(sums)
+    assert abs(summary["end_bits_per_token"] * 33 * torch.log(torch.tensor(2.0)) - ends) < 1e-5
     bits = summary["code_bits_per_token"] + summary["token_bits_per_token"]
     assert abs(bits * torch.log(torch.tensor(2.0)) - losses["token"]) < 1e-6
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_total_adds_up(options):
+    """Guards what is minimised: nats per token, per code and not per token, not at all before codes mean anything, and weights."""
+    model = make_model(**options, commitment_weight=3.0, usage_weight=5.0).train()
+    idx, targets = rows(model)
+    torch.manual_seed(0)  # cuts and noise
+    losses, sums = model(idx, targets)[1], model.eval().measure(idx, targets)
+    extra = sum(factor * losses[name] for name, factor in (("commitment", 3.0), ("usage", 5.0)) if name in losses)
+    assert "semhash" in options.values() or extra > 0
+    assert abs(losses["total"] - losses["reconstruction"] - losses["code"] - extra) < 1e-10
+    losses, summary = model(idx, targets)[1], model.summarize(sums)
+    per_level = sums["code_nats"] / (sums["codes"] / model.config.codebook_levels)
+    assert abs(losses["code"] - sums["code_nats"].sum() / sums["codes"]) < 1e-6
+    assert abs(sum(summary["code_loss"]) / model.config.codebook_levels - losses["code"]) < 1e-6
+    assert torch.allclose(torch.tensor(summary["code_loss"]).double(), per_level)
+    for quantizer in getattr(model.bottleneck, "quantizers", ()):
+        quantizer.codebook.initialized.fill_(False)
+        losses = model.train()(idx, targets)[1]
+        assert losses["total"] == losses["reconstruction"] and losses["code"] > 0 == losses["commitment"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -332,6 +373,87 @@ def test_fed_decoder_does_not_see_its_own_token():
         other[:, :, 5] = (other[:, :, 5] + 1) % 19
         changed = ((run(other) - before).abs().amax(-1) > 1e-12)[:, 0]
     assert not changed[:, :6].any() and changed[:, 6:].all()
+
+
+def test_where_fed_decides():
+    """Guards the mix: where the decoder is not fed it hears its latents, whatever the token is, and where it is fed the token."""
+    model = make_model(**OPTIONS[3])
+    prefix, real, starts, y = model.split(*rows(model))
+    z, latent_real = torch.randn(3, 1, 4, 6, dtype=torch.float64), torch.ones(3, 1, 4, dtype=torch.bool)
+    where_fed = torch.arange(16).expand_as(y) == 5
+    with torch.no_grad():
+        h, _ = model.lp(prefix, real, starts, torch.zeros(3, 1, 4, 1, dtype=torch.int64))
+        plain = model.ad(z, latent_real, h, real, starts)
+        fed = [model.ad(z, latent_real, h, real, starts, y.clamp(min=0) * 0 + token, where_fed) for token in (3, 4)]
+        nowhere = model.ad(z, latent_real, h, real, starts, y.clamp(min=0), where_fed & False)
+    assert torch.equal(nowhere, plain)
+    for one, other in ((plain, fed[0]), (fed[0], fed[1])):
+        assert torch.equal(one[:, :, :5], other[:, :, :5]) and ((one - other)[:, :, 5].abs().amax(-1) > 1e-9).all()
+
+
+def test_mixtures_get_colder():
+    """Guards gumbel's schedules: training at a later step is colder and noisier, and evaluation knows no step."""
+    model = make_model(**OPTIONS[6], anneal_steps=10)
+    idx, targets = rows(model)
+
+    def loss(step: int) -> torch.Tensor:
+        model.steps.fill_(step)
+        torch.manual_seed(0)
+        return model(idx, targets)[1]["reconstruction"]
+
+    with torch.no_grad():
+        assert loss(0) == loss(5) == loss(10)
+        model.train()
+        assert loss(0) != loss(5) != loss(10) == loss(20)
+
+
+@pytest.mark.parametrize("options", OPTIONS[5:])
+def test_codes_do_not_depend_on_the_precision(options):
+    """Guards autocast: the bottleneck computes in float32, on latents of whatever precision, so its logits are not rounded."""
+    model = make_model(**options).float()
+    seen = []
+    model.bottleneck.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        codes = model.sums(*rows(model, ((6, 16),) * 300))[2]
+    bottled = model.bottleneck(seen[0], codes[..., 0] >= 0, model.steps)
+    assert torch.equal(bottled.codes, codes)
+
+
+def test_dropout_is_for_training():
+    """Guards attention's dropout, which no module holds: none in evaluation, some in training."""
+    model = make_model(dropout=0.3, **OPTIONS[3])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # what is left is in the attention weights
+    idx, targets = rows(model)
+    with torch.no_grad():
+        a, b = (model(idx, targets)[1]["token"] for _ in range(2))
+        c, d = (model.train()(idx, targets)[1]["token"] for _ in range(2))
+    assert a == b and c != d
+
+
+@pytest.mark.parametrize("quantize_after, freeze_after, ready_at", [(1, 3, 23), (30, 33, 30)])
+def test_codebooks_are_made_before_they_are_frozen(quantize_after, freeze_after, ready_at):
+    """Guards the order: k-means at the step it is told, or when it has latents enough; random codebooks are never frozen."""
+    model = make_model(**OPTIONS[3], quantize_after=quantize_after, freeze_codes_after=freeze_after, codebook_size=4).train()
+    model.bottleneck.quantizers[0].codebook.initialized.fill_(False)
+    for step in range(1, 36):
+        with torch.no_grad():
+            model(*rows(model))  # 9 latents, and 200 are enough
+        model.after_step()
+        assert model.bottleneck.ready == (step >= ready_at)
+        assert model.frozen == (step >= max(ready_at, freeze_after)) == (model.backbone_rate(step) == 0.0)
+
+
+def test_frozen_encoder_has_no_gradient():
+    """Guards clipping, which would count gradients that move nothing, and DDP, which waits for one of every parameter."""
+    for frozen in (False, True):
+        model = make_model(**OPTIONS[3], quantize_after=1, freeze_codes_after=3).train()
+        model.steps.fill_(3 if frozen else 2)
+        model(*rows(model))[1]["total"].backward()
+        for part in (model.convolutions, model.encoder, model.down, model.to_latent):
+            assert all((p.grad.abs().sum() == 0) == frozen for p in part.parameters())
+        assert all(p.grad is not None for p in model.parameters())
 
 
 def test_frozen_codebooks_stay():
@@ -485,6 +607,23 @@ def test_continues_text(tiny_data, tmp_path, capsys):
     assert {"reconstruction_loss", "code_loss", "commitment_loss"} <= last.keys()
 
 
+@pytest.mark.parametrize(
+    "options", [{"block_size": 64, "target_size": 32}, {"task": "pairs", "block_size": 64, "target_size": 48}]
+)
+def test_flops_count_every_product(options):
+    """Guards the comparison of costs by torch's counter of a real step: what runs once for several tokens, keys of the prefix."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = (
+        make_model(**options, n_embd=48, latent_dim=32, codebook_size=300, vocab_size=300, bottleneck="gumbel").float().train()
+    )
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        idx, targets = rows(model, ((16, 48),) * 2)
+        model(idx, targets)[1]["total"].backward()
+    assert 0.99 < counter.get_total_flops() / idx.numel() / model.flops_per_token() < 1.01
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # what is wrong
 
@@ -507,6 +646,13 @@ def test_settings_that_cannot_work(options, message):
     """Guards clear lines: each names the key, its value and what is allowed."""
     with pytest.raises(ValueError, match=message):
         LatentTransformerConfig(**(TINY | options))
+
+
+def test_the_longest_pairs_fit(few_pairs):
+    """Guards against settings refused for nothing: sides as long as there is room, and a warm-up one step shorter than the run."""
+    data = train.dataloader.open_data(few_pairs, 24)
+    room = {"block_size": data.longest_x + data.longest_y, "target_size": data.longest_y, "latent_factor": 2}
+    make_model(task="pairs", **room | {"startup_steps": 9, "quantize_after": 9}).check(data, 10)
 
 
 def test_runs_that_cannot_work(few_pairs, tiny_data, tmp_path):
