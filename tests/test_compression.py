@@ -217,6 +217,19 @@ def test_other_rows_and_padding_change_nothing(options):
             assert (model(F.pad(x, (0, more)))[0][:, :14] - logits).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_memory_is_made_of_codes(training):
+    """Guards the bottleneck: what goes back to the width of the model is what the codes decode to, not the latents themselves."""
+    model, seen, x = make_head(4), [], tokens(2, 33)
+    model.compression.from_latent.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model.train(training)(x)
+        positions, context = model.eval().place(x, None, None, None)
+        z = model.compression.latents(model.encode(x, positions, context, iter([None] * 9))[1], 0)
+    quantizer = model.compression.quantizer
+    assert torch.equal(seen[0], quantizer.decode(quantizer.encode(z))) and not torch.allclose(seen[0], z)
+
+
 def test_start_and_latents_have_positions():
     """Guards rotary keys and the table: two equal latents at different places must not look the same to a query."""
     for position in ("learned", "rope"):
@@ -463,6 +476,31 @@ def test_measure_counts_whole_blocks_and_ablates():
     assert all((value == 0).all() for value in nothing.values()), "a process without data must be able to add up"
 
 
+def test_measuring_leaves_the_model_as_it_was():
+    """Guards a run against its own evaluation: ablations end even when they fail, and statistics are not collected by them."""
+    model, x = make_head(4), tokens(2, 33)
+    before = model(x)[0]
+    with pytest.raises(KeyboardInterrupt), model.compression.ablated("zeroed"):
+        assert not torch.equal(model(x)[0], before)
+        raise KeyboardInterrupt
+    assert torch.equal(model(x)[0], before)
+    with pytest.raises(AssertionError, match="evaluation mode"):
+        model.train().measure(x, x)
+
+
+def test_collapse_is_reported_of_codebooks_of_data():
+    """Guards the warning: codebooks that use one code are named, but not the random ones of a run's first steps."""
+    model = make_head(4)
+    sums = model.measure(tokens(2, 33), tokens(2, 33))
+    sums["codes"] = torch.zeros_like(sums["codes"]).index_fill_(1, torch.tensor([3]), 16.0)
+    with pytest.warns(UserWarning, match="codebook level 1 has collapsed"):
+        model.summarize(sums)
+    model.compression.quantizer.codebook.initialized.fill_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.summarize(sums)
+
+
 def test_without_a_head_nothing_changes():
     """Guards published sizes and stored runs: no parameter, buffer, hook or random number more than before."""
     plain = EncoderDecoder(EncoderDecoderConfig(50257, 200, 13, 13, 5, 10, 150, embedding_loss="mse", pos_sub="plain"))
@@ -505,3 +543,4 @@ def test_ignored_settings_are_named():
         warnings.simplefilter("error")
         EncoderDecoderConfig(**TINY_ENCODER_DECODER, latent_factor=4, latent_dim=8)
         EncoderDecoderConfig(**TINY_ENCODER_DECODER, window=3)
+        EncoderDecoderConfig(**TINY_ENCODER_DECODER | {"block_size": 8}, latent_factor=8, window=8)  # as small as it may be
