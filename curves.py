@@ -80,9 +80,9 @@ def save(panels: list[Callable], curves: Curves, prefix: str, dashed: str | None
         for ax in axes[len(panels) :]:
             ax.remove()
         for ax, panel in zip(axes, panels):
-            panel(ax)
             ax.set_xlabel("training tokens")
             ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
+            panel(ax)
         handles = [
             Line2D([], [], label=label, linewidth=1.7, **style) for label, style in styles(curves).items() if label in shown
         ]

@@ -25,7 +25,7 @@ from trainer import TrainConfig
 MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
            for folder in (".", "baseline_transformer", "benchmarks", "latent") for path in (ROOT / folder).glob("*.py")}  # fmt: skip
 LOW = {"model", "kernels", "configurator", "curves", "dataloader", "runtime", "tokenizer", "latent.resample", "latent.quantize"}
-SCRIPTS = {"train", "sample", "compare", "bench"}
+SCRIPTS = {"train", "sample", "compare", "evaluate", "bench"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,105 @@
+"""
+The validation loss of trained runs over a whole file, each token once, as the last line of train.py reports it.
+
+    python evaluate.py results/models/baseline results/models/encdec_mse_possub
+    python evaluate.py out/stdlib/baseline_s1 --dataset=my_texts        # on other text of the same tokenizer
+    python evaluate.py out/stdlib/baseline_dropout_s1 --attention_dropout
+
+--attention_dropout leaves dropout of attention weights on, and only that: so did the original encoder-decoder code when it
+evaluated, because it passed its probability to the attention kernel in training and evaluation alike.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import checkpoint
+import configurator
+import dataloader
+import runtime
+from model import CausalModel
+from trainer import FULL_EVAL_TOKENS, evaluate_all
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    checkpoint: Literal["last", "best"] | None = None  # which weights; none: last, or best where only these were kept
+    dataset: str | None = None  # whose validation file; none: that of the run's own data set
+    attention_dropout: bool = False  # leave dropout of attention weights on, as in training
+    final_eval_tokens: int | None = None  # validation tokens to predict; none: the whole file
+    seed: int = 1337  # of attention dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products
+    json: str | None = None  # also write the numbers to this file
+
+    def __post_init__(self):
+        if self.final_eval_tokens is not None and self.final_eval_tokens < 1:
+            raise ValueError(f"final_eval_tokens={self.final_eval_tokens}: at least 1 is needed")
+
+
+def keep_attention_dropout(model: torch.nn.Module, run: Path) -> None:
+    """From now on attention weights are dropped in evaluation too. Raises ValueError where there is nothing to drop."""
+    if not isinstance(model, CausalModel) or not model.config.dropout:
+        raise ValueError(f"attention_dropout=True: {run} was trained without dropout, so there is none to leave on")
+    place = model.place
+
+    def with_dropout(*args, **kwargs):
+        positions, context = place(*args, **kwargs)
+        return positions, dataclasses.replace(context, dropout=model.config.dropout)
+
+    model.place = with_dropout
+
+
+def evaluate(run: Path, config: EvaluateConfig, machine: runtime.Runtime) -> dict:
+    """Loss in nats per token and bits per byte of one run. Raises ValueError for models that predict no next token."""
+    which = config.checkpoint or checkpoint.find_first(run, "last", "best").name.removesuffix(".old")
+    model, _, state = checkpoint.load_run(run, which, machine.device)
+    if getattr(model, "predicts", "next") != "next":
+        raise ValueError(f"{run} holds an autoencoder: it sees what it predicts, so its loss is not a language model's")
+    model.to(machine.weight_dtype)
+    name = config.dataset or checkpoint.read_config(run)[0]["dataset"]
+    data = dataloader.open_data(dataloader.prepare_if_missing(name), model.config.block_size)
+    checkpoint.check_tokenizers(data.folder, run)
+    if config.attention_dropout:
+        keep_attention_dropout(model, run)
+        runtime.seed_everything(config.seed)
+    rows = max(1, FULL_EVAL_TOKENS // data.block_size)
+    total, count = evaluate_all(model, data, "val", rows, machine, config.final_eval_tokens)
+    loss = (total / count).item()
+    return {
+        "run": str(run), "step": state["step"], "dataset": name, "data_hash": data.hash, "val_tokens": int(count),
+        "attention_dropout": model.config.dropout if config.attention_dropout else 0.0,
+        "val_loss": loss, "val_bits_per_byte": loss / math.log(2) / data.bytes_per_token,
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    settings = configurator.configure(argv, [EvaluateConfig], positional="RUN ...", description=__doc__)
+    config: EvaluateConfig = settings.sections[0]
+    machine = runtime.start(config.device, config.dtype, "off")
+    if machine.world_size > 1:
+        raise ValueError(f"evaluate.py is one process, not {machine.world_size}: start it without torchrun")
+    print(machine.reasons)
+    found = []
+    for word in settings.words:
+        found.append(line := evaluate(Path(word), config, machine))
+        dropped = f", attention dropout {line['attention_dropout']}" if config.attention_dropout else ""
+        print(
+            f"{line['run']}, step {line['step']}: {line['val_loss']:.4f} nats per token, {line['val_bits_per_byte']:.4f} bits per "
+            f"byte over {line['val_tokens']:,} tokens of {line['dataset']}{dropped}",
+            flush=True,
+        )
+    if config.json is not None:
+        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+if __name__ == "__main__":
+    with configurator.exit_on_user_error():
+        main()

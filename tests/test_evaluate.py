@@ -1,0 +1,95 @@
+"""evaluate.py and dev/embeddings.py against what training reported, and against tables whose numbers are known."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_train import arguments
+
+import checkpoint
+import dataloader
+import evaluate
+import runtime
+import train
+from dev import embeddings
+from trainer import evaluate_all
+
+
+@pytest.fixture(scope="module", params=["encoder_decoder", "decoder_only"])
+def finished(request, tiny_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run_s1"
+    train.main(arguments(tiny_data, out, "--dropout=0.3", "--pos_sub=plain", model=request.param))
+    return out
+
+
+def test_the_loss_is_that_of_training(finished, tiny_data, tmp_path):
+    """Guards against another reading of the file, other weights, or dropout left on."""
+    summary = json.loads((finished / "summary.json").read_text())
+    [line] = evaluate.main([str(finished), "--device=cpu", "--dtype=float32", f"--json={tmp_path / 'a' / 'lines.json'}"])
+    assert line["val_loss"] == summary["val_loss"] and line["val_bits_per_byte"] == summary["val_bits_per_byte"]
+    assert line["val_tokens"] == summary["val_tokens"] == 3000 and line["step"] == 6
+    assert json.loads((tmp_path / "a" / "lines.json").read_text()) == [line]
+    best = evaluate.main([str(finished), "--checkpoint=best", "--device=cpu", "--dtype=float32", "--final_eval_tokens=320"])
+    assert best[0]["val_tokens"] == 320 and best[0]["val_loss"] != line["val_loss"]
+
+
+def test_attention_dropout_is_the_only_one_left_on(finished, tiny_data):
+    """Guards against dropping nothing, or embeddings and residual branches as well: training mode with these at 0 says the same."""
+    [line] = evaluate.main([str(finished), "--attention_dropout", "--seed=5", "--device=cpu", "--dtype=float32"])
+    model = checkpoint.load_run(finished, "last")[0].train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.eval = lambda: model  # evaluate_all() calls it
+    data = dataloader.open_data(tiny_data, model.config.block_size)
+    runtime.seed_everything(5)
+    total, count = evaluate_all(model, data, "val", 8192 // 32, runtime.start("cpu", "float32", "off"))
+    assert line["val_loss"] == (total / count).item()
+    [plain] = evaluate.main([str(finished), "--device=cpu", "--dtype=float32"])
+    assert line["val_loss"] != plain["val_loss"] and line["attention_dropout"] == 0.3
+
+
+def test_evaluate_explains_what_it_cannot_do(finished, tiny_data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a directory"):
+        evaluate.main([str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="at least 1"):
+        evaluate.main([str(finished), "--final_eval_tokens=0"])
+    out = tmp_path / "plain"
+    train.main(arguments(tiny_data, out))
+    with pytest.raises(ValueError, match="without dropout"):
+        evaluate.main([str(out), "--attention_dropout"])
+
+
+def test_embeddings_of_known_tables(finished, monkeypatch):
+    """Guards the definitions at the top of dev/embeddings.py."""
+    C = 8
+    axes = torch.eye(C, dtype=torch.float64)
+    around = torch.cat((axes, -axes))  # all directions alike, mean 0, norm 1
+    shift = torch.zeros(C, dtype=torch.float64)
+    shift[0] = 100.0
+    angle = torch.arange(12, dtype=torch.float64) * (2 * math.pi / 12)
+    circle = torch.stack((angle.cos(), angle.sin()), 1) @ axes[:2]  # (12, C) in the plane of the first two axes
+    monkeypatch.setattr(embeddings, "tables", lambda run: {"tokens": around, "positions": 3 * circle})
+    found = embeddings.measure(finished)
+    assert found["tokens_norm"] == pytest.approx(1) and found["positions_norm"] == pytest.approx(3)
+    assert found["tokens_rank"] == pytest.approx(C) and found["positions_rank"] == pytest.approx(2)
+    assert found["positions_neighbours"] == pytest.approx(sum(math.cos(2 * math.pi / 12) for _ in range(11)) / 11)
+    assert found["tokens_common"] == pytest.approx(0, abs=1e-12) and found["overlap"] == pytest.approx(1)
+    outside = torch.cat((axes[2:], -axes[2:])) + shift  # orthogonal to the plane, far from the origin
+    monkeypatch.setattr(embeddings, "tables", lambda run: {"tokens": outside, "positions": circle})
+    found = embeddings.measure(finished)
+    assert found["overlap"] == pytest.approx(0, abs=1e-12) and found["tokens_common"] == pytest.approx(1, abs=1e-3)
+    assert found["tokens_rank"] == pytest.approx(C - 2)
+
+
+def test_embeddings_of_a_run(finished, tmp_path, capsys):
+    """Guards the reading of checkpoints: tied tables, tokens that occur, both models."""
+    model = checkpoint.load_run(finished, "last")[0]
+    wte = (model.wte if hasattr(model, "wte") else model.transformer.wte).weight
+    read = embeddings.tables(finished)
+    assert 20 < len(read["tokens"]) < 256 and read["positions"].shape == (33, 16)
+    assert torch.equal(read["tokens"][0].float(), wte[10]), "the first byte of the text's alphabet is a newline"
+    rows = embeddings.main([str(finished), f"--plot={tmp_path / 'e'}", f"--json={tmp_path / 'e.json'}"])
+    assert json.loads((tmp_path / "e.json").read_text()) == rows and "tokens rank" in capsys.readouterr().out
+    assert (tmp_path / "e.png").stat().st_size > 10_000
