@@ -141,6 +141,8 @@ def shrink(command: str) -> str | None:
         return command if offline else None  # a download; test_data.py tests the real libraries on local files
     if "sample.py" in command:
         return f"{command} --max_new_tokens=5 --device=cpu"
+    if "evaluate.py" in command:
+        return f"{command} --final_eval_tokens=2000"
     if "bench.py latent" in command:
         return f"{command} --tokens=8"
     if "bench.py train" in command:
