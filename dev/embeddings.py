@@ -2,6 +2,7 @@
 What training made of the embedding tables: norms, cosines and spectra of tokens and positions, a row of runs a line.
 
     python -m dev.embeddings results/models/* --plot=out/embeddings --json=out/embeddings.json
+    python -m dev.embeddings out/embeddings.json        # table and pictures again, from the numbers
 
 Tables: wte (V, C) of the tokens that the validation file has, the others never being read; wpe (T, C), or, in a model with
 rotary positions that subtracts, wpe_next. For each table X, and X' its rows less their mean:
@@ -52,7 +53,8 @@ def measure(run: Path) -> dict[str, float | list[float]]:
     """The quantities at the top, by name, and the curves to draw: singular values, and the norm of each position."""
     found: dict[str, float | list[float]] = {}
     centred, bases = {}, {}
-    for name, x in tables(run).items():
+    read = tables(run)
+    for name, x in read.items():
         mean = x.mean(0)
         centred[name] = x - mean
         s, basis = torch.linalg.svd(centred[name], full_matrices=False)[1:]
@@ -71,7 +73,7 @@ def measure(run: Path) -> dict[str, float | list[float]]:
         found |= {
             "positions_neighbours": torch.cosine_similarity(x[:-1], x[1:]).mean().item(),
             "overlap": (inside / (len(basis) / tokens.size(1))).item(),
-            "positions_norms": tables(run)["positions"].norm(dim=1).tolist(),
+            "positions_norms": read["positions"].norm(dim=1).tolist(),
         }
     return found
 
@@ -125,8 +127,11 @@ def draw(rows: dict[str, list[dict]], prefix: str) -> list[Path]:
 def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     settings = configurator.configure(argv, [EmbeddingsConfig], positional="RUN ...", description=__doc__)
     options: EmbeddingsConfig = settings.sections[0]
-    grouped = compare.group(compare.read_runs(compare.find_runs(settings.words)))
-    rows = {row.label: [{"run": str(run.path)} | measure(run.path) for run in row.runs] for row in grouped}
+    if settings.words[0].endswith(".json"):
+        rows = checkpoint.read_json(Path(settings.words[0]))
+    else:
+        grouped = compare.group(compare.read_runs(compare.find_runs(settings.words)))
+        rows = {row.label: [{"run": str(run.path)} | measure(run.path) for run in row.runs] for row in grouped}
     print(table(rows))
     if options.json is not None:
         compare.write(options.json, json.dumps(rows))

@@ -93,3 +93,4 @@ def test_embeddings_of_a_run(finished, tmp_path, capsys):
     rows = embeddings.main([str(finished), f"--plot={tmp_path / 'e'}", f"--json={tmp_path / 'e.json'}"])
     assert json.loads((tmp_path / "e.json").read_text()) == rows and "tokens rank" in capsys.readouterr().out
     assert (tmp_path / "e.png").stat().st_size > 10_000
+    assert embeddings.main([str(tmp_path / "e.json"), "--plot=none"]) == rows
