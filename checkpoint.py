@@ -45,7 +45,7 @@ def build(name: str, config) -> torch.nn.Module:
     return MODELS[name][1](config)
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict | list) -> None:
     """Write through a temporary name, so that the file is never half there."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

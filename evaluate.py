@@ -10,7 +10,6 @@ evaluated, because it passed its probability to the attention kernel in training
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +95,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         )
     if config.json is not None:
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        checkpoint.write_json(Path(config.json), found)
     return found
 
 
