@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import LayerNorm, at_least_float32, attend_in_products, head_loss, rotary_angles, rotate
+from kernels import Dropout, LayerNorm, at_least_float32, attend_in_products, head_loss, rotary_angles, rotate
 
 
 def require(condition: bool, message: str) -> None:
@@ -173,7 +173,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, 
     if cache is not None:
         k, v = cache.append(k, v, context.start)  # (B, H, S, D)
     short = k.size(2) <= 512 and (context.mask is None or context.mask.dim() == 2)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and short:
+    if q.device.type == "cpu" and short and (q.dtype == torch.bfloat16 or context.dropout > 0.0):
         y = attend_in_products(q, k, v, context.mask, context.causal, context.dropout)
     else:
         y = F.scaled_dot_product_attention(q, k, v, context.mask, dropout_p=context.dropout, is_causal=context.causal)
@@ -190,7 +190,7 @@ class SelfAttention(nn.Module):
         self.n_head = n_head
         self.c_attn = nn.Linear(width, 3 * width, bias=bias)  # q, k, v
         self.c_proj = nn.Linear(width, width, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor, context: Context, cache: LayerCache | None = None) -> torch.Tensor:
         q, k, v = (split_heads(part, self.n_head) for part in self.c_attn(x).chunk(3, dim=-1))
@@ -206,7 +206,7 @@ class CrossAttention(nn.Module):
         self.c_q = nn.Linear(width, width, bias=bias)
         self.c_kv = nn.Linear(width, 2 * width, bias=bias)  # k, v
         self.c_proj = nn.Linear(width, width, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor, h: torch.Tensor, context: Context, cache: LayerCache | None = None) -> torch.Tensor:
         q = split_heads(self.c_q(x), self.n_head)
@@ -219,7 +219,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width, bias=bias)
         self.c_proj = nn.Linear(4 * width, width, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
@@ -385,7 +385,7 @@ class EncoderDecoder(CausalModel):
         next_position = config.pos_sub != "none" or config.decoder_pos_emb
         self.wpe = None if rope else nn.Embedding(config.block_size + next_position, C)
         self.wpe_next = nn.Embedding(config.block_size, C) if rope and next_position else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         block = (C, config.n_head, config.bias, config.dropout)
         self.encoder = nn.ModuleList(Block(*block) for _ in range(config.n_encoder_layer))
         self.ln_bridge = LayerNorm(C, config.bias) if config.bridge_ln else None

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import head_loss
+from kernels import Dropout, head_loss
 from model import Block, Cache, CausalModel, LayerNorm, check_sizes, require
 
 
@@ -49,7 +49,7 @@ class DecoderOnly(CausalModel):
         self.head_widths = {C // config.n_head}
         parts = dict(
             wte=nn.Embedding(config.vocab_size, C),
-            drop=nn.Dropout(config.dropout),
+            drop=Dropout(config.dropout),
             h=nn.ModuleList(Block(C, config.n_head, config.bias, config.dropout) for _ in range(config.n_layer)),
             ln_f=LayerNorm(C, config.bias),
         )

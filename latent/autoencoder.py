@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import at_least_float32, head_loss
+from kernels import Dropout, at_least_float32, head_loss
 from latent.huggingface import PretrainedCache, PretrainedTrunk
 from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer
 from latent.resample import CausalDownsample, Upsample, doublings
@@ -138,7 +138,7 @@ class Autoencoder(CausalModel):
         self.trunk = None if own_blocks else PretrainedTrunk(config.backbone_config, config.dropout)  # for all blocks
         self.wte = nn.Embedding(config.vocab_size, C) if own_blocks else self.trunk.take_embeddings()  # also the output layer
         self.wpe = nn.Embedding(config.block_size, C) if learned else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.encoder = nn.ModuleList(Block(*block) for _ in range(own_blocks * config.n_encoder_layer))
         self.down = CausalDownsample(C, S, keep_partial=True, bias=config.bias)
         self.to_latent = nn.Linear(C, Z, bias=config.bias)

@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import at_least_float32, head_loss, rotary_angles
+from kernels import Dropout, at_least_float32, head_loss, rotary_angles
 from latent import bottleneck as bottlenecks
 from latent.quantize import CodeUsage, QuantizerConfig
 from latent.resample import CausalDownsample, ResidualConvBlock, UpLayer, doublings
@@ -126,7 +126,7 @@ class LatentTransformer(CausalModel):
         self.head_width = C // config.n_head
         block = (C, config.n_head, config.bias, config.dropout)
         self.wte = nn.Embedding(config.vocab_size, C)  # of x, y and the output layer
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         # ae
         self.convolutions = nn.ModuleList(ResidualConvBlock(C, causal=False, bias=config.bias) for _ in range(2))
         self.encoder = nn.ModuleList([Block(*block)])

@@ -34,7 +34,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from dataloader import TokenData
-from kernels import at_least_float32
+from kernels import Dropout, at_least_float32
 from latent.autoencoder import Autoencoder
 from latent.codes import CodeData
 from model import Block, Cache, CausalModel, LayerNorm, check_sizes, require
@@ -157,7 +157,7 @@ class RQTransformer(CausalModel):
         self.heads = nn.ModuleList(
             nn.Sequential(LayerNorm(C, config.bias), nn.Linear(C, K, bias=config.bias)) for _ in range(D)
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.register_buffer("vectors", torch.zeros(D, K, Z), persistent=False)  # E of the autoencoder that is attached
         self.autoencoder: Autoencoder | None = None
         self.n_layer_cache = config.n_spatial_layer + config.n_depth_layer

@@ -38,6 +38,44 @@ def test_causal_products_equal_the_kernel(tokens, monkeypatch):
         assert (ours - theirs).abs().max() < 1e-12
 
 
+def test_causal_products_drop_the_same_weights_forward_and_backward(monkeypatch):
+    """Guards dropout in the blocks: value and gradients are those of all weights at once times the factors that were drawn."""
+    monkeypatch.setattr(kernels.CausalProducts, "BLOCK", 7)
+    torch.manual_seed(0)
+    drawn, kept = [], kernels.kept
+    monkeypatch.setattr(kernels, "kept", lambda *args: drawn.append(kept(*args)) or drawn[-1])
+    q, k, v = (torch.randn(2, 3, 20, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    fast = kernels.attend_in_products(q, k, v, None, True, 0.3)
+    factors = torch.cat([F.pad(part, (0, 20 - part.size(2))) for part in drawn], dim=1).view(2, 3, 20, 20)
+    hidden = torch.ones(20, 20, dtype=torch.bool).triu(1)
+    slow = ((q @ k.mT / 5**0.5).masked_fill(hidden, float("-inf")).softmax(-1) * factors) @ v
+    assert 0 < (factors.tril() == 0).sum() - hidden.sum() * 6 < 6 * 210 and (fast - slow).abs().max() < 1e-12
+    weight = torch.randn(2, 3, 20, 5, dtype=torch.float64)
+    for ours, theirs in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (fast, slow))):
+        assert (ours - theirs).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5])
+def test_dropout_drops_what_it_says(p):
+    """Guards the random numbers of dropout: share and scale, the four numbers of a draw alike and unrelated, seed and gradient."""
+    torch.manual_seed(0)
+    x = torch.ones(4096, 1021, requires_grad=True)
+    y = kernels.drop(x, p)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)  # what was dropped gets no gradient, the rest is scaled alike
+    assert (y.unique() - torch.tensor([0.0, 1 / (1 - p)])).abs().max() < 1e-4
+    dropped, error = (y == 0).double().flatten(), (p * (1 - p)) ** 0.5
+    assert abs(dropped.mean() - p) < 4 * error / dropped.numel() ** 0.5
+    for i in range(4):
+        assert abs(dropped[i::4].mean() - p) < 4 * error / dropped[i::4].numel() ** 0.5
+    for lag in (1, 2, 3, 4, 1021):  # between neighbours, and between rows
+        both = (dropped[:-lag] * dropped[lag:]).mean()
+        assert abs(both - p**2) < 5 * p * (1 - p**2) ** 0.5 / dropped.numel() ** 0.5
+    torch.manual_seed(0)
+    assert torch.equal(kernels.drop(x, p), y)
+    assert not torch.equal(kernels.drop(x, p), y)
+    assert kernels.drop(x, 0.0) is x or torch.equal(kernels.drop(x, 0.0), x)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 46, 1000])
 def test_head_loss_equals_the_plain_one(rows, monkeypatch):
     """Guards value and gradients: a chunk left out, targets of -1 counted, or a mean over chunks instead of tokens."""
