@@ -100,8 +100,17 @@ def save(panels: list[Callable], curves: Curves, prefix: str, dashed: str | None
     return [Path(f"{stem}.png"), Path(f"{stem}.svg")]
 
 
+def has_parted(of: dict[str, Curve]) -> bool:
+    """Whether a row ends with its validation loss more than 5 % above its training loss."""
+    (tokens, val), (train_tokens, train) = of["val_loss"], of["train_loss"]
+    return len(tokens) > 0 and np.array_equal(tokens, train_tokens) and val[:, -1].mean() > 1.05 * train[:, -1].mean()
+
+
 def draw_losses(curves: Curves, bits_per_nat: float, prefix: str) -> list[Path]:
-    """The keys of LOSSES: validation and training, validation closer, and the embedding loss where there is one."""
+    """
+    The keys of LOSSES: validation and training, validation closer, one against the other where they part, and the embedding loss
+    where there is one.
+    """
     end = max(tokens[-1] for of in curves.values() for tokens, _ in [of["val_loss"]] if len(tokens))
 
     def whole(ax) -> None:
@@ -120,14 +129,28 @@ def draw_losses(curves: Curves, bits_per_nat: float, prefix: str) -> list[Path]:
         right = ax.secondary_yaxis("right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat))
         right.set_ylabel("bits per byte")
 
+    def one_against_the_other(ax) -> None:
+        for label, style in styles(curves).items():
+            (tokens, val), (train_tokens, train) = curves[label]["val_loss"], curves[label]["train_loss"]
+            if len(tokens) and np.array_equal(tokens, train_tokens):
+                late = tokens >= 0.4 * end
+                ax.plot(train[:, late].mean(0), val[:, late].mean(0), **style | {"linewidth": 1.7})
+        ax.invert_xaxis()  # training goes to the right
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_title("Validation at equal training loss, last 60 %")
+        ax.set_xlabel("loss on training windows (nats per token)")
+        ax.set_ylabel("validation loss (nats per token)")
+
     def embedding(ax) -> None:
         draw_lines(ax, curves, "embedding_loss")
         ax.set_yscale("log")
         ax.set_title("Embedding loss")
         ax.set_ylabel("embedding loss (unweighted)")
 
-    has_embedding = any(len(of["embedding_loss"][0]) for of in curves.values())
-    return save([whole, last_part] + [embedding] * has_embedding, curves, prefix, dashed="training windows")
+    panels = [whole, last_part]
+    panels += [one_against_the_other] * any(map(has_parted, curves.values()))
+    panels += [embedding] * any(len(of["embedding_loss"][0]) for of in curves.values())
+    return save(panels, curves, prefix, dashed="training windows")
 
 
 def draw_metrics(curves: Curves, keys: tuple[str, ...], prefix: str) -> list[Path]:

@@ -509,6 +509,21 @@ def test_plot_files(tmp_path, capsys, write, panels):
     assert "nats per token" in svg and "bits per byte" in svg and "training tokens" in svg
 
 
+def test_a_plot_sets_validation_against_training_where_they_part(tmp_path):
+    """Guards the picture of overfitting: there for one such row among others, away without, drawn from that row's own losses."""
+    pytest.importorskip("matplotlib")
+    steps = [{"step": s, "val_loss": 4 - 0.1 * s, "train_loss": 4 - 0.1 * s} for s in range(6)]
+    write_run(tmp_path / "fits", evals=steps)
+    compare.main([str(tmp_path / "fits"), f"--plot={tmp_path / 'a'}"])
+    assert "equal training loss" not in (tmp_path / "a.svg").read_text(encoding="utf-8")
+    write_run(tmp_path / "overfits", model={"n_layer": 8}, evals=[step | {"train_loss": 4 - 0.4 * step["step"]} for step in steps])
+    compare.main([str(tmp_path / "fits"), str(tmp_path / "overfits"), f"--plot={tmp_path / 'b'}"])
+    svg = (tmp_path / "b.svg").read_text(encoding="utf-8")
+    assert "equal training loss" in svg and ">loss on training windows (nats per token)<" in svg
+    rows = {row.label: {key: compare.curve(row, key) for key in curves.LOSSES} for row in rows_of(tmp_path).values()}
+    assert [label for label, of in rows.items() if curves.has_parted(of)] == ["overfits"]
+
+
 def test_the_table_stands_without_matplotlib_or_curves(tmp_path, capsys, monkeypatch):
     """Guards a missing extra, or missing metrics, that cost the table."""
     run = write_run(tmp_path / "a")
