@@ -100,10 +100,18 @@ def save(panels: list[Callable], curves: Curves, prefix: str, dashed: str | None
     return [Path(f"{stem}.png"), Path(f"{stem}.svg")]
 
 
+def both_losses(of: dict[str, Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, validation and training losses, all (N,), means over seeds; N = 0 where the two were not logged together."""
+    (tokens, val), (train_tokens, train) = of["val_loss"], of["train_loss"]
+    if not len(tokens) or not np.array_equal(tokens, train_tokens):
+        return np.zeros(0), np.zeros(0), np.zeros(0)
+    return tokens, val.mean(0), train.mean(0)
+
+
 def has_parted(of: dict[str, Curve]) -> bool:
     """Whether a row ends with its validation loss more than 5 % above its training loss."""
-    (tokens, val), (train_tokens, train) = of["val_loss"], of["train_loss"]
-    return len(tokens) > 0 and np.array_equal(tokens, train_tokens) and val[:, -1].mean() > 1.05 * train[:, -1].mean()
+    tokens, val, train = both_losses(of)
+    return len(tokens) > 0 and val[-1] > 1.05 * train[-1]
 
 
 def draw_losses(curves: Curves, bits_per_nat: float, prefix: str) -> list[Path]:
@@ -131,10 +139,9 @@ def draw_losses(curves: Curves, bits_per_nat: float, prefix: str) -> list[Path]:
 
     def one_against_the_other(ax) -> None:
         for label, style in styles(curves).items():
-            (tokens, val), (train_tokens, train) = curves[label]["val_loss"], curves[label]["train_loss"]
-            if len(tokens) and np.array_equal(tokens, train_tokens):
-                late = tokens >= 0.4 * end
-                ax.plot(train[:, late].mean(0), val[:, late].mean(0), **style | {"linewidth": 1.7})
+            tokens, val, train = both_losses(curves[label])
+            late = tokens >= 0.4 * end
+            ax.plot(train[late], val[late], **style | {"linewidth": 1.7})
         ax.invert_xaxis()  # training goes to the right
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set_title("Validation at equal training loss, last 60 %")
