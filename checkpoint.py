@@ -9,12 +9,13 @@ A run directory holds config.json and tokenizer.json, and up to two checkpoint f
 and, where a model needs a frozen autoencoder, autoencoder/: the run directory of that, without its last/.
 
 Nothing is pickled, so loading a checkpoint cannot run code. A folder is written under another name and then renamed, so
-that a crash leaves either the old checkpoint or the new one.
+that a crash of the program leaves either the old checkpoint or the new one.
 """
 
 import contextlib
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -53,10 +54,10 @@ def write_json(path: Path, value: dict | list) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Raises ValueError with the file's name if it is not JSON."""
+    """Raises ValueError with the file's name if it is not JSON in UTF-8."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore it or start the run again") from None
 
 
@@ -74,7 +75,9 @@ FREE_ON_RESUME = {
 
 def start_run(settings: dict, data_folder: Path, out: Path, overwrite: bool) -> None:
     """Make the run directory. Raises FileExistsError rather than touch one that holds anything, unless told to overwrite."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; give --out_dir the name of a folder")
+    if out.exists() and any(out.iterdir()) and not overwrite:
         raise FileExistsError(
             f"{out} exists; --resume continues it, --overwrite starts it again, --out_dir=... writes elsewhere"
         )
@@ -98,8 +101,10 @@ def copy_autoencoder(run: Path, out: Path) -> None:
 
 def read_run(settings: dict, data_hash: str, out: Path) -> dict:
     """The trainer state to resume from. Raises FileNotFoundError where there is none, ValueError if the run is another one."""
-    trainer = read_json(find(out, "last") / "trainer.json")
-    old = read_json(out / "config.json")
+    path = find(out, "last") / "trainer.json"
+    trainer, old = read_json(path), read_json(out / "config.json")
+    if missing := {"step", "scaler", "data_hash", "best_val_loss"} - trainer.keys():
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}; start the run again")
     changed = [
         f"{key}={new.get(key)!r} (was {before.get(key)!r})"
         for before, new, free in ((old["train"], settings["train"], FREE_ON_RESUME), (old["model"], settings["model"], set()))
@@ -122,12 +127,16 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer 
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    safetensors.torch.save_model(model, str(temporary / "model.safetensors"))  # writes a tied tensor once
-    if optimizer is not None:
-        safetensors.torch.save_file(optimizer_tensors(model, optimizer), str(temporary / "optimizer.safetensors"))
-    write_json(temporary / "trainer.json", trainer)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    try:
+        safetensors.torch.save_model(model, str(temporary / "model.safetensors"))  # writes a tied tensor once
+        if optimizer is not None:
+            safetensors.torch.save_file(optimizer_tensors(model, optimizer), str(temporary / "optimizer.safetensors"))
+        write_json(temporary / "trainer.json", trainer)
+    except (safetensors.SafetensorError, OSError) as error:  # the disk is full
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{folder} could not be written, what was there before still is: {error}") from None
+    if folder.exists():  # if not, `old` is all there is
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -156,7 +165,9 @@ def find(run: Path, which: str) -> Path:
     for folder in (run / which, run / f"{which}.old"):  # .old: a crash struck between the two renames of save()
         if (folder / "trainer.json").exists() and (folder / "model.safetensors").exists():
             return folder
-    raise FileNotFoundError(f"{run} has no complete {which} checkpoint: it was stopped before its first evaluation")
+    others = any((run / name).is_dir() for name in ("last", "best"))
+    reason = "" if others else ": it holds no weights (best/ or last/), stopped before its first evaluation or copied without"
+    raise FileNotFoundError(f"{run} has no complete {which} checkpoint{reason}")
 
 
 def find_first(run: Path, *which: str) -> Path:
@@ -168,10 +179,15 @@ def find_first(run: Path, *which: str) -> Path:
 
 
 def read_config(run: Path) -> tuple[dict, str, object]:
-    """(training settings as a dict, model name, model config) of a run."""
+    """(training settings as a dict, model name, model config) of a run. Raises ValueError for what is not the file of one."""
     settings = read_json(run / "config.json")
+    parts = [settings.get(key) for key in ("train", "model")] if isinstance(settings, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or "model" not in settings["train"]:
+        raise ValueError(
+            f"{run / 'config.json'} is damaged: it has not the settings of a run; restore it or start the run again"
+        )
     name = settings["train"]["model"]
-    if name not in MODELS:
+    if name not in list(MODELS):
         raise ValueError(f"{run / 'config.json'}: unknown model '{name}'; this version knows {', '.join(MODELS)}")
     return settings["train"], name, configurator.from_dict(CONFIGS[name], settings["model"])
 
@@ -186,20 +202,23 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
 
 
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Restore what optimizer_tensors() wrote. Raises ValueError if a tensor of a parameter is missing."""
+    """Restore what optimizer_tensors() wrote. Raises ValueError where a tensor of a parameter is missing or has another shape."""
     path = folder / "optimizer.safetensors"
     try:
         tensors = safetensors.torch.load_file(str(path))
     except (safetensors.SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from None
+    if not tensors:  # written before the first step
+        return
     names = {parameter: name for name, parameter in model.named_parameters()}
     state, index = {}, 0
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             prefix = names[parameter] + "/"
             found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if not found:
-                raise ValueError(f"{path} has no state for {names[parameter]}")
+            shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            if {key: value.shape for key, value in found.items()} != shapes:
+                raise ValueError(f"{path} is damaged: it has no whole state for {names[parameter]}; start the run again")
             state[index], index = found, index + 1
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -212,11 +231,17 @@ def load_run(run: str | Path, which: str = "best", device: str | torch.device = 
     run = Path(run)
     folder = find_first(run, which, "last")
     _, name, config = read_config(run)
-    model = build(name, config)
+    model, text, trainer = build(name, config), tokenizer.load(run), read_json(folder / "trainer.json")
+    if text.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{run / tokenizer.FILE_NAME} has {text.vocab_size} tokens, but the model {config.vocab_size}: it is of another run"
+        )
+    if "step" not in trainer:
+        raise ValueError(f"{folder / 'trainer.json'} is damaged: it lacks the step; use another checkpoint")
     load_weights(model, folder)
     if hasattr(config, "autoencoder"):
         model.attach(load_autoencoder(run / "autoencoder"))
-    return model.to(device).eval(), tokenizer.load(run), read_json(folder / "trainer.json")
+    return model.to(device).eval(), text, trainer
 
 
 def load_autoencoder(run: str | Path) -> Autoencoder:
@@ -244,14 +269,20 @@ def check_tokenizers(data_folder: Path, run: str | Path) -> None:
 def init_from(model: torch.nn.Module, source: Path) -> None:
     """
     Fill the model from the weights of another run directory (its best checkpoint), or from a checkpoint file of nanoGPT
-    (a .pt for the decoder-only model). Raises ValueError where names or shapes do not fit.
+    (a .pt for the decoder-only model). Raises ValueError where names or shapes do not fit, or the codes are another autoencoder's.
     """
     if source.suffix != ".pt":
+        theirs, ours = (getattr(config, "codebook_hash", None) for config in (read_config(source)[2], model.config))
+        if theirs != ours:
+            raise ValueError(f"init_from={source} was trained on the codes of another autoencoder, which mean something else")
         load_weights(model, find(source, "best"))
         return
     if not source.is_file():
         raise FileNotFoundError(f"init_from={source}: there is no such file")
-    weights = torch.load(source, map_location="cpu", weights_only=True)["model"]
+    try:
+        weights = torch.load(source, map_location="cpu", weights_only=True)["model"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
+        raise ValueError(f"init_from={source} is no checkpoint of nanoGPT: {' '.join(str(error).split())[:200]}") from None
     # torch.compile's prefix; `attn.bias` is the causal mask that older versions stored as a buffer
     weights = {key.removeprefix("_orig_mod."): value for key, value in weights.items() if not key.endswith(".attn.bias")}
     try:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 import curves
-from configurator import configure, exit_on_user_error, is_number, nearest
+from configurator import choice_text, configure, exit_on_user_error, is_number
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class CompareConfig:
     output: str | None = None  # also write the Markdown to this file
     json: str | None = None  # also write the numbers to this file
 
+    def __post_init__(self):
+        for key in ("plot", "metrics", "output", "json"):
+            if getattr(self, key) in ("", ()):
+                raise ValueError(f"--{key}= is empty: give it a value, or leave it out")
+
 
 # Settings that do not change what is learned, or, like the seed, are what a row's spread is taken over.
 NOT_OF_A_ROW = {
@@ -42,10 +47,10 @@ NOT_OF_A_ROW = {
     "wandb", "wandb_project", "wandb_run_name", "device", "compile", "final_eval_tokens",
     "micro_batch_size", "activation_checkpointing",
 }  # fmt: skip
-NEEDED = (
-    "val_loss", "val_bits_per_byte", "train_loss", "parameters", "flops_per_token", "tokens", "tokens_per_second", "seed",
-    "commit", "dataset", "data_hash", "val_tokens",
+NUMBERS = (  # that every summary.json has
+    "val_loss", "val_bits_per_byte", "train_loss", "parameters", "flops_per_token", "tokens", "tokens_per_second", "seed", "val_tokens",
 )  # fmt: skip
+TEXTS = ("commit", "dataset", "data_hash")
 
 # README of the original encoder-decoder code: name, embedding loss, its weight, pos_sub, train loss, validation loss
 PUBLISHED = [
@@ -67,13 +72,13 @@ PUBLISHED_NOTE = (
 
 class Run(NamedTuple):
     path: Path
-    config: dict[str, object]  # the settings that define a row
+    config: dict[str, object]  # the settings that define a row, without those that are null: older runs lack these
     summary: dict
     lines: list[dict]  # of metrics.jsonl, steps ascending, a step's evaluation last
 
     @property
     def evals(self) -> list[dict]:
-        return [line for line in self.lines if line["kind"] == "eval"]
+        return [line for line in self.lines if line["kind"] == "eval" and is_number(line.get("val_loss"))]
 
 
 class Row(NamedTuple):
@@ -125,26 +130,9 @@ def read_runs(paths: list[Path]) -> list[Run]:
     runs, unfinished = [], []
     for path in paths:
         try:
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            settings = {key: value for key, value in config["train"].items() if key not in NOT_OF_A_ROW} | config["model"]
-            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-            missing = [key for key in NEEDED if key not in summary]
-        except FileNotFoundError as error:
-            unfinished.append(f"{path} has no {Path(error.filename).name}: not a finished run")
-            continue
-        except json.JSONDecodeError:
-            unfinished.append(f"{path}: config.json or summary.json is half written: not a finished run")
-            continue
-        if summary.get("reconstruction"):
-            unfinished.append(f"{path} is an autoencoder: it predicts tokens that it has seen, so its loss cannot be compared")
-            continue
-        if missing:
-            unfinished.append(f"{path}: summary.json lacks {', '.join(missing)}: written by another version?")
-            continue
-        if not math.isfinite(summary["val_loss"]):
-            unfinished.append(f"{path}: its validation loss is {summary['val_loss']}: it diverged")
-            continue
-        runs.append(Run(path, settings, summary, read_lines(path / "metrics.jsonl")))
+            runs.append(read_run(path))
+        except ValueError as error:
+            unfinished.append(str(error))
     if not runs:
         raise ValueError("no finished run of a language model: " + "; ".join(unfinished))
     for line in unfinished:
@@ -152,16 +140,42 @@ def read_runs(paths: list[Path]) -> list[Run]:
     return runs
 
 
+def read_run(path: Path) -> Run:
+    """Raises ValueError with path and reason for what is not the finished run of a language model."""
+    try:
+        config, summary = (dict(json.loads((path / f"{name}.json").read_text("utf-8"))) for name in ("config", "summary"))
+        settings = dict(config["train"]) | dict(config["model"])
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} has no {Path(error.filename).name}: not a finished run") from None
+    except (ValueError, TypeError, KeyError):  # not JSON, not UTF-8, or not of such dicts
+        raise ValueError(f"{path}: config.json or summary.json is half written or damaged: not a finished run") from None
+    if summary.get("reconstruction"):
+        raise ValueError(f"{path} is an autoencoder: it predicts tokens that it has seen, so its loss cannot be compared")
+    missing = [key for key in NUMBERS if not is_number(summary.get(key))]
+    missing += [key for key in TEXTS if not isinstance(summary.get(key), str)]
+    if missing:
+        raise ValueError(f"{path}: summary.json lacks {', '.join(missing)}: written by another version?")
+    if not 0 < (loss := summary["val_loss"]) < math.inf:
+        raise ValueError(f"{path}: its validation loss is {loss}: {'impossible' if math.isfinite(loss) else 'it diverged'}")
+    planned, steps = settings.get("max_iters"), summary.get("steps")
+    if is_number(planned) and is_number(steps) and steps < planned:  # resumed since then
+        raise ValueError(f"{path}: summary.json is of step {steps} of {planned}: not a finished run")
+    settings = {key: value for key, value in settings.items() if key not in NOT_OF_A_ROW and value is not None}
+    return Run(path, settings, summary, read_lines(path / "metrics.jsonl"))
+
+
 def read_lines(path: Path) -> list[dict]:
     """
     The lines of a metrics.jsonl. A run that crashed and was resumed from an earlier step writes its steps again: what
-    stood there is dropped. Lines cut off by a crash are passed over with a warning.
+    stood there is dropped. Lines cut off by a crash, or without numbers of steps and tokens, are passed over with a warning.
     """
     if not path.exists():
         warn(f"{path} does not exist: no curve of this run")
         return []
 
     def place(record: dict) -> tuple:
+        if not (is_number(record["step"]) and is_number(record["tokens"])):
+            raise TypeError
         return record["step"], record["kind"] == "eval"  # a step is trained, then evaluated
 
     records: list[dict] = []
@@ -177,7 +191,7 @@ def read_lines(path: Path) -> list[dict]:
             records.pop()
         records.append(record)
     if broken:
-        warn(f"{path}: {broken} half-written line{'s' * (broken > 1)} passed over")
+        warn(f"{path}: {broken} half-written or damaged line{'s' * (broken > 1)} passed over")
     return records
 
 
@@ -203,7 +217,7 @@ def bits_per_nat(run: Run) -> float:
 
 
 def group(runs: list[Run]) -> list[Row]:
-    """Rows of runs with equal settings, the lowest validation loss first. Rows of equal names get what tells them apart."""
+    """Rows of runs with equal settings, the lowest validation loss first. Equal names get their folder, or the settings that differ."""
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
         seeds = groups.setdefault(json.dumps(run.config, sort_keys=True), {})
@@ -213,14 +227,20 @@ def group(runs: list[Run]) -> list[Row]:
         else:
             seeds[seed] = run
     rows = [Row("", [seeds[seed] for seed in sorted(seeds)]) for seeds in groups.values()]
-    names = [re.sub(r"[_-](seed[_-]?|s)\d+$", "", row.runs[0].path.resolve().name) for row in rows]
-    labelled = []
+    paths = [row.runs[0].path.resolve() for row in rows]
+    names = [" ".join(re.sub(r"[_-](seed[_-]?|s)\d+$", "", path.name).splitlines()) for path in paths]
+    folders = [{path.parent.name for path, other in zip(paths, names) if other == name} for name in names]
+    names = [f"{path.parent.name}/{name}" if len(of) > 1 else name for path, name, of in zip(paths, names, folders)]
+    labelled: dict[str, Row] = {}
     for name, row in zip(names, rows, strict=True):
         twins = [other.runs[0].config for other, other_name in zip(rows, names, strict=True) if other_name == name]
-        keys = [key for key in row.runs[0].config if any(twin.get(key) != row.runs[0].config[key] for twin in twins)]
-        apart = " ".join(f"{key}={row.runs[0].config[key]}" for key in keys)
-        labelled.append(row._replace(label=f"{name} ({apart})" if apart else name))
-    return sorted(labelled, key=lambda row: row.mean("val_loss"))
+        own = row.runs[0].config.items()
+        apart = [f"{key}={str(value)[:24]}" for key, value in own if any(twin.get(key) != value for twin in twins)]
+        label = f"{name} ({' '.join(apart[:3])})" if apart else name
+        while label in labelled:  # twins in folders of one name, or of settings that differ further on
+            label += "'"
+        labelled[label] = row._replace(label=label)
+    return sorted(labelled.values(), key=lambda row: row.mean("val_loss"))
 
 
 # statistics
@@ -253,6 +273,11 @@ def t_critical(nu: int, p: float = 0.05) -> float:
     return high
 
 
+def half_interval(values: np.ndarray) -> float:
+    """Half the width of the 95 % t-interval of the mean of two or more values."""
+    return t_critical(len(values) - 1) * (float(values.std(ddof=1)) / math.sqrt(len(values)))
+
+
 class Ending(NamedTuple):
     """How the validation loss of a run went at its evaluations, all on the same windows, with the weights of that step."""
 
@@ -264,12 +289,13 @@ class Ending(NamedTuple):
 
 
 def ending(run: Run) -> Ending | None:
-    """None for a run without two evaluations so far apart."""
+    """None for a run without two evaluations so far apart. A loss that is not finite counts only where it is the last."""
     evals = run.evals
-    earlier = [line for line in evals if line["tokens"] <= 0.9 * evals[-1]["tokens"]][-1:]
+    finite = [line for line in evals if math.isfinite(line["val_loss"])]
+    earlier = [line for line in finite if line["tokens"] <= 0.9 * evals[-1]["tokens"]][-1:]
     if not earlier or not evals[-1]["tokens"]:
         return None
-    best, last = min(evals, key=lambda line: line["val_loss"]), evals[-1]
+    best, last = min(finite, key=lambda line: line["val_loss"]), evals[-1]
     change, share = last["val_loss"] - earlier[0]["val_loss"], 1 - earlier[0]["tokens"] / last["tokens"]
     return Ending(best["val_loss"], best["step"], last["val_loss"], change, share)
 
@@ -296,7 +322,7 @@ def paired_difference(row: Row, reference: Row) -> Difference:
         return Difference(row.label, reference.label, n, mean, None, None, None, verdict)
     mean, error = float(d.mean()), float(d.std(ddof=1)) / math.sqrt(n)
     p = t_two_sided(mean / error, n - 1) if error else float(mean == 0)
-    margin = t_critical(n - 1) * error
+    margin = half_interval(d)
     verdict = "clear of the noise" if p < 0.05 else "inside the noise"
     return Difference(row.label, reference.label, n, mean, mean - margin, mean + margin, p, verdict)
 
@@ -305,7 +331,8 @@ def paired_difference(row: Row, reference: Row) -> Difference:
 
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
-    """Columns padded to equal width; all but the first are numbers and right-aligned."""
+    """Columns padded to equal width; all but the first are numbers and right-aligned. A | in a name does not end its cell."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
 
     def text(cells: list[str]) -> str:
@@ -330,8 +357,7 @@ def with_sd(values: np.ndarray, sign: str = "") -> str:
 
 
 def short_commit(run: Run) -> str:
-    commit = run.summary["commit"] or "unknown"
-    return commit[:7] + "+" * commit.endswith("+")  # a + marks uncommitted changes
+    return run.summary["commit"][:7] + "+" * run.summary["commit"].endswith("+")  # a + marks uncommitted changes
 
 
 def table(rows: list[Row]) -> str:
@@ -386,7 +412,14 @@ def endings_text(rows: list[Row]) -> str:
             continue
         best, best_step, last, change, share = map(np.array, zip(*endings, strict=True))
         moved = change.mean()
-        verdict = "flat" if abs(moved) < FLAT * last.mean() else "rising" if moved > 0 else "still falling"
+        if not math.isfinite(moved):
+            verdict = "diverged"
+        elif abs(moved) < FLAT * last.mean():
+            verdict = "flat"
+        elif len(change) > 1 and abs(moved) <= half_interval(change):
+            verdict = "unclear"
+        else:
+            verdict = "rising" if moved > 0 else "still falling"
         lines.append([row.label, with_sd(best), f"{best_step.mean():,.0f}", with_sd(last), with_sd(change, "+"), verdict])
         shares |= {f"{100 * s:.3g} %" for s in share}
     if not lines:
@@ -395,8 +428,8 @@ def endings_text(rows: list[Row]) -> str:
     note = (
         "Validation loss at the evaluations, on sample windows that are the same at every step, so not comparable with the whole "
         f"file above. Change: over the last {' or '.join(sorted(shares))} of the training tokens; flat: less than "
-        f"{100 * FLAT:g} % of the loss. A learning rate that has decayed flattens a curve, too. The lowest point is chosen on "
-        "the windows that it is measured on."
+        f"{100 * FLAT:g} % of the loss; unclear: more, but the 95 % interval of its mean over seeds holds 0. A learning rate that "
+        "has decayed flattens a curve, too. The lowest point is chosen on the windows that it is measured on."
     )
     return markdown_table(header, lines) + "\n\n" + note
 
@@ -404,11 +437,10 @@ def endings_text(rows: list[Row]) -> str:
 def differences_text(differences: list[Difference]) -> str:
     lines = [f"Differences in validation loss from `{differences[0].reference}`, paired by seed, two-sided t-test:", ""]
     for d in differences:
-        seeds = f"{d.seeds} seeds" if d.seeds > 1 else ""
-        tested = f" (95 % interval {d.low:+.4f} to {d.high:+.4f}, {seeds}, p = {d.p:.2g})" if d.p is not None else ""
+        tested = f" (95 % interval {d.low:+.4f} to {d.high:+.4f}, {d.seeds} seeds, p = {d.p:.2g})" if d.p is not None else ""
         lines.append(f"- `{d.run}`: {d.mean:+.4f}{tested}: {d.verdict}")
-    if sum(d.p is not None for d in differences) > 1:
-        lines += ["", f"{len(differences)} comparisons at p < 0.05 each; p is not corrected for their number."]
+    if (tests := sum(d.p is not None for d in differences)) > 1:
+        lines += ["", f"{tests} comparisons at p < 0.05 each; p is not corrected for their number."]
     return "\n".join(lines)
 
 
@@ -466,10 +498,7 @@ def as_json(rows: list[Row], differences: list[Difference]) -> str:
     lines = [
         {
             "run": row.label,
-            "model": row.runs[0].summary.get("model"),
-            "parameters": row.runs[0].summary["parameters"],
-            "flops_per_token": row.runs[0].summary["flops_per_token"],
-            "tokens": row.runs[0].summary["tokens"],
+            **{key: row.runs[0].summary.get(key) for key in ("model", "parameters", "flops_per_token", "tokens")},
             "seeds": [run.summary["seed"] for run in row.runs],
             "paths": [str(run.path) for run in row.runs],
             "commits": [run.summary["commit"] for run in row.runs],
@@ -484,7 +513,7 @@ def as_json(rows: list[Row], differences: list[Difference]) -> str:
         "rows": lines,
         "differences": [difference._asdict() for difference in differences],
     }
-    return json.dumps(data, indent=2)
+    return json.dumps(json.loads(json.dumps(data), parse_constant=lambda nan: None), indent=2)  # JSON knows no NaN
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
@@ -497,10 +526,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     labels = [row.label for row in rows]
     name = labels[0] if options.reference is None else options.reference
     if name not in labels:
-        near = nearest(name, labels)
-        raise ValueError(
-            f"--reference={name}: no such row" + (f"; did you mean {near!r}?" if near else f" among {', '.join(labels)}")
-        )
+        raise ValueError(f"--reference={name}: no such row; {choice_text(name, labels)} was expected")
     reference = rows[labels.index(name)]
     differences = [paired_difference(row, reference) for row in rows if row is not reference]
     if options.metrics and options.plot is None:
@@ -513,10 +539,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parts += [published_text(rows)] if options.published else []
     text = "\n\n".join(parts)
     print(text)
-    if options.output is not None:
-        write(options.output, text)
-    if options.json is not None:
-        write(options.json, as_json(rows, differences))
+    for path, content in ((options.output, text), (options.json, as_json(rows, differences))):
+        if path is not None:
+            write(path, content)
     if options.plot is not None:
         keys = options.metrics or curves.LOSSES
         drawn = {row.label: {key: curve(row, key) for key in keys} for row in rows}

@@ -317,7 +317,9 @@ def as_text(value: object) -> str:
     """A value as it would be written on the command line."""
     if isinstance(value, (list, tuple)):
         return ",".join(map(as_text, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value) if value != "" else "''"
+    if isinstance(value, str):
+        return value if value.strip() else repr(value)  # white space would not be seen
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 # dataclasses

@@ -1,6 +1,7 @@
 """
 Learning curves as pictures. What is to be drawn comes as {label of a row: {key: curve}}: a line for the mean over seeds, in a
-band from the lowest to the highest of them. A row keeps its colour in every picture, whether or not it has something to show.
+band from the lowest to the highest of them. A row has one colour and marker in all panels of a picture, by its place among all
+rows, whether or not it has something to show.
 """
 
 import functools
@@ -72,9 +73,25 @@ def save(panels: list[Callable], curves: Curves, prefix: str, dashed: str | None
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     lines = -(-len(panels) // columns)
     width = 12 if columns > 1 else 7
-    shown = {label: [c for c in of.values() if len(c[0])] for label, of in curves.items() if any(len(c[0]) for c in of.values())}
+    shown = {label: some for label, of in curves.items() if (some := [c for c in of.values() if len(c[0])])}
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(width, 5.2 + 3.8 * (lines - 1)), layout="constrained")
+        # in a label a $ would start a formula
+        handles = [
+            Line2D([], [], label=label.replace("$", r"\$"), linewidth=1.7, **style)
+            for label, style in styles(curves).items()
+            if label in shown
+        ]
+        if dashed:
+            handles.append(Line2D([], [], color="#444444", linewidth=0.9, linestyle="--", label=dashed))
+        if any(len(values) > 1 for some in shown.values() for _, values in some):
+            handles.append(Patch(color="#444444", alpha=0.18, linewidth=0, label="lowest to highest seed"))
+        # about 12 characters an inch, handles included, fit beside each other
+        fitting = 140 * width // 12 // (max(map(len, shown)) + 8)
+        legend_columns = max(1, min(5, len(handles), fitting))
+        legend_lines = -(-len(handles) // legend_columns)
+        # room for two lines of the legend is in the first panel's height, and more of them do not squeeze the panels
+        height = 5.2 + 3.8 * (lines - 1) + 0.24 * max(0, legend_lines - 2)
+        figure = Figure(figsize=(width, height), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.1)
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for ax in axes[len(panels) :]:
@@ -83,16 +100,7 @@ def save(panels: list[Callable], curves: Curves, prefix: str, dashed: str | None
             ax.set_xlabel("training tokens")
             ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
             panel(ax)
-        handles = [
-            Line2D([], [], label=label, linewidth=1.7, **style) for label, style in styles(curves).items() if label in shown
-        ]
-        if dashed:
-            handles.append(Line2D([], [], color="#444444", linewidth=0.9, linestyle="--", label=dashed))
-        if any(len(values) > 1 for some in shown.values() for _, values in some):
-            handles.append(Patch(color="#444444", alpha=0.18, linewidth=0, label="lowest to highest seed"))
-        # about 12 characters an inch, handles included, fit beside each other
-        fitting = 140 * width // 12 // (max(map(len, shown)) + 8)
-        figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(5, len(handles), fitting)), frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns, frameon=False)
         stem = prefix.removesuffix(".png").removesuffix(".svg")
         Path(stem).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(f"{stem}.png", dpi=150)
@@ -121,17 +129,21 @@ def draw_losses(curves: Curves, bits_per_nat: float, prefix: str) -> list[Path]:
     """
     end = max(tokens[-1] for of in curves.values() for tokens, _ in [of["val_loss"]] if len(tokens))
 
+    def means(since: float, *keys: str) -> np.ndarray:  # without the bands: one seed that is stuck would flatten all rows
+        some = [of[key] for of in curves.values() for key in keys if len(of[key][0])]
+        return np.concatenate([values[:, tokens >= since].mean(0) for tokens, values in some])
+
     def whole(ax) -> None:
         draw_lines(ax, curves, "val_loss")
         draw_lines(ax, curves, "train_loss", linestyle="--", linewidth=0.9, marker="")
         # the first drop, from ln(vocab_size), would flatten everything after it
-        both = [of[key] for of in curves.values() for key in ("val_loss", "train_loss")]
-        set_limits(ax, np.concatenate([values[:, tokens >= 0.1 * end].ravel() for tokens, values in both if len(tokens)]))
+        set_limits(ax, means(0.1 * end, "val_loss", "train_loss"))
         ax.set_title("Loss on validation and training windows")
         ax.set_ylabel("loss (nats per token)")
 
     def last_part(ax) -> None:
-        set_limits(ax, draw_lines(ax, curves, "val_loss", 0.4 * end, markers=4))
+        draw_lines(ax, curves, "val_loss", 0.4 * end, markers=4)
+        set_limits(ax, means(0.4 * end, "val_loss"))
         ax.set_title("Validation, last 60 % of training")
         ax.set_ylabel("validation loss (nats per token)")
         right = ax.secondary_yaxis("right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat))

@@ -10,6 +10,7 @@ A data set is a folder with train.bin, val.bin (bare uint16 or uint32 token ids)
 Legend: N tokens of a split, T block_size, n windows.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -23,29 +24,29 @@ import torch
 from torch.nn import functional as F
 
 DATA = Path(__file__).resolve().parent / "data"
-OFFLINE_SETS = ("stdlib",)  # prepared without network, hence on first use and unasked
+# prepared without network, hence on first use and unasked
+OFFLINE_SETS = {"stdlib": "data/stdlib/prepare.py", "numbers": "data/pairs/prepare.py --numbers"}
 SPLITS = ("train", "val")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 SCAN_TOKENS = 16_000_000  # per read when a file is checked: 32 MB of uint16
 
 
 def known_sets() -> list[str]:
-    """Names of the sets that have a prepare script of their own (text, pairs and distill make others)."""
-    return sorted(
-        path.parent.name for path in DATA.glob("*/prepare.py") if path.parent.name not in ("text", "pairs", "distill")
-    )
+    """Names of the sets that can be prepared without a file of the user's (which text, pairs and distill turn into others)."""
+    scripts = {path.parent.name for path in DATA.glob("*/prepare.py")} - {"text", "pairs", "distill"}
+    return sorted(scripts | OFFLINE_SETS.keys())
 
 
 def resolve(dataset: str | Path) -> Path:
-    """Folder of a data set: a name in data/ ("stdlib"), or a path to a folder that holds train.bin.
+    """Folder of a data set: a name in data/ ("stdlib"), or a path to a folder that holds train.bin or is that of a known set.
 
     Raises FileNotFoundError for a name that is neither.
     """
-    named = DATA / dataset
-    if str(dataset) in known_sets() or (len(Path(dataset).parts) == 1 and (named / "train.bin").is_file()):
+    named, path = DATA / dataset, Path(dataset)
+    if str(dataset) in known_sets() or (len(path.parts) == 1 and (named / "train.bin").is_file()):
         return named
-    if (Path(dataset) / "train.bin").is_file():
-        return Path(dataset)
+    if (path / "train.bin").is_file() or in_data(path):
+        return path
     raise FileNotFoundError(
         f"no data set {str(dataset)!r}; known sets: {', '.join(known_sets())}; "
         "or give a folder with train.bin, val.bin and meta.json (python data/text/prepare.py makes one of your own text, "
@@ -62,22 +63,59 @@ def prepare_if_missing(dataset: str | Path) -> Path:
     missing = [name for name in ("train.bin", "val.bin", "meta.json", "tokenizer.json") if not (folder / name).is_file()]
     if not missing:
         return folder
-    if str(dataset) not in OFFLINE_SETS:
+    if not in_data(folder) or folder.name not in OFFLINE_SETS:
         raise FileNotFoundError(
             f"data set {str(dataset)!r} is not prepared yet (no {', '.join(missing)}); run: {prepare_command(folder)}"
         )
     print(f"data set {dataset} is not prepared yet: running {prepare_command(folder)}", file=sys.stderr)
-    if subprocess.run([sys.executable, str(folder / "prepare.py")], check=False).returncode != 0:
+    script, *options = OFFLINE_SETS[folder.name].split()
+    if subprocess.run([sys.executable, str(DATA.parent / script), *options], check=False).returncode != 0:
         raise FileNotFoundError(f"data set {str(dataset)!r} could not be prepared, see the message above")
     return folder
 
 
-def prepare_command(folder: Path, dataset: str | None = None) -> str:
-    """The command that writes this data set (again); `dataset` is its name in meta.json, where that is known."""
-    if (folder / "prepare.py").is_file():
-        return f"python data/{folder.name}/prepare.py"
-    script = f"{dataset}/prepare.py" if dataset in known_sets() else "text/prepare.py --input YOUR_TEXT"
-    return f"python data/{script} --out_dir {folder}"
+def in_data(folder: Path) -> bool:
+    """Whether this is the folder in data/ of a known set."""
+    return folder.parent.resolve() == DATA.resolve() and folder.name in known_sets()
+
+
+def prepare_command(folder: Path) -> str:
+    """The command that writes this data set (again), as far as its folder and what is left of its meta.json tell."""
+    if in_data(folder):
+        return f"python {OFFLINE_SETS.get(folder.name, f'data/{folder.name}/prepare.py')}"
+    meta = None
+    with contextlib.suppress(OSError, ValueError):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if not isinstance(meta, dict):  # the wrong script would overwrite what is there with another kind of set
+        return "the script that made it, which may be data/text/prepare.py, data/pairs/prepare.py or data/distill/prepare.py"
+    name, pairs, teacher = meta.get("dataset"), meta.get("kind") == "pairs", meta.get("teacher")
+    if isinstance(teacher, dict):
+        return f"python data/distill/prepare.py --run {teacher.get('run')} --out_dir {folder} (remove {folder}/meta.json first)"
+    script = f"data/{'pairs' if pairs else 'text'}/prepare.py --input YOUR_{'PAIRS' if pairs else 'TEXT'}"
+    if name in known_sets() and pairs == (name == "numbers"):
+        script = OFFLINE_SETS.get(name, f"data/{name}/prepare.py")
+    return f"python {script} --out_dir {folder}"
+
+
+def read_meta(folder: Path) -> dict:
+    """Contents of meta.json. Raises FileNotFoundError or ValueError where it is missing or damaged."""
+    path, again = folder / "meta.json", f"run again: {prepare_command(folder)}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {again}")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        dtype, _ = meta["dtype"], [meta[split]["sha256"] for split in SPLITS]
+        numbers = [meta["vocab_size"], *(meta[split][key] for split in SPLITS for key in ("tokens", "bytes"))]
+        if meta.get("kind") == "pairs":
+            numbers += [meta["separator"], meta["end"], meta["val"]["target_bytes"], meta["val"]["target_tokens"]]
+        for number in numbers:
+            if not isinstance(number, int):
+                raise TypeError(f"{number!r} is no integer")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from error
+    if dtype not in list(DTYPES):
+        raise ValueError(f"{path}: dtype {dtype!r} is not one of {', '.join(DTYPES)}; {again}")
+    return meta
 
 
 class TokenData:
@@ -92,7 +130,7 @@ class TokenData:
         self.folder, self.block_size = Path(folder), block_size
         if block_size < 1:
             raise ValueError(f"block_size={block_size}: at least 1 is needed")
-        self.meta = self._read_meta()
+        self.meta = read_meta(self.folder)
         self.vocab_size: int = self.meta["vocab_size"]
         self.dtype = DTYPES[self.meta["dtype"]]
         for split in SPLITS:
@@ -109,24 +147,10 @@ class TokenData:
     train = property(lambda self: self._maps["train"])
     val = property(lambda self: self._maps["val"])
 
-    def _read_meta(self) -> dict:
-        path = self.folder / "meta.json"
-        again = f"run again: {prepare_command(self.folder)}"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; {again}")
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            needed = (meta["vocab_size"], meta["dtype"], *(meta[s][k] for s in SPLITS for k in ("tokens", "bytes", "sha256")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from error
-        if needed[1] not in DTYPES:
-            raise ValueError(f"{path}: dtype {needed[1]!r} is not one of {', '.join(DTYPES)}; {again}")
-        return meta
-
     def _check(self, split: str) -> None:
         """Raise ValueError unless the file is what meta.json says, long enough, and within the vocabulary."""
         path, tokens = self.folder / f"{split}.bin", self.meta[split]["tokens"]
-        again = f"run again: {prepare_command(self.folder, self.meta.get('dataset'))}"
+        again = f"run again: {prepare_command(self.folder)}"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; {again}")
         size = path.stat().st_size
@@ -140,19 +164,19 @@ class TokenData:
                 f"it is {'empty' if size == 0 else 'truncated or of another data set'}; {again}"
             )
         if tokens <= self.block_size:
+            shorter = f"set --block_size to {tokens - 1} or less, or " if tokens > 1 else ""
             raise ValueError(
                 f"{path} has {tokens:,} tokens, too few for block_size={self.block_size}, which needs one more than that; "
-                f"set --block_size to {tokens - 1} or less, or prepare more text"
+                f"{shorter}prepare more text"
             )
         highest, digest = -1, hashlib.sha256()
         with open(path, "rb") as file:  # plain reads: a map of the whole file would count as resident memory
             while (chunk := np.fromfile(file, dtype=self.dtype, count=SCAN_TOKENS)).size:
                 highest = max(highest, int(chunk.max()))
-                if split == "val":
-                    digest.update(chunk)
+                digest.update(chunk)
         if highest >= self.vocab_size:
             raise ValueError(f"{path} holds token id {highest}, but the vocabulary ends at {self.vocab_size - 1}; {again}")
-        if split == "val" and digest.hexdigest() != self.meta["val"]["sha256"]:
+        if digest.hexdigest() != self.meta[split]["sha256"]:
             raise ValueError(f"{path} is not the file that meta.json describes (its sha256 differs); {again}")
 
     def batch_starts(self, seed: int, step: int, count: int) -> np.ndarray:
@@ -161,6 +185,10 @@ class TokenData:
         The step's sequences are drawn at once; the caller divides them among micro-batches and processes.
         """
         return np.random.default_rng([seed, step]).integers(0, len(self.train) - self.block_size, size=count, dtype=np.int64)
+
+    def target_counts(self, starts: np.ndarray) -> np.ndarray:
+        """Targets (count,) of the windows of train that begin at `starts`."""
+        return np.full(len(starts), self.block_size)
 
     def eval_starts(self, split: str, count: int) -> np.ndarray:
         """(count,) int64 window starts, the same ones in every run whatever its seed, so that curves can be compared."""
@@ -239,6 +267,10 @@ class PairData(TokenData):
         """(count,) int64 numbers of the pairs of one optimizer step, a pure function of the arguments."""
         return np.random.default_rng([seed, step]).integers(0, len(self.bounds["train"]), size=count, dtype=np.int64)
 
+    def target_counts(self, starts: np.ndarray) -> np.ndarray:
+        """Targets (count,) of the pairs of train numbered `starts`."""
+        return self.bounds["train"][starts, 2] - self.bounds["train"][starts, 1]
+
     def eval_starts(self, split: str, count: int) -> np.ndarray:
         """(count,) int64 numbers of pairs, the same ones in every run whatever its seed."""
         rng = np.random.default_rng([0, 0, 1 + SPLITS.index(split)])
@@ -274,6 +306,4 @@ class PairData(TokenData):
 
 def open_data(folder: str | Path, block_size: int) -> TokenData:
     """A data set, by what its meta.json says of it. Raises ValueError or FileNotFoundError for one that cannot be used."""
-    path = Path(folder) / "meta.json"
-    pairs = path.is_file() and '"kind": "pairs"' in path.read_text(encoding="utf-8")
-    return (PairData if pairs else TokenData)(folder, block_size)
+    return (PairData if read_meta(Path(folder)).get("kind") == "pairs" else TokenData)(folder, block_size)

@@ -21,7 +21,8 @@ import checkpoint
 import configurator
 import dataloader
 import runtime
-from model import CausalModel
+from baseline_transformer.model import DecoderOnly
+from model import EncoderDecoder
 from trainer import FULL_EVAL_TOKENS, evaluate_all
 
 
@@ -39,11 +40,15 @@ class EvaluateConfig:
     def __post_init__(self):
         if self.final_eval_tokens is not None and self.final_eval_tokens < 1:
             raise ValueError(f"final_eval_tokens={self.final_eval_tokens}: at least 1 is needed")
+        if self.json == "":
+            raise ValueError("--json= is empty: give it a value, or leave it out")
 
 
 def keep_attention_dropout(model: torch.nn.Module, run: Path) -> None:
-    """From now on attention weights are dropped in evaluation too. Raises ValueError where there is nothing to drop."""
-    if not isinstance(model, CausalModel) or not model.config.dropout:
+    """From now on attention weights are dropped in evaluation too. Raises ValueError where that cannot be or does nothing."""
+    if not isinstance(model, (EncoderDecoder, DecoderOnly)):  # the others have attention of their own, off model.place
+        raise ValueError(f"attention_dropout=True: {run} is neither of encoder_decoder nor of decoder_only; leave it out")
+    if not model.config.dropout:
         raise ValueError(f"attention_dropout=True: {run} was trained without dropout, so there is none to leave on")
     place = model.place
 
@@ -64,6 +69,8 @@ def evaluate(run: Path, config: EvaluateConfig, machine: runtime.Runtime) -> dic
     name = config.dataset or checkpoint.read_config(run)[0]["dataset"]
     data = dataloader.open_data(dataloader.prepare_if_missing(name), model.config.block_size)
     checkpoint.check_tokenizers(data.folder, run)
+    if hasattr(model, "check"):
+        model.check(data, 0)
     if config.attention_dropout:
         keep_attention_dropout(model, run)
         runtime.seed_everything(config.seed)
@@ -84,18 +91,19 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if machine.world_size > 1:
         raise ValueError(f"evaluate.py is one process, not {machine.world_size}: start it without torchrun")
     print(machine.reasons)
+    if config.json is not None:
+        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
     found = []
     for word in settings.words:
         found.append(line := evaluate(Path(word), config, machine))
+        if config.json is not None:  # after each run: the next one may fail
+            checkpoint.write_json(Path(config.json), found)
         dropped = f", attention dropout {line['attention_dropout']}" if config.attention_dropout else ""
         print(
             f"{line['run']}, step {line['step']}: {line['val_loss']:.4f} nats per token, {line['val_bits_per_byte']:.4f} bits per "
             f"byte over {line['val_tokens']:,} tokens of {line['dataset']}{dropped}",
             flush=True,
         )
-    if config.json is not None:
-        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(Path(config.json), found)
     return found
 
 

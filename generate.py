@@ -15,6 +15,7 @@ transformer (latent/latent_transformer.py) writes a whole target at a time: see 
 Shapes: B samples, T tokens, V vocabulary; S tokens of a block, M blocks of a context, D levels of codes, K codes of a level.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -36,8 +37,8 @@ class Sampling:
     seed: int = 1337
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature}: 0 (greedy) or a positive number is needed")
+        if not 0 <= self.temperature <= 1e6:  # beyond, scores would lose the logits, and at last be infinite
+            raise ValueError(f"temperature={self.temperature}: 0 (greedy) or a positive number up to 1e6 is needed")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: at least 1 is needed, or none for all tokens")
         if not 0 < self.top_p <= 1:
@@ -322,8 +323,8 @@ def sample_together(
     """
     check_prompts(model, [sample.tokens for sample in samples])
     if writes_blocks(model):
-        if compile is not None:
-            raise ValueError("compile=true is for models that write one token a step, not blocks; use compile=false")
+        if compile is not None or int8:
+            raise ValueError("compile and int8 are for models that write one token a step, not blocks; leave them out")
         how = sampling if isinstance(sampling, BlockSampling) else BlockSampling((sampling,))
         loop = sample_targets if hasattr(model, "bottleneck") else sample_in_blocks
         yield from loop(model, samples, how, use_cache, first_sample)
@@ -356,6 +357,11 @@ def filler(sample: Continuation) -> int:
     return newline[0] if len(newline) == 1 else sample.tokens[0]
 
 
+def block_noise(seed: int, samples: range, position: int, count: int, size: int) -> torch.Tensor:
+    """(B, count, size) Gumbel noise of one position in all samples, for `count` choices among `size`."""
+    return torch.stack([gumbel_noise(seed, sample, position, count * size) for sample in samples]).unflatten(1, (count, size))
+
+
 def sample_in_blocks(
     model: torch.nn.Module, samples: list[Continuation], sampling: BlockSampling, use_cache: bool = True, first_sample: int = 0
 ) -> Iterator[None]:
@@ -370,11 +376,7 @@ def sample_in_blocks(
     config, device = model.config, model.vectors.device
     S, M, D = config.latent_factor, config.blocks, config.codebook_levels
     levels = sampling.for_levels(D)
-
-    def noise(position: int, count: int, size: int) -> torch.Tensor:  # (B, count, size) of one position in all samples
-        rows = [gumbel_noise(levels[0].seed, first_sample + i, position, count * size) for i in range(len(samples))]
-        return torch.stack(rows).unflatten(1, (count, size))
-
+    noise = functools.partial(block_noise, levels[0].seed, range(first_sample, first_sample + len(samples)))
     idx = torch.tensor([[filler(sample)] * (-len(sample.tokens) % S) + sample.tokens for sample in samples], device=device)
     table, codes = model.table(), None
     step = CodeStepper(model, table) if use_cache and len(samples) == 1 and can_step(model) else None
@@ -432,15 +434,12 @@ def sample_targets(
     config, device = model.config, next(model.parameters()).device
     S, D, K, pairs = config.latent_factor, config.codebook_levels, config.codebook_size, config.task == "pairs"
     levels, most = sampling.for_levels(D), config.latents * D
+    noise = functools.partial(block_noise, levels[0].seed, range(first_sample, first_sample + len(samples)))
     idx = torch.tensor([sample.tokens for sample in samples], device=device)  # (B, n)
     if pairs and idx.size(1) > config.prefix_size:
         raise ValueError(
             f"the question has {idx.size(1)} tokens, its end included, but the model was made for {config.prefix_size}; shorten it"
         )
-
-    def noise(position: int, count: int, size: int) -> torch.Tensor:  # (B, count, size) of one position in all samples
-        rows = [gumbel_noise(levels[0].seed, first_sample + i, position, count * size) for i in range(len(samples))]
-        return torch.stack(rows).unflatten(1, (count, size))
 
     cache, begin, h = None, 0, None
     while not all(sample.finished for sample in samples):

@@ -247,6 +247,7 @@ def tune(run: Lookahead, steps: int = 12) -> Iterator[str]:
         run.use(setting)
         for number in range(steps):
             if run.sample.finished:
+                yield f"lookahead=auto: the text ended before all settings were tried; its last steps were {setting or 'plain'}"
                 return
             if number == steps // 3:  # from here on the pool is no longer empty
                 began, made = time.perf_counter(), len(run.sample.tokens)

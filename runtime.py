@@ -54,6 +54,12 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def in_any_process(self, flag: bool) -> bool:
+        """Whether the flag is set in one process at least. All have to ask together."""
+        if self.world_size == 1:
+            return flag
+        return self.sum_over_processes(torch.tensor(float(flag), device=self.device)).item() > 0
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -185,7 +191,7 @@ def checkpoint_activations(model: torch.nn.Module, kinds: tuple[type, ...]) -> N
             module.forward = functools.partial(recomputed, module, module.forward)
 
 
-def recomputed(module: torch.nn.Module, forward, *args):
+def recomputed(module: torch.nn.Module, forward, *args, **kwargs):
     if not (module.training and torch.is_grad_enabled()):
-        return forward(*args)
-    return checkpoint(forward, *args, use_reentrant=False)
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -45,7 +45,7 @@ class SampleConfig:
     stream: bool = False  # print tokens as they come; needs num_samples=1
     cache: bool = True  # false: compute the whole context again for every token
     lookahead: str | None = None  # several tokens a step, the same text: W,N,G such as 4,3,4, see lookahead.py; auto tries some
-    check: bool = False  # sample again by the plain path (without the cache, if this was it); exit status 1 if texts differ
+    check: bool = False  # sample again by the plain path, if this was it without its cache; exit status 1 if texts differ
     compile: bool = False  # torch.compile for the steps of one token; takes a minute to start
     int8: bool = False  # weights in 8 bits: faster for one text on a CPU, and not quite the same model
     checkpoint: Literal["best", "last"] = "best"  # lowest validation loss, or latest
@@ -76,6 +76,8 @@ class SampleConfig:
             raise ValueError(
                 "int8=true is for one text with a cache: use num_samples=1, lookahead=none, compile=false, cache=true"
             )
+        if self.int8 and self.check:
+            raise ValueError("check=true compares paths of one model, but int8=true makes another of it; use one of the two")
         self.samplings()
         generate.Sampling(self.token_temperature)
 
@@ -110,11 +112,13 @@ class SampleConfig:
 
 def read_prompt(word: str) -> str:
     if word == "-":
+        if sys.stdin is None:
+            raise ValueError("prompt=-: there is no standard input; give the prompt itself, or FILE:path")
         return sys.stdin.read()
     if word.startswith("FILE:"):
         path = Path(word.removeprefix("FILE:"))
         if not path.is_file():
-            raise FileNotFoundError(f"prompt file {path} does not exist")
+            raise FileNotFoundError(f"prompt=FILE:{path}: there is no such file")
         return path.read_text(encoding="utf-8")
     return word
 
@@ -176,7 +180,12 @@ def main(argv: list[str] | None = None) -> list[str]:
     separator = checkpoint.read_json(Path(run) / "config.json").get("separator")
     if separator is not None and separator not in prompt:  # a model of pairs: the prompt is a question
         prompt, written = [*text.encode(written.rstrip("\n")), separator], written.rstrip("\n") + text.decode([separator])
+    if separator is not None and hasattr(model, "bottleneck") and separator in prompt[:-1]:
+        raise ValueError("the prompt goes on behind the end of its question, but a latent transformer answers whole questions only")
     if getattr(model, "predicts", "next") == "itself":
+        keys = ("num_samples", "stop", "stream", "lookahead", "check", "json")
+        if given := [key for key in keys if getattr(config, key) != getattr(SampleConfig, key)]:
+            raise ValueError(f"{', '.join(given)}: {run} is an autoencoder, which gives its prompt back and nothing else; leave them out")
         return [reconstruct(model, text, prompt, machine)]
 
     def start(write=None) -> list[generate.Continuation]:
@@ -219,7 +228,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     print(line, file=sys.stderr)
     if config.check:
         others = start()
-        others_cache = config.lookahead is not None or config.compile
+        others_cache = not config.cache or config.lookahead is not None or config.compile
         seconds = timed(generate.sample_together(model, others, how, others_cache))
         same = [(sample.output, sample.reason) for sample in samples] == [(other.output, other.reason) for other in others]
         report |= {"same": same, "plain_tokens_per_second": sum(len(other.output) for other in others) / seconds}

@@ -7,6 +7,7 @@ whoever has a run directory can decode its samples, with no network, no cache an
 """
 
 import base64
+import binascii
 import codecs
 import json
 from pathlib import Path
@@ -188,9 +189,10 @@ def load(folder: str | Path) -> Tokenizer:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it is written beside the data and copied into every run directory")
+    damage = (json.JSONDecodeError, UnicodeDecodeError, binascii.Error, KeyError, TypeError, AttributeError)
     try:
         return from_state(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except damage as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is damaged ({reason}); copy it again from the data set's folder") from error
 

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -43,19 +44,24 @@ def default_out_dir(config_file: Path | None, model: str) -> Path:
     """out/ and the config file's path below config/: config/stdlib/baseline.py -> out/stdlib/baseline."""
     if config_file is None:
         return Path("out", model)
-    parts = config_file.with_suffix("").parts
-    below = parts[len(parts) - parts[::-1].index("config") :] if "config" in parts else parts[-1:]
-    return Path("out", *below)
+    folders = config_file.parent.parts
+    below = folders[len(folders) - folders[::-1].index("config") :] if "config" in folders else ()
+    return Path("out", *below, config_file.stem)
 
 
-def open_wandb(config: TrainConfig, settings: dict, out: Path, run_id: str | None):
-    """A Weights & Biases run, or None when it is off. Imported only here, so that nobody needs it installed."""
+def import_wandb(config: TrainConfig):
+    """The package, or None when it is off: nobody else needs it installed. Raises ValueError where it is not."""
     if config.wandb == "off":
         return None
     try:
         import wandb
     except ImportError:
         raise ValueError(f"wandb={config.wandb}, but wandb is not installed: pip install wandb, or leave --wandb=off") from None
+    return wandb
+
+
+def open_wandb(wandb, config: TrainConfig, settings: dict, out: Path, run_id: str | None):
+    """A Weights & Biases run."""
     name = config.wandb_run_name or out.name
     return wandb.init(
         project=config.wandb_project, name=name, config=settings, mode=config.wandb, dir=str(out), id=run_id, resume="allow"
@@ -152,6 +158,16 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         )
     if hasattr(model, "check"):
         model.check(data, config.max_iters)
+    inputs = {"dataset": data.folder} | {key: getattr(model_config, key, None) for key in ("autoencoder", "backbone")}
+    for key, folder in inputs.items():
+        if folder is not None and out.resolve() == Path(folder).resolve():
+            raise ValueError(f"out_dir={out} is what the run reads as its {key}; write to another folder")
+    wandb = import_wandb(config) if machine.is_main else None
+    text = prompt = None
+    if config.eval_sample_tokens:
+        text = tokenizer.load(data.folder)
+        prompt = text.encode(config.eval_sample_prompt)
+        generate.check_prompts(model, [prompt])
     model.to(device=machine.device, dtype=machine.weight_dtype)
     if autoencoder is not None:
         model.attach(autoencoder)
@@ -194,9 +210,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         f"{config.model}: {model.get_num_params():,} parameters, {model.flops_per_token() / 1e6:.1f} MFLOP per token; "
         f"{config.dataset}: {len(data.train):,} training and {len(data.val):,} validation tokens; {tokens_per_step:,} tokens a step"
     )
-    wandb_run = open_wandb(config, settings, out, state["wandb_id"]) if machine.is_main else None
+    wandb_run = open_wandb(wandb, config, settings, out, state["wandb_id"]) if wandb else None
     state["wandb_id"] = wandb_run.id if wandb_run else None
-    text = tokenizer.load(data.folder) if config.eval_sample_tokens else None
 
     def log(record: dict) -> None:
         if machine.is_main:
@@ -230,7 +245,6 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         say(f"step {trainer.step}: train {what} {record['train_loss']:.4f}, val {what} {record['val_loss']:.4f}{accuracy}")
         log(record)
         if text is not None and machine.is_main:
-            prompt = text.encode(config.eval_sample_prompt)
             ids = generate.generate(model, [prompt], config.eval_sample_tokens, generate.Sampling(seed=config.seed))[0]
             say(f"sample: {text.decode(ids)!r}")
         if state["best_val_loss"] is None or record["val_loss"] < state["best_val_loss"]:
@@ -240,20 +254,29 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         save_last()
 
     sums, rate_clock, rate_tokens = {}, time.perf_counter(), 0
-    session_clock, seconds_before = time.perf_counter(), state["seconds"]
+    session_clock, seconds_before, train_clock = time.perf_counter(), state["seconds"], time.perf_counter()
     fresh = not resumed  # a resumed run was evaluated at this step before it stopped
     with interruptible() as interrupted:
         while True:
             if fresh and (trainer.step % config.eval_interval == 0 or trainer.step >= config.max_iters):
+                machine.wait()
                 paused = time.perf_counter()
                 state["seconds"] = seconds_before + paused - session_clock
+                state["train_seconds"] += paused - train_clock
                 evaluate()
-                rate_clock += time.perf_counter() - paused  # tokens/s is the speed of training alone
+                train_clock = time.perf_counter()
+                rate_clock += train_clock - paused  # tokens/s is the speed of training alone
             fresh = True
             if trainer.step >= config.max_iters:
                 break
-            if interrupted:
-                state["seconds"] = seconds_before + time.perf_counter() - session_clock
+            # several processes have to stop at one step; they ask each other where they wait for the device anyway
+            asked = machine.world_size == 1 or trainer.step % config.log_interval == 0
+            if asked and machine.in_any_process(bool(interrupted)):
+                if not all(p.isfinite().all() for p in model.parameters()):
+                    stop_if_not_finite(math.nan, trainer.step, out)
+                now = time.perf_counter()
+                state["seconds"] = seconds_before + now - session_clock
+                state["train_seconds"] += now - train_clock
                 save_last()
                 say(f"stopped at step {trainer.step}; {out}/last is saved: the same command with --resume goes on")
                 raise KeyboardInterrupt
@@ -264,7 +287,6 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                 stop_if_not_finite(values["total"], trainer.step, out)
                 now = time.perf_counter()
                 speed, elapsed = rate_tokens / (now - rate_clock), seconds_before + now - session_clock
-                state["train_seconds"] += now - rate_clock
                 rate_clock, rate_tokens = now, 0
                 rate = learning_rate(config, trainer.step - 1)
                 left = (config.max_iters - trainer.step) * tokens_per_step / speed
@@ -301,6 +323,12 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     for name in [name for name in measured if name.endswith("bits_per_token")]:
         measured[name.removesuffix("token") + "byte"] = measured[name] / data.bytes_per_token
     summary |= measured
+    if measured.get("codes_of_data") is False:
+        warnings.warn(
+            "the codebooks were never made of data, so codes mean nothing: k-means waits for quantize_after steps, if the model has "
+            "them, and 50 latents a code; train longer, or lower quantize_after or codebook_size",
+            stacklevel=1,
+        )
     if getattr(model, "embedding_loss", None) is not None:
         with machine.autocast():
             batch = trainer.load_batch("train", data.eval_starts("train", config.batch_size))[0]

@@ -182,7 +182,8 @@ class Trainer:
     def gradients(self, size: int) -> dict[str, torch.Tensor]:
         """Gradients of the next step, in micro-batches of `size` sequences. Returns the losses as update() does."""
         config, machine = self.config, self.machine
-        mine, share = self.micro_batches(size), self.sequences // machine.world_size
+        mine = self.micro_batches(size)
+        targets = self.train_data.target_counts(self.train_data.batch_starts(config.seed, self.step, self.sequences))
         sums: dict[str, torch.Tensor] = {}
         self.train_model.train()
         for i, (number, first, count) in enumerate(mine):
@@ -192,10 +193,11 @@ class Trainer:
                 self.train_model.require_backward_grad_sync = i == len(mine) - 1
             with machine.autocast():
                 _, losses = self.train_model(x, y)
-            # a sequence counts the same in whatever micro-batch; DDP averages over processes, so it is one of this process's share
-            self.scaler.scale(losses["total"] / (share / count)).backward()
+            # losses are means over targets: one counts the same in whatever micro-batch, and DDP averages over processes
+            here, every = targets[first : first + count].sum(), targets.sum()
+            self.scaler.scale(losses["total"] / float(every / (here * machine.world_size))).backward()
             for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + loss.detach() / (self.sequences / count)
+                sums[name] = sums.get(name, 0.0) + loss.detach() / float(every / here)
             # the device still works on all that; meanwhile the host loads what comes next
             upcoming = (self.step, *mine[i + 1][1:]) if i + 1 < len(mine) else (self.step + 1, *mine[0][1:])
             self.ahead = (upcoming, self.load_micro_batch(*upcoming))
@@ -297,15 +299,10 @@ class Trainer:
         for i in range(machine.rank, config.eval_iters, machine.world_size):
             yield self.load_batch(split, starts[i * config.batch_size : (i + 1) * config.batch_size])
 
-    @torch.no_grad()
     def estimate(self, split: str) -> float:
         """Mean loss, nats per token, over the evaluation windows of a split."""
-        self.model.eval()
-        total = torch.zeros((), dtype=torch.float64)
-        for x, y in self.eval_batches(split):
-            with self.machine.autocast():
-                total += self.model(x, y)[1]["token"].double().cpu()
-        return self.sum_up(total).item() / self.config.eval_iters
+        total, count = summed_loss(self.model, self.eval_batches(split), self.machine)
+        return (self.sum_up(total) / self.sum_up(count)).item()
 
     def final_loss(self) -> tuple[float, int]:
         """Mean loss, nats per token, over the validation file, and the number of tokens. Every process does its share."""
@@ -336,6 +333,25 @@ class Trainer:
 
 
 @torch.no_grad()
+def summed_loss(
+    model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], machine: runtime.Runtime
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    (sum of token losses in nats, number of tokens), float64 scalars, over batches (x, y). Weighted by tokens, so how they are cut
+    into batches does not matter.
+    """
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for x, y in batches:
+        x, y = x.to(machine.device), y.to(machine.device)
+        with machine.autocast():
+            mean = model(x, y)[1]["token"]
+        tokens = (y >= 0).sum().cpu()
+        total += mean.double().cpu() * tokens
+        count += tokens
+    return total, count
+
+
 def evaluate_all(
     model: torch.nn.Module,
     data: dataloader.TokenData,
@@ -344,20 +360,9 @@ def evaluate_all(
     machine: runtime.Runtime,
     first_targets: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    (sum of token losses in nats, number of tokens), float64 scalars, over this process's share of a whole split, which is
-    read in fixed order in windows of block_size. Weighted by tokens, so the number of rows at a time does not matter.
-    """
-    model.eval()
-    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for x, y in data.full_windows(split, rows, machine.rank, machine.world_size, first_targets):
-        x, y = x.to(machine.device), y.to(machine.device)
-        with machine.autocast():
-            mean = model(x, y)[1]["token"]
-        tokens = (y >= 0).sum().cpu()
-        total += mean.double().cpu() * tokens
-        count += tokens
-    return total, count
+    """summed_loss over this process's share of a whole split, which is read in fixed order in windows of block_size."""
+    windows = data.full_windows(split, rows, machine.rank, machine.world_size, first_targets)
+    return summed_loss(model, windows, machine)
 
 
 EXACT_PAIRS = 1000  # unseen pairs to answer after training

@@ -19,6 +19,7 @@ import generate
 import lookahead
 import runtime
 import stepper
+from baseline_transformer.model import DecoderOnly
 from benchmarks.shapes import PUBLISHED
 from benchmarks.timing import at_least_one, in_turns
 
@@ -76,11 +77,12 @@ def plainly(
     """The work of a Variant: so many texts of each prompt, sampled together."""
 
     def work(tokens: int) -> tuple[int, int]:
-        steps = 0
+        made = steps = 0
         for prompt in prompts:
             samples = [generate.Continuation(prompt, tokens) for _ in range(texts)]
             steps += sum(1 for _ in generate.sample_together(model, samples, sampling, **how))
-        return len(prompts) * texts * tokens, steps
+            made += sum(len(sample.output) for sample in samples)  # fewer where an answer has its end
+        return made, steps
 
     return work
 
@@ -112,18 +114,19 @@ def sample_variants(model: torch.nn.Module, prompts: list[list[int]], config: Sa
 
         return work
 
-    head = getattr(model.config, "latent_factor", 0) > 0  # a compression head allows neither lookahead nor a static cache
+    # with codes there is neither lookahead nor a static cache
+    codes = getattr(model.config, "latent_factor", 0) > 0 or generate.writes_blocks(model)
     variants = [
         Variant("plain cached", plain(), model),
         Variant("plain uncached", plain(use_cache=False), model),
         Variant(f"plain cached, batch {config.batch}", plain(config.batch), model),
-        *(Variant(f"lookahead {setting}", ahead(setting), model) for setting in (lookahead.AUTO if not head else ())),
+        *(Variant(f"lookahead {setting}", ahead(setting), model) for setting in (lookahead.AUTO if not codes else ())),
     ]
-    if stepper.can_step(model):
+    if stepper.can_step(model) and not codes:
         variants.append(Variant("plain cached, int8", plain(int8=True), model))
-    if next(model.parameters()).is_cuda and not head:
+    if next(model.parameters()).is_cuda and not codes:
         variants.append(Variant("plain cached, compiled", plain(compile="inductor"), model))
-    if hasattr(model.config, "n_layer") and importlib.util.find_spec("transformers"):
+    if isinstance(model, DecoderOnly) and importlib.util.find_spec("transformers"):
         variants.append(hugging_face(model, prompts[0], config))
     return variants
 
@@ -164,6 +167,10 @@ def bench_sample(config: SampleBench) -> list[dict]:
             models[name] = checkpoint.build(name, checkpoint.CONFIGS[name](vocab_size=50257, block_size=200, **shape))
     else:
         model, text, _ = checkpoint.load_run(config.run, "best", machine.device)
+        if getattr(model, "predicts", "next") == "itself":
+            raise ValueError(f"run={config.run} is an autoencoder, which continues no text; give the run of a language model")
+        if "separator" in checkpoint.read_json(Path(config.run) / "config.json"):
+            raise ValueError(f"run={config.run} answers questions; python bench.py latent --run=... --prompt=QUESTION measures that")
         models = {Path(config.run).name: model}
         prompts = [text.encode(config.prompt)]
         if config.val_prompts:

@@ -11,8 +11,11 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import lzma
 import os
+import platform
+import shutil
 import sys
 import tempfile
 import zlib
@@ -28,11 +31,14 @@ import numpy as np
 import tokenizer as tokenizers
 from tokenizer import Tokenizer, to_utf8
 
+DATA = Path(__file__).resolve().parent
+PACKED = (".gz", ".xz", ".zst")
 SEPARATOR = "\n\n\n"  # two empty lines
 CUT_CHARS = 1 << 16  # where a file names no document ends, one is set at the first line end after this many characters
 LONGEST_CHARS = 1 << 22  # a stretch without separator that is longer than this is cut in the same way, to bound memory
 READ_BYTES = 1 << 20  # per read of a plain or compressed file
 BATCH_CHARS = 1 << 19  # text handed to a tokenizer thread at once
+WORK = f".preparing-{platform.node()}-"  # what a folder of unfinished work is called, with the process id behind it
 FEW_PIECES = 50  # a corpus of a single document is cut into about this many
 
 
@@ -58,14 +64,14 @@ def read_documents(path: str | Path, separator: str = SEPARATOR, text_key: str =
         return
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a text file or a folder with some")
-    suffixes = [s.lower() for s in path.suffixes if s.lower() not in (".gz", ".xz", ".zst")]
+    suffixes = [s.lower() for s in path.suffixes if s.lower() not in PACKED]
     kind = suffixes[-1] if suffixes else ""
     if kind == ".parquet":
         yield from _read_parquet(path, text_key)
     elif kind == ".jsonl":
         yield from _read_jsonl(path, text_key)
     else:
-        yield from split_documents(_decode(path), separator)
+        yield from split_documents(read_text(path), separator)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -126,6 +132,8 @@ def _unpacked(path: Path, read: Callable[[BinaryIO], bytes]) -> Iterator[bytes]:
         while True:
             try:
                 data = read(file)
+                if not data and path.suffix.lower() in PACKED and path.stat().st_size == 0:
+                    raise EOFError("it is empty")  # which two of the three take for an empty text
             except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
                 raise ValueError(f"{path} is damaged or not a {path.suffix} file ({error}); fetch it again") from error
             if not data:
@@ -133,12 +141,14 @@ def _unpacked(path: Path, read: Callable[[BinaryIO], bytes]) -> Iterator[bytes]:
             yield data
 
 
-def _decode(path: Path) -> Iterator[str]:
-    """Pieces of the text, with line ends made "\\n" as Python's text files do."""
+def read_text(path: Path) -> Iterator[str]:
+    """Pieces of a text file, packed or not, with line ends made "\\n" as Python's text files do. Raises ValueError for other files."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     done, at_start = 0, True  # bytes given to the decoder, and whether they were a character yet
     for data in chain(_unpacked(path, lambda file: file.read(READ_BYTES)), [b""]):
+        if b"\0" in data:  # the end of a document to the byte tokenizer
+            raise ValueError(f"{path} holds a zero byte: not a text file; leave it out or unpack it")
         pending = len(decoder.getstate()[0])  # the first bytes of a character that the last read cut in two
         try:
             text = decoder.decode(data, final=not data)
@@ -164,7 +174,8 @@ def split_documents(pieces: Iterable[str], separator: str = SEPARATOR) -> Iterat
         if len(rest) > LONGEST_CHARS:
             *cut, rest = cut_lines(rest)
             yield from cut
-    yield from _not_empty(rest) if separated else cut_lines(rest)
+    # line ends around a document are not part of it, with a separator or without: equal texts belong to one side
+    yield from _not_empty(rest) if separated else cut_lines(rest.strip("\n"))
 
 
 def _not_empty(document: str) -> Iterator[str]:
@@ -191,7 +202,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from error
         text = _text_of(row if isinstance(row, dict) else {}, text_key, f"{path}, line {number}")
         yield from [to_utf8(text).decode()] if text else []  # JSON can hold half a character, a data set must not
@@ -206,20 +217,40 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
     try:
         # a buffer size makes pyarrow read a column in pieces instead of a whole row group
         with pq.ParquetFile(path, buffer_size=READ_BYTES) as file:
-            keys = [key for key in text_key.split(",") if key in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=256, columns=keys or None):
-                for row in batch.to_pylist():
-                    yield from filter(None, [_text_of(row, text_key, str(path))])
+            columns, number = file.schema_arrow.names, 0
+            keys = _keys_in(columns, text_key, str(path))
+            for batch in file.iter_batches(batch_size=256, columns=keys):
+                for values in zip(*(batch.column(key) for key in keys)):
+                    number += 1
+                    try:
+                        row = {key: value.as_py() for key, value in zip(keys, values)}
+                    except UnicodeDecodeError as error:
+                        raise ValueError(f"{path}, row {number}: not UTF-8 ({error.reason}); leave the row out") from error
+                    yield from filter(None, [_text_of(row, text_key, f"{path}, row {number}")])
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is damaged or not a Parquet file ({error}); fetch it again") from error
 
 
 def _text_of(row: dict, text_key: str, place: str) -> str:
-    parts = [row.get(key) for key in text_key.split(",")]
-    if not all(isinstance(part, str) for part in parts):
-        present = ", ".join(map(str, row)) or "nothing"
+    parts = []
+    for key in _keys_in(row, text_key, place):
+        if not isinstance(row[key], str):
+            what = "null" if row[key] is None else f"{type(row[key]).__name__}, not text"
+            raise ValueError(f"{place}: the value under {key!r} is {what}; leave the row out, or set --text_key")
+        parts.append(row[key])
+    text = "\n\n".join(parts)
+    if "\0" in text:
+        raise ValueError(f"{place} holds a zero byte: not text; leave the row out")
+    return text
+
+
+def _keys_in(columns: Iterable[str], text_key: str, place: str) -> list[str]:
+    """The parts of `text_key`. Raises ValueError unless there is a column of each name."""
+    keys, columns = text_key.split(","), list(columns)
+    if not set(keys) <= set(columns):
+        present = ", ".join(columns) or "nothing"
         raise ValueError(f"{place}: no text under {text_key!r}, there is {present}; set --text_key")
-    return "\n\n".join(parts)
+    return keys
 
 
 def stream_rows(path: str, **options) -> Iterator[dict]:
@@ -231,6 +262,7 @@ def stream_rows(path: str, **options) -> Iterator[dict]:
         from datasets import load_dataset
     except ModuleNotFoundError:
         raise ValueError("streaming needs datasets: pip install datasets, or give local text with --input") from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # not a warning for each of its retries
     try:
         yield from load_dataset(path, split="train", streaming=True, **options)
     except Exception as error:  # three libraries raise theirs here: datasets, huggingface_hub and its HTTP client
@@ -280,6 +312,14 @@ def is_validation(document: str, val_fraction: float) -> bool:
     return int.from_bytes(digest, "big") < val_fraction * 2**64
 
 
+def check_numbers(val_fraction: float, max_bytes: int | None = None) -> None:
+    """Raise ValueError for what is not a share of the text, or not an amount of it."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction}: give a number between 0 and 1, e.g. 0.1")
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"max_bytes={max_bytes}: give a positive number of bytes")
+
+
 def write_dataset(
     documents: Iterable[str],
     tokenizer: Tokenizer,
@@ -294,10 +334,7 @@ def write_dataset(
 
     A single document is cut at line ends first, so that it can have two sides. Raises ValueError when a side ends empty.
     """
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction}: give a number between 0 and 1, e.g. 0.1")
-    if max_bytes is not None and max_bytes < 1:
-        raise ValueError(f"max_bytes={max_bytes}: give a positive number of bytes")
+    check_numbers(val_fraction, max_bytes)
     documents = iter(documents)
     first = list(islice(documents, 2))
     if len(first) == 1:
@@ -310,22 +347,28 @@ def write_dataset(
 
 
 def write_sides(
-    sided: Iterable[tuple[bool, str]],
+    sided: Iterable[tuple],
     tokenizer: Tokenizer,
     out_dir: str | Path,
     source: str,
     dataset: str | None = None,
     total_bytes: int | None = None,
     threads: int | None = None,
+    complete: Callable[[dict], None] = lambda meta: None,
 ) -> dict:
-    """The same for (is it validation?, document) pairs whose side is known. `total_bytes` is only for the progress bar."""
+    """
+    The same for (is it validation?, document) pairs whose side is known. A document may come in parts, (val, part, part, ...),
+    which are tokenized apart. `complete` is given the meta of all documents, to add to it before it is written. `total_bytes` is
+    only for the progress bar.
+    """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(out_dir)
     threads = threads or os.cpu_count() or 1
     dtype = np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
     bar = _progress_bar(total_bytes)
     # In a folder of its own until complete: an interrupted run leaves what was there before, and two runs do not mix.
-    with tempfile.TemporaryDirectory(prefix=".preparing-", dir=out_dir) as work:
+    with tempfile.TemporaryDirectory(prefix=f"{WORK}{os.getpid()}-", dir=out_dir) as work:
         work = Path(work)
         with open(work / "train.bin", "wb") as train, open(work / "val.bin", "wb") as val, ThreadPoolExecutor(threads) as pool:
             sides = {"train": _Side(train), "val": _Side(val)}
@@ -347,11 +390,13 @@ def write_sides(
                 finish_oldest()
         if bar is not None:
             bar.close()
+        count = sum(side.documents for side in sides.values())
+        if count == 0:
+            raise ValueError("there is no text to prepare: what was given is empty")
         for name, side in sides.items():
-            if side.tokens == 0:
+            if side.documents == 0:
                 raise ValueError(
-                    f"no document fell on the {name} side, there are only {sum(s.documents for s in sides.values())} in all; "
-                    "give more text, a --separator that makes more documents of it, or a --val_fraction nearer to 0.5"
+                    f"no document fell on the {name} side, of {count} in all; give more of them, or a --val_fraction nearer to 0.5"
                 )
         meta = {
             "dataset": dataset or out_dir.resolve().name,
@@ -362,8 +407,9 @@ def write_sides(
             "bytes_per_token": sides["val"].bytes / sides["val"].tokens,
             "source": source,
         }
+        complete(meta)
         tokenizers.save(tokenizer, work)
-        write_meta(meta, work)
+        (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         (out_dir / "meta.json").unlink(missing_ok=True)  # without it the folder does not count as a data set
         for name in ("train.bin", "val.bin", tokenizers.FILE_NAME, "meta.json"):
             os.replace(work / name, out_dir / name)
@@ -373,15 +419,27 @@ def write_sides(
     return meta
 
 
-def write_meta(meta: dict, folder: Path) -> None:
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+def _remove_leftovers(out_dir: Path) -> None:
+    """Remove the folders of preparations on this machine that were killed."""
+    for folder in out_dir.glob(f"{WORK}*-*"):
+        pid = folder.name.removeprefix(WORK).split("-")[0]
+        if os.name == "posix" and pid.isdigit():
+            try:
+                os.kill(int(pid), 0)  # this signal only asks whether the process is there
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
+            except PermissionError:  # it is, and another user's
+                pass
 
 
-def _batches(sided: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
+def _batches(sided: Iterable[tuple]) -> Iterator[list[tuple[bool, list[str]]]]:
+    """The documents with any text, about BATCH_CHARS characters at a time."""
     batch, chars = [], 0
-    for val, document in sided:
-        batch.append((val, document))
-        chars += len(document)
+    for val, *parts in sided:
+        if not any(parts):
+            continue
+        batch.append((val, parts))
+        chars += sum(map(len, parts))
         if chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0
@@ -389,16 +447,18 @@ def _batches(sided: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, str
         yield batch
 
 
-def _encode_batch(batch: list[tuple[bool, str]], tokenizer: Tokenizer, dtype: np.dtype) -> list[tuple[np.ndarray, int, int]]:
+def _encode_batch(
+    batch: list[tuple[bool, list[str]]], tokenizer: Tokenizer, dtype: np.dtype
+) -> list[tuple[np.ndarray, int, int]]:
     """(token ids, bytes, documents) of train and val. Bytes are those of the text, and one for each end of document."""
     end = np.array([] if tokenizer.eos is None else [tokenizer.eos], dtype=dtype)
     result = []
     for side in (False, True):
-        documents = [document for val, document in batch if val == side]
+        documents = [parts for val, parts in batch if val == side]
         arrays = [np.empty(0, dtype=dtype)]
-        for document in documents:
-            arrays += [tokenizer.encode_array(document).astype(dtype), end]
-        n_bytes = sum(len(to_utf8(document)) for document in documents) + end.size * len(documents)
+        for parts in documents:
+            arrays += [*(tokenizer.encode_array(part).astype(dtype) for part in parts), end]
+        n_bytes = sum(len(to_utf8(part)) for parts in documents for part in parts) + end.size * len(documents)
         result.append((np.concatenate(arrays), n_bytes, len(documents)))
     return result
 
@@ -418,9 +478,16 @@ def _progress_bar(total_bytes: int | None):
 # What the scripts share
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and the defaults of options that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def bare_arguments(description: str, out_dir: Path | None) -> argparse.ArgumentParser:
     """Parser with the option that every script has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
     parser.add_argument("--out_dir", type=Path, default=out_dir, help="folder to write to")
     return parser
 
@@ -440,6 +507,24 @@ def input_arguments(parser: argparse.ArgumentParser, required: bool = False) -> 
     parser.add_argument("--separator", default=r"\n\n\n", help=r"between two documents of a text file; \n is a line end")
     parser.add_argument("--text_key", default="text", help="column of .jsonl and .parquet; several: title,text")
     parser.add_argument("--max_bytes", type=int, help="stop before the document that exceeds so many bytes of text")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The values of a parser that `arguments` made. Raises ValueError for numbers out of range."""
+    args = parser.parse_args(argv)
+    check_numbers(args.val_fraction, getattr(args, "max_bytes", None))
+    return args
+
+
+def folder_for(name: str | None, out_dir: Path | None) -> Path:
+    """Where a data set of this name goes. Raises ValueError for a name that is none, or that of a set with a script of its own."""
+    if out_dir is not None:
+        return out_dir
+    if name is None:
+        raise ValueError("the data set has no name; give --name NAME (written to data/NAME) or --out_dir FOLDER")
+    if Path(name).name != name or name == ".." or (DATA / name / "prepare.py").exists():
+        raise ValueError(f"--name {name}: give a plain name that no data set of this project has, or an --out_dir")
+    return DATA / name
 
 
 def read_inputs(args: argparse.Namespace) -> Iterator[str]:

@@ -36,6 +36,11 @@ class EmbeddingsConfig:
     plot: str | None = "out/embeddings"  # draw to PLOT.png and PLOT.svg; none: do not
     json: str | None = None  # also write the numbers to this file
 
+    def __post_init__(self):
+        for key in ("plot", "json"):
+            if getattr(self, key) == "":
+                raise ValueError(f"--{key}= is empty: give it a value, or leave it out")
+
 
 def tables(run: Path) -> dict[str, torch.Tensor]:
     """`tokens` (N, C) and, if the run has a table of them, `positions` (T, C), float64, of the last weights, or of the best."""

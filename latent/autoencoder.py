@@ -105,7 +105,6 @@ class AutoencoderConfig:
             gradient=self.quantizer_gradient,
             quantize_dropout=self.quantize_dropout,
             decay=self.codebook_decay,
-            restart_interval=max(100, math.ceil(1 / max(1 - self.codebook_decay, 1e-9))),
         )
 
 
@@ -319,6 +318,7 @@ class Autoencoder(CausalModel):
         report = usage.report()
         accuracy = (sums["right_by_depth"] / tokens).tolist()
         return {
+            "codes_of_data": self.quantizer.initialized,  # if not, codebooks are random: nothing here means anything
             "token_accuracy": accuracy[-1],
             "exact_blocks": (sums["exact_blocks"] / sums["latents"]).item(),  # all S tokens right
             "accuracy_by_depth": accuracy,  # decoded from the first 1..D levels

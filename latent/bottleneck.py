@@ -10,8 +10,8 @@ Discretization bottlenecks behind one interface: latents become codes, and the v
 3. semhash, improved semantic hashing (arXiv:1801.09797): log2(K) bits by noise and a saturating sigmoid,
        y = clamp(1.2 sigmoid(W z + n) - 0.1, 0, 1);   d = 1[y > 0.5] + y - sg(y);   z_q = (2 d - 1) E
    where in training half of the latents pass y itself.
-Outside training there is no noise, and every z_q is what the codes say. In training the codes are those of evaluation, too: it is
-these that the prior has to predict.
+Outside training there is no noise, and every z_q is what the codes say. In training the codes have none either, whatever z_q
+has: it is these that the prior has to predict.
 
 Shapes: Z latent width, K codes of a level, D levels, b = log2(K) bits, leading dimensions (...) of any number.
 """
@@ -70,7 +70,6 @@ def quantizer_config(config) -> QuantizerConfig:
         codebook_levels=config.codebook_levels // slices,
         commitment_weight=config.commitment_weight,
         decay=config.codebook_decay,
-        restart_interval=max(100, math.ceil(1 / max(1 - config.codebook_decay, 1e-9))),
     )
 
 

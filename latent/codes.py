@@ -35,7 +35,7 @@ class CodeData:
         if config.codebook_size > 2**16:
             raise ValueError(f"codebook_size={config.codebook_size}: codes are stored in 16 bits, so 65536 is the limit")
         T, tokens = config.block_size, len(data.train)
-        begins = [i * (T // offsets) + i for i in range(offsets)]
+        begins = begins_of_copies(T, config.latent_factor, offsets)
         starts = np.concatenate([np.arange(begin, tokens - T, T) for begin in begins])
         self.shape = (T // config.latent_factor, config.codebook_levels)  # M, D
         meta = {
@@ -60,6 +60,10 @@ class CodeData:
         """(count,) int64 numbers of the windows of one optimizer step, a pure function of the arguments."""
         return np.random.default_rng([seed, step]).integers(0, self.windows, size=count, dtype=np.int64)
 
+    def target_counts(self, starts: np.ndarray) -> np.ndarray:
+        """Codes (count,) of the windows numbered `starts`."""
+        return np.full(len(starts), np.prod(self.shape))
+
     def gather(self, split: str, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (n, M, D) int64 of the windows numbered `starts` (n,), as inputs and as targets."""
         assert split == "train", f"only the training text is stored as codes, not {split}"
@@ -70,6 +74,11 @@ class CodeData:
             assert size == row.nbytes, f"codes.bin ends within window {start}: it changed after the start of the run"
         codes = torch.from_numpy(windows.astype(np.int64))
         return codes, codes
+
+
+def begins_of_copies(T: int, S: int, copies: int) -> list[int]:
+    """Tokens before the first window of each copy: spread over a window, and all different modulo S where copies <= S."""
+    return [i * (T // copies // S * S) + i for i in range(copies)]
 
 
 def read_meta(folder: Path) -> dict:
@@ -89,12 +98,17 @@ def extract(folder: Path, data: TokenData, autoencoder: Autoencoder, starts: np.
     print(
         f"encoding the training text: {len(starts):,} windows of {meta['block_size']} tokens, once, into {folder}", flush=True
     )
-    with open(folder / "codes.bin.tmp", "wb") as file, torch.autocast(device.type, enabled=False):
-        for first in range(0, len(starts), rows):
-            text, _ = data.gather("train", starts[first : first + rows])
-            codes = autoencoder.encode(text.to(device)).cpu().numpy()
-            file.write(codes.astype("<u2").tobytes())
-    os.replace(folder / "codes.bin.tmp", folder / "codes.bin")
-    (folder / "meta.json.tmp").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    os.replace(folder / "meta.json.tmp", folder / "meta.json")
+    # of this process alone: another run on the same autoencoder may be at the same work
+    codes_file, meta_file = (folder / f"{name}.{os.getpid()}.tmp" for name in ("codes.bin", "meta.json"))
+    try:
+        with open(codes_file, "wb") as file, torch.autocast(device.type, enabled=False):
+            for first in range(0, len(starts), rows):
+                text, _ = data.gather("train", starts[first : first + rows])
+                codes = autoencoder.encode(text.to(device)).cpu().numpy()
+                file.write(codes.astype("<u2").tobytes())
+        os.replace(codes_file, folder / "codes.bin")
+    finally:
+        codes_file.unlink(missing_ok=True)
+    meta_file.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    os.replace(meta_file, folder / "meta.json")
     print(f"encoded in {time.perf_counter() - began:.0f} s", flush=True)

@@ -128,6 +128,7 @@ class CompressionHead(nn.Module):
         if self.ablation == "zeroed":
             memory = torch.zeros_like(memory)
         elif self.ablation == "swapped":
+            assert len(memory) > 1, "one row has no other to swap with"
             memory = memory.roll(1, dims=0)
         if self.wpe is not None:
             memory = memory + self.wpe.weight[max(first - 1, 0) : h.size(1) // self.factor]
@@ -172,10 +173,11 @@ class CompressionHead(nn.Module):
         usage = CodeUsage(self.quantizer.config)
         usage.add(codes[whole])
         tokens = (y >= 0).sum().cpu().double()
-        sums = {"codes": usage.counts.cpu().double(), "tokens": tokens}
-        for how in ("zeroed", "swapped"):
+        others = tokens if len(x) > 1 else torch.zeros_like(tokens)  # one row has no other to swap with
+        sums = {"codes": usage.counts.cpu().double(), "tokens": tokens, "swapped_tokens": others}
+        for how, count in (("zeroed", tokens), ("swapped", others)):
             with self.ablated(how):  # a batch without a target has no mean
-                sums[how] = model(x, y)[1]["token"].cpu().double() * tokens if tokens > 0 else torch.zeros_like(tokens)
+                sums[how] = model(x, y)[1]["token"].cpu().double() * count if count > 0 else torch.zeros_like(count)
         return sums
 
     def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, int | float | list]:
@@ -184,6 +186,8 @@ class CompressionHead(nn.Module):
         usage.counts = sums["codes"].long()
         if self.quantizer.initialized:
             usage.warn_if_collapsed()
-        losses = {f"val_loss_latents_{how}": (sums[how] / sums["tokens"]).item() for how in ("zeroed", "swapped")}
+        losses = {"codes_of_data": self.quantizer.initialized, "val_loss_latents_zeroed": (sums["zeroed"] / sums["tokens"]).item()}
+        if sums["swapped_tokens"] > 0:
+            losses["val_loss_latents_swapped"] = (sums["swapped"] / sums["swapped_tokens"]).item()
         codes = {f"codebook_{name}": value for name, value in usage.report().items()}
         return losses | codes | {"codebook_restarts": self.quantizer.restarts}

@@ -86,6 +86,11 @@ class LatentTransformerConfig:
             f"freeze_codes_after={self.freeze_codes_after} is not beyond quantize_after={self.quantize_after}: the codebooks would "
             "never be made of data; raise it",
         )
+        require(
+            self.freeze_codes_after == 0 or self.dropout == 0.0,
+            f"freeze_codes_after={self.freeze_codes_after} is to keep the codes of a text as they are, but with "
+            f"dropout={self.dropout} they would differ from step to step; set one of the two to 0",
+        )
         doublings(self.latent_factor)
         require(
             self.target_size % self.latent_factor == 0,
@@ -442,6 +447,7 @@ class LatentTransformer(CausalModel):
             usage.warn_if_collapsed()
         report, bits = usage.report(), math.log(2) * sums["tokens"]
         return {
+            "codes_of_data": bool(self.bottleneck.ready),
             "code_bits_per_token": (sums["code_nats"].sum() / bits).item(),
             "end_bits_per_token": (sums["end_nats"] / bits).item(),  # part of the codes'
             "token_bits_per_token": (sums["token_nats"] / bits).item(),

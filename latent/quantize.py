@@ -56,11 +56,11 @@ class QuantizerConfig:
     kmeans_iterations: int = 10  # ema: Lloyd iterations of the initialization; 0 = random vectors
     vectors_per_code: int = 50  # ema: K times as many recent latents are kept (and stored in checkpoints) for it and restarts
     dead_threshold: float = 0.05  # ema: a code is dead below this fraction of the mean hits of a code; 0 = no restarts
-    restart_interval: int = 100  # ema: steps between searches for dead codes
+    restart_interval: int | None = None  # ema: steps between searches for dead codes; none: the averages' memory, 100 at least
 
     def __post_init__(self):
         for key in ("latent_dim", "codebook_levels", "vectors_per_code", "restart_interval"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
+            require(getattr(self, key) is None or getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
         require(self.codebook_size >= 2, f"codebook_size={self.codebook_size}: at least 2 codes are needed to say anything")
         require(self.kind in ("ema", "simvq"), f"kind={self.kind}: codebooks are ema or simvq")
         require(
@@ -78,10 +78,16 @@ class QuantizerConfig:
         require(0.0 <= self.dead_threshold < 1.0, f"dead_threshold={self.dead_threshold}: a fraction in [0, 1) is needed")
         memory = 1 / (1 - self.decay)  # steps
         require(
-            self.dead_threshold == 0.0 or self.restart_interval >= 0.999 * memory,
+            self.dead_threshold == 0.0 or self.restart_steps >= 0.999 * memory,
             f"restart_interval={self.restart_interval} is shorter than the memory of the averages, 1 / (1 - decay) = {memory:.0f} "
             "steps, so codes would be restarted before they can prove themselves; raise it or lower decay",
         )
+
+    @property
+    def restart_steps(self) -> int:
+        if self.restart_interval is not None:
+            return self.restart_interval
+        return max(100, math.ceil(1 / max(1 - self.decay, 1e-9)))
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -159,6 +165,13 @@ def distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """This tensor of every process, whose shapes are equal."""
+    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, tensor.contiguous())
+    return found
+
+
 class EMACodebook(nn.Module):
     """Codebooks as moving averages of the residuals assigned to them (arXiv:1711.00937, appendix A)."""
 
@@ -180,6 +193,9 @@ class EMACodebook(nn.Module):
         # what forward() collects until step(); zero whenever a checkpoint is written
         self.register_buffer("pending_count", torch.zeros(books, K), persistent=False)
         self.register_buffer("pending_sum", torch.zeros(books, K, Z), persistent=False)
+        self.register_buffer("pending_latents", torch.zeros((), dtype=torch.int64), persistent=False)  # written to `recent`
+        self.register_buffer("pending_calls", torch.zeros((), dtype=torch.int64), persistent=False)  # of collect()
+        self.register_buffer("call", torch.zeros(len(self.recent), dtype=torch.int64), persistent=False)  # that wrote each row
 
     def vectors(self) -> torch.Tensor:
         return self.codes
@@ -201,7 +217,10 @@ class EMACodebook(nn.Module):
         keep = valid & (order < capacity)
         row = torch.where(keep, (self.seen + order) % capacity, capacity)
         self.recent.index_copy_(0, row, torch.where(keep[:, None], residuals[0], 0.0))
+        self.call.index_copy_(0, row, self.pending_calls.expand_as(row))
         self.seen.add_(keep.sum())
+        self.pending_latents.add_(keep.sum())
+        self.pending_calls.add_(1)
 
     @torch.no_grad()
     def step(self, initialize: bool) -> None:
@@ -209,16 +228,32 @@ class EMACodebook(nn.Module):
         if distributed():
             dist.all_reduce(self.pending_count)
             dist.all_reduce(self.pending_sum)
+            self.share_recent()
         if not self.initialized:
-            enough = self.seen >= len(self.recent) - 1
-            if initialize and self.from_rank_0(enough.long()):
+            if initialize and self.seen >= len(self.recent) - 1:
                 self.initialize()
         elif self.pending_count.sum() > 0:  # else nothing was collected, and the averages must not fade
             self.update()
-            if self.config.dead_threshold > 0 and self.steps % self.config.restart_interval == 0:
+            if self.config.dead_threshold > 0 and self.steps % self.config.restart_steps == 0:
                 self.restart_dead_codes()
-        self.pending_count.zero_()
-        self.pending_sum.zero_()
+        for pending in (self.pending_count, self.pending_sum, self.pending_latents, self.pending_calls):
+            pending.zero_()
+
+    def share_recent(self) -> None:
+        """
+        Write the latents that each process has collected since the last step into the ring of all, in the order in which a single
+        process would have met them: pass by pass (all make equally many), in each process by process.
+        """
+        capacity, before = len(self.recent) - 1, self.seen - self.pending_latents
+        mine = self.pending_latents.clamp(max=capacity)
+        counts = gathered(mine)
+        # slots of this process's own; where others have more, what lies behind them
+        slots = (self.seen - mine + torch.arange(int(max(counts)), device=mine.device)) % capacity
+        real = torch.cat([torch.arange(len(slots), device=mine.device) < count for count in counts])
+        order = torch.cat(gathered(self.call[slots]))[real].argsort(stable=True)
+        rows = torch.cat(gathered(self.recent[slots]))[real][order]
+        self.seen.copy_(before + len(rows))
+        self.recent[(before + torch.arange(len(rows), device=mine.device))[-capacity:] % capacity] = rows[-capacity:]
 
     def update(self) -> None:
         """One step of the moving averages, and the codes they give."""
@@ -230,19 +265,18 @@ class EMACodebook(nn.Module):
         self.codes.copy_(self.ema_sum / smoothed[..., None])
         self.steps += 1
 
-    def from_rank_0(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """Give every process the values of rank 0, in place; returns the first tensor."""
+    def from_rank_0(self, *tensors: torch.Tensor) -> None:
+        """Give every process the values of rank 0, in place: rounding must not let codebooks drift apart."""
         if distributed():
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
-        return tensors[0]
 
     def generator(self) -> torch.Generator:
         """Random choices of step(): a function of its number, so that a resumed run makes the same ones."""
         return torch.Generator().manual_seed(int(self.steps))
 
     def initialize(self) -> None:
-        """k-means of each level on its own residual, on the latents that rank 0 has kept (all ranks draw from one data set)."""
+        """k-means of each level on its own residual, on the latents that were kept."""
         config, generator = self.config, self.generator()
         if not distributed() or dist.get_rank() == 0:
             residual, residuals = self.recent[:-1], []

@@ -77,7 +77,7 @@ def test_latents_pass_in_training_until_all_codebooks_are_made(kind):
 @pytest.mark.parametrize("decay, steps", [(0.5, 100), (0.99, 100), (0.999, 1000)])
 def test_codes_are_not_restarted_too_early(decay, steps):
     """Guards codebook_decay: searches for dead codes wait until the averages have forgotten what they began with."""
-    assert make("dvq", codebook_decay=decay).quantizers[0].config.restart_interval == steps
+    assert make("dvq", codebook_decay=decay).quantizers[0].config.restart_steps == steps
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])

@@ -92,6 +92,35 @@ def test_one_process_extracts_and_the_other_waits(data, tmp_path):
     assert all(torch.equal(torch.load(tmp_path / f"read{rank}"), expected) for rank in range(2))
 
 
+def test_two_runs_extract_at_the_same_time(data, tmp_path, monkeypatch):
+    """Guards priors started together on one autoencoder: one that writes into the other's unfinished file, or takes it away."""
+    folder, model, context = tmp_path / "codes", autoencoder(), multiprocessing.get_context("fork")
+    calls, encode = [], model.encode
+
+    def meet(text):
+        calls.append(len(text))
+        if len(calls) == 2:  # another run comes and is done while this one is in the middle
+            other = context.Process(target=CodeData, args=(folder, data, autoencoder()))
+            other.start()
+            other.join(60)
+            assert other.exitcode == 0
+        return encode(text)
+
+    monkeypatch.setattr(model, "encode", meet)
+    found = CodeData(folder, data, model).gather("train", np.arange(800))[0]
+    assert len(calls) > 2 and torch.equal(found, CodeData(tmp_path / "alone", data, autoencoder()).gather("train", np.arange(800))[0])
+    assert sorted(path.name for path in folder.iterdir()) == ["codes.bin", "meta.json"]
+
+
+def test_copies_are_cut_into_other_blocks():
+    """Guards code_offsets: copies whose windows begin at the same place of a block hold the same codes once more."""
+    for T in (16, 32, 96, 256):
+        for S in (2, 4, 8, 16):
+            for copies in range(1, S + 1):
+                begins = latent.codes.begins_of_copies(T, S, copies)
+                assert begins[0] == 0 and max(begins) < T and len({begin % S for begin in begins}) == copies
+
+
 def test_order_is_a_pure_function(data, tmp_path):
     """Guards resuming: the windows of a step depend on seed and step alone, and all windows occur."""
     store = CodeData(tmp_path / "codes", data, autoencoder())
@@ -145,7 +174,7 @@ def test_a_crash_leaves_no_store(data, tmp_path, monkeypatch):
     monkeypatch.setattr(other, "encode", crash)
     with pytest.raises(KeyboardInterrupt):
         CodeData(folder, data, other)
-    assert not (folder / "meta.json").exists() and max(calls) <= latent.codes.TOKENS // 24
+    assert [path.name for path in folder.iterdir()] == ["codes.bin"] and max(calls) <= latent.codes.TOKENS // 24
     monkeypatch.undo()
     assert CodeData(folder, data, other).gather("train", np.arange(3))[0].shape == (3, 6, 3)
 

@@ -214,7 +214,16 @@ def test_one_seed_cannot_tell(tmp_path, capsys):
     compare.main([str(tmp_path / "*"), "--plot=none"])
     text = capsys.readouterr().out
     assert "- `b`: +0.1000: one seed: cannot tell" in text and "- `c`: +0.2000: no seed in common: cannot tell" in text
-    assert "nan" not in text and " ± 0" not in text and "clear" not in text
+    assert "nan" not in text and " ± 0" not in text and "clear of" not in text
+
+
+def test_only_tests_are_counted(tmp_path, capsys):
+    """Guards "3 comparisons at p < 0.05 each" where one of the three rows has a single seed and no p."""
+    for name, seeds in (("a", (1, 2)), ("b", (1, 2)), ("c", (1, 2)), ("d", (1,))):
+        for seed in seeds:
+            write_run(tmp_path / f"{name}_s{seed}", seed, 3.0 + ord(name) * seed / 100, model={"name": name})
+    compare.main([str(tmp_path), "--reference=a", "--plot=none"])
+    assert "\n2 comparisons at p < 0.05 each" in capsys.readouterr().out
 
 
 def test_equal_losses_are_not_a_finding(tmp_path):
@@ -249,6 +258,35 @@ def test_a_run_given_twice_or_copied_counts_once(tmp_path, capsys):
     assert len(rows_of(a, a, tmp_path / "." / "a")["a"].runs) == 1 and capsys.readouterr().err == ""
     assert len(rows_of(a, copy)["a"].runs) == 1
     assert f"{copy} has settings and seed of {a}: skipped" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_null_is_one_that_older_runs_lack(tmp_path):
+    """Guards a row that falls into two of one name because the code has learned a setting between its seeds."""
+    write_run(tmp_path / "a_s1", 1, 3.0)
+    write_run(tmp_path / "a_s2", 2, 3.1, train={"init_from": None}, model={"window": None})
+    write_run(tmp_path / "b_s2", 2, 3.2, model={"window": 8})
+    rows = rows_of(tmp_path)
+    assert {label: len(row.runs) for label, row in rows.items()} == {"a": 2, "b": 1}
+
+
+def test_twins_are_told_apart_in_few_words(tmp_path):
+    """Guards a label of hundreds of characters, and one for two rows, of which --reference and the picture know only one."""
+    many = {f"setting_{i}": i for i in range(40)}
+    runs = [write_run(tmp_path / "stdlib" / "baseline_s1", 1, 3.0)]
+    runs += [write_run(tmp_path / "small" / "baseline_s1", 1, 3.1, model=many)]
+    assert list(rows_of(*runs)) == ["stdlib/baseline", "small/baseline"]
+    runs += [write_run(tmp_path / "small" / "baseline_s2", 1, 3.2, model={"setting_0": "x" * 99})]
+    assert list(rows_of(*runs)) == [
+        "stdlib/baseline",
+        "small/baseline (setting_0=0 setting_1=1 setting_2=2)",
+        f"small/baseline (setting_0={'x' * 24})",
+    ]
+    for folder in "ab":
+        for seed, length in ((1, 30), (2, 31)):
+            path = tmp_path / folder / "small" / f"baseline_s{seed}"
+            runs += [write_run(path, 1, 3.3, model={"setting_0": "x" * 99, "last": folder * length})]
+    labels = list(rows_of(*runs))
+    assert len(set(labels)) == len(labels) == 7 and max(map(len, labels)) < 100
 
 
 def test_table_numbers_equal_a_slow_computation(tmp_path, capsys):
@@ -337,7 +375,7 @@ def test_reference_and_published(tmp_path, capsys):
     ):
         assert re.search(rf" {train:.3f} \| +{val:.3f} ", text)
     assert "one seed each" in text and "attention dropout still on" in text
-    with pytest.raises(ValueError, match="--reference=baselin: no such row; did you mean 'baseline'?"):
+    with pytest.raises(ValueError, match="--reference=baselin: no such row; one of .*did you mean 'baseline'?"):
         compare.main([str(tmp_path), "--reference=baselin", "--plot=none"])
 
 
@@ -379,6 +417,79 @@ def test_unfinished_runs_are_named_and_skipped(tmp_path, capsys):
         compare.main([str(tmp_path / "going"), "--plot=none"])
 
 
+def test_a_summary_from_before_a_run_was_resumed_is_not_its_result(tmp_path, capsys):
+    """Guards a run that goes on to more steps and stands in the table with its old numbers, or a finished one that is refused."""
+    write_run(tmp_path / "going", 1, 3.0, train={"max_iters": 8000}, summary={"steps": 4000})
+    write_run(tmp_path / "less", 1, 3.1, train={"max_iters": 2000}, summary={"steps": 4000})  # resumed with less: nothing to do
+    write_run(tmp_path / "none", 1, 3.2, train={"max_iters": 0}, summary={"steps": 0})
+    write_run(tmp_path / "old", 1, 3.3, train={"max_iters": None}, summary={"steps": None})
+    assert list(rows_of(tmp_path)) == ["less", "none", "old"]
+    assert "going: summary.json is of step 4000 of 8000: not a finished run; skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("config.json", "[]", "half written or damaged"),
+        ("config.json", '{"train": {}}', "half written or damaged"),
+        ("config.json", '{"train": {}, "model": null}', "half written or damaged"),
+        ("summary.json", "[]", "summary.json lacks val_loss"),
+        ("summary.json", "null", "half written or damaged"),
+        ("summary.json", b'{"run": "\xff\xfe"}', "half written or damaged"),
+        ("summary.json", {"val_loss": None}, "summary.json lacks val_loss"),
+        ("summary.json", {"val_loss": "3.0"}, "summary.json lacks val_loss"),
+        ("summary.json", {"val_loss": 0.0}, "its validation loss is 0.0: impossible"),
+        ("summary.json", {"seed": [1]}, "summary.json lacks seed"),
+        ("summary.json", {"data_hash": None, "commit": 7}, "summary.json lacks commit, data_hash"),
+    ],
+)
+def test_damaged_runs_are_named_and_skipped(tmp_path, capsys, name, content, message):
+    """Guards a traceback that costs the table of all other runs."""
+    write_run(tmp_path / "a", 1, 3.0)
+    file = write_run(tmp_path / "b", 1, 3.1, model={"n_layer": 2}) / name
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(file.read_text(encoding="utf-8")) | content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert [row.label for row in compare.main([str(tmp_path), "--plot=none"])] == ["a"]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'b'}: " in warning and message in warning and warning.endswith("; skipped")
+
+
+def test_damaged_evaluations_are_passed_over(tmp_path, capsys):
+    """Guards a traceback for lines without tokens, with a step in quotes, or whose loss is null or missing."""
+    pytest.importorskip("matplotlib")
+    good = [{"step": s, "val_loss": 5.0 - s, "train_loss": 5.0 - s} for s in range(4)]
+    no_loss = [{"step": 5, "val_loss": None}, {"step": 6}, {"step": 7, "val_loss": "1.0"}]
+    damaged = [{"step": "8", "tokens": 9, "val_loss": 1.0}, {"step": 9, "tokens": None, "val_loss": 1.0}]
+    run = write_run(tmp_path / "a", evals=good + no_loss)
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for record in (*damaged, {"step": 10, "val_loss": 1.0}):
+            file.write(json.dumps({"kind": "eval"} | record) + "\n")
+    (row,) = compare.main([str(run), f"--plot={tmp_path / 'p'}"])
+    printed = capsys.readouterr()
+    assert "3 half-written or damaged lines passed over" in printed.err and (tmp_path / "p.png").exists()
+    end = compare.ending(row.runs[0])
+    assert (end.best, end.best_step, end.last) == (2.0, 3, 2.0)
+    assert compare.curve(row, "val_loss")[1].tolist() == [[5.0, 4.0, 3.0, 2.0]]
+
+
+def test_values_that_are_empty_are_refused(tmp_path):
+    """Guards a picture with the name .png, and a file that was asked for and is not there."""
+    for key in ("plot", "json", "output", "metrics"):
+        with pytest.raises(ValueError, match=f"--{key}= is empty"):
+            compare.main([str(write_run(tmp_path / key)), f"--{key}="])
+
+
+def test_names_with_a_bar_or_a_line_break(tmp_path, capsys):
+    """Guards a name that ends its cell or its line, and so breaks the table."""
+    write_run(tmp_path / "a|b", 1, 3.0)
+    write_run(tmp_path / "c\nd", 1, 3.1, model={"n_layer": 2})
+    compare.main([str(tmp_path), "--plot=none"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| a\\|b |") and lines[3].startswith("| c d  |")
+    assert {len(line) for line in lines[:4]} == {len(lines[0])} and "- `c d`: +0.1000: one seed: cannot tell" in lines
+
+
 def test_what_is_not_a_run_directory_is_an_error(tmp_path):
     """Guards an empty table, and checks status and message as a shell sees them."""
     (tmp_path / "file").write_text("x", encoding="utf-8")
@@ -404,8 +515,9 @@ def test_repeated_and_half_written_lines(tmp_path, capsys):
         {"step": s, "tokens": s, "kind": "eval", "val_loss": float(v), "train_loss": 1.0}
         for s, v in ((0, 9), (10, 8), (20, 7), (25, 6), (20, 5), (30, 4))
     ]  # crashed after 25, resumed from 10 with another interval
-    lines.insert(2, {"step": 15, "kind": "train", "loss": 1.0})
-    lines.insert(4, {"step": 25, "kind": "train", "loss": 2.0})  # logged before the evaluation of its step, and to be dropped
+    lines.insert(2, {"step": 15, "kind": "train", "tokens": 15, "loss": 1.0})
+    # logged before the evaluation of its step, and to be dropped
+    lines.insert(4, {"step": 25, "kind": "train", "tokens": 25, "loss": 2.0})
     text = "\n".join(map(json.dumps, lines))
 
     def evals(run: Path) -> list[tuple]:
@@ -419,7 +531,7 @@ def test_repeated_and_half_written_lines(tmp_path, capsys):
     cut = text.replace('{"step": 25, "tokens"', '{"step": 22, "tok{"step": 25, "tokens"')[:-30]
     (run / "metrics.jsonl").write_text(cut, encoding="utf-8")
     assert evals(run) == [(0, 9), (10, 8), (20, 5)]
-    assert "2 half-written lines passed over" in capsys.readouterr().err
+    assert "2 half-written or damaged lines passed over" in capsys.readouterr().err
 
 
 # how the curves end
@@ -427,7 +539,11 @@ def test_repeated_and_half_written_lines(tmp_path, capsys):
 
 def test_lowest_and_last_point_equal_a_slow_computation(tmp_path, capsys):
     """Guards the lowest of the mean curve in place of the mean of the lowest, a wrong stretch of training, and a changed sign."""
-    curves_of = {"over": ([9, 4, 2, 3, 3.5], [9, 4, 3, 1, 1.5]), "down": ([9, 7, 6, 5, 4], [9, 8, 6, 4, 3]), "level": ([9, 3, 2, 2, 2],)}
+    curves_of = {
+        "over": ([9, 4, 2, 3, 3.5], [9, 4, 3, 1, 1.5]),
+        "down": ([9, 7, 6, 5, 4], [9, 8, 6, 4, 3]),
+        "level": ([9, 3, 2, 2, 2],),
+    }
     for name, runs in curves_of.items():
         for seed, losses in enumerate(runs, 1):
             evals = [{"step": 10 * i, "val_loss": loss, "train_loss": loss} for i, loss in enumerate(losses)]
@@ -466,12 +582,50 @@ def test_the_end_is_a_tenth_of_training(tmp_path):
     assert compare.ending(run) is None  # a run of no steps
 
 
+def test_a_curve_that_ends_in_nan_has_diverged(tmp_path, capsys):
+    """Guards "still falling" for a curve that left the numbers, its lowest point lost, and a JSON that no other program reads."""
+    nan = float("nan")
+    for name, losses in (("a", [9, 2, 3, nan]), ("b", [9, nan, 5, 4]), ("c", [9, 5, nan, nan])):
+        evals = [{"step": 10 * i, "val_loss": float(loss), "train_loss": 1.0} for i, loss in enumerate(losses)]
+        numbers = {"train_loss": nan if name == "c" else 2.0}
+        write_run(tmp_path / name, 1, 3.0, evals=evals, model={"name": name}, summary=numbers)
+    compare.main([str(tmp_path / "?"), "--plot=none", f"--json={tmp_path / 't.json'}"])
+    lines = {line[0]: line[1:] for line in table_after(capsys.readouterr().out, "run", 1)[2:]}
+    assert lines["a"] == ["2.0000", "10", "nan", "+nan", "diverged"]
+    assert lines["c"] == ["5.0000", "10", "nan", "+nan", "diverged"]
+    assert lines["b"] == ["4.0000", "30", "4.0000", "-1.0000", "still falling"]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    numbers = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    windows = {row["run"]: row["windows"][0] for row in numbers["rows"]}
+    assert windows["a"] == {"best": 2.0, "best_step": 10, "last": None, "change": None, "share": pytest.approx(1 / 3)}
+    assert [row["train_loss"]["mean"] for row in numbers["rows"]] == [2.0, 2.0, None]
+
+
+def test_a_change_inside_the_spread_over_seeds_is_unclear(tmp_path, capsys):
+    """Guards "rising" for seeds of which some rise and some fall; with one seed there is no spread, and what it did is said."""
+    changes = {"noise": (0.02, -0.01, 0.03), "rise": (0.02, 0.021, 0.03), "fall": (-0.02, -0.021, -0.03), "one": (0.02,)}
+    for name, of in changes.items():
+        for seed, change in enumerate(of, 1):
+            evals = [{"step": i, "val_loss": loss, "train_loss": 1.0} for i, loss in enumerate((9.0, 1.5, 1.5 + change))]
+            write_run(tmp_path / f"{name}_s{seed}", seed, evals=evals, model={"name": name})
+    compare.main([str(tmp_path), "--plot=none"])
+    text = capsys.readouterr().out
+    verdicts = {line[0]: line[5] for line in table_after(text, "run", 1)[2:]}
+    assert verdicts == {"noise": "unclear", "rise": "rising", "fall": "still falling", "one": "rising"}
+    assert "unclear: more, but the 95 % interval of its mean over seeds holds 0" in text
+
+
 def test_train_logs_what_the_best_point_is_made_of(tmp_path):
     """Guards names: the lowest evaluation of a real run, out of its lines, is what train.py found and kept as best/."""
     import train
 
     flags = "--n_layer=1 --n_embd=8 --n_head=2 --block_size=16 --batch_size=2 --max_iters=6 --warmup_iters=1 --eval_interval=2"
-    flags += f" --eval_iters=1 --final_eval_tokens=100 --learning_rate=0.5 --device=cpu --dtype=float32 --out_dir={tmp_path / 'a'}"
+    flags += (
+        f" --eval_iters=1 --final_eval_tokens=100 --learning_rate=0.5 --device=cpu --dtype=float32 --out_dir={tmp_path / 'a'}"
+    )
     summary = train.main(["--model=decoder_only", "--dataset=stdlib", *flags.split()])
     (run,) = compare.read_runs([tmp_path / "a"])
     end = compare.ending(run)
@@ -516,12 +670,50 @@ def test_a_plot_sets_validation_against_training_where_they_part(tmp_path):
     write_run(tmp_path / "fits", evals=steps)
     compare.main([str(tmp_path / "fits"), f"--plot={tmp_path / 'a'}"])
     assert "equal training loss" not in (tmp_path / "a.svg").read_text(encoding="utf-8")
-    write_run(tmp_path / "overfits", model={"n_layer": 8}, evals=[step | {"train_loss": 4 - 0.4 * step["step"]} for step in steps])
+    write_run(
+        tmp_path / "overfits", model={"n_layer": 8}, evals=[step | {"train_loss": 4 - 0.4 * step["step"]} for step in steps]
+    )
     compare.main([str(tmp_path / "fits"), str(tmp_path / "overfits"), f"--plot={tmp_path / 'b'}"])
     svg = (tmp_path / "b.svg").read_text(encoding="utf-8")
     assert "equal training loss" in svg and ">loss on training windows (nats per token)<" in svg
     rows = {row.label: {key: compare.curve(row, key) for key in curves.LOSSES} for row in rows_of(tmp_path).values()}
     assert [label for label, of in rows.items() if curves.has_parted(of)] == ["overfits"]
+
+
+def test_a_dollar_in_a_name_is_shown(tmp_path):
+    """Guards a name that is read as a formula: an error of its parser, and no picture."""
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path / "cost_$x^$")
+    write_run(tmp_path / "$5", model={"n_layer": 2})
+    compare.main([str(tmp_path), f"--plot={tmp_path / 'p'}"])
+    svg = (tmp_path / "p.svg").read_text(encoding="utf-8")
+    assert ">cost_$x^$<" in svg and ">$5<" in svg
+
+
+def test_many_rows_leave_room_for_the_panels(tmp_path):
+    """Guards panels squeezed flat by a legend of 60 lines, and two rows that look the same."""
+    image = pytest.importorskip("matplotlib.image")
+    heights = []
+    for number in (2, 60):
+        drawn = {f"{'a_long_name_' * 8}{i}": {"x": (np.arange(3.0), np.full((1, 3), 1.0 + i))} for i in range(number)}
+        curves.draw_metrics(drawn, ("x",), str(tmp_path / f"p{number}"))
+        heights.append(image.imread(tmp_path / f"p{number}.png").shape[0])
+    assert heights[1] - heights[0] > 58 * 0.2 * 150  # lines of 0.2 inches
+    styles = curves.styles({str(i): {} for i in range(64)}).values()
+    assert len({(style["color"], style["marker"]) for style in styles}) == 64
+
+
+def test_one_seed_that_is_stuck_does_not_flatten_the_others(tmp_path):
+    """Guards axes that reach to the top of a band: the numbers at their ticks end near the highest mean, not the highest seed."""
+    pytest.importorskip("matplotlib")
+    for seed in (1, 2, 3):
+        stuck = 9.0 if seed == 3 else None
+        evals = [{"step": s, "val_loss": stuck or 3 - s / 10, "train_loss": stuck or 3 - s / 10} for s in range(10)]
+        write_run(tmp_path / f"a_s{seed}", seed, evals=evals)
+    compare.main([str(tmp_path), f"--plot={tmp_path / 'p'}"])
+    svg = (tmp_path / "p.svg").read_text(encoding="utf-8")
+    ticks = [float(text) for text in re.findall(r">(\d\.\d+)</text>", svg)]
+    assert len(ticks) > 8 and max(ticks) < 5.5
 
 
 def test_the_table_stands_without_matplotlib_or_curves(tmp_path, capsys, monkeypatch):
@@ -543,7 +735,9 @@ def write_metrics(root: Path) -> None:
         for seed in (1, 2):
             lines = []
             for step in range(0, 50, 5):
-                lines += [{"step": step, "kind": "train", "grad_norm": 1.0 / (step + seed), "embedding_loss": 7.0, "note": "text"}]
+                lines += [
+                    {"step": step, "kind": "train", "grad_norm": 1.0 / (step + seed), "embedding_loss": 7.0, "note": "text"}
+                ]
                 if step % 10 == 0:
                     more = {"gain_encoder": seed * 10.0**-step, "embedding_loss": float(step)} if gain else {}
                     lines += [{"step": step, "val_loss": 9.0 - step / 10 - seed, "train_loss": 1.0} | more]
@@ -582,7 +776,10 @@ def test_metrics_that_nobody_logged(tmp_path, capsys):
     write_metrics(tmp_path)
     for words, message in (
         (["--metrics=gain_encodr"], "--metrics=gain_encodr: no run logged that; near it are gain_encoder"),
-        (["--metrics=xyz"], "--metrics=xyz: no run logged that; there are embedding_loss, gain_encoder, grad_norm, train_loss, val"),
+        (
+            ["--metrics=xyz"],
+            "--metrics=xyz: no run logged that; there are embedding_loss, gain_encoder, grad_norm, train_loss, val",
+        ),
         (["--metrics=grad_norm,note"], "--metrics=note: no run logged that"),
         (["--metrics=grad_norm", "--plot=none"], "--metrics says what to draw to --plot, which is none"),
     ):

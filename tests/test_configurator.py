@@ -31,6 +31,7 @@ class Train:
     # input and output
     compile: bool = True  # use the compiler
     out_dir: str = ""  # where the run goes
+    prompt: str = "\n"  # text to continue
     note: str | None = None  # anything
     order: Literal["self_first", "cross_first"] = "self_first"  # which attention is first
     betas: tuple[float, ...] = (0.9, 0.95)  # of AdamW
@@ -306,6 +307,7 @@ def test_help_lists_every_key_with_its_comment(capsys):
         "--order=self_first|cross_first",
         "which attention is first [self_first]",
         "where the run goes ['']",
+        "text to continue ['\\n']",
         "--limit=int|none",
         "--betas=float,...",
         "of AdamW [0.9,0.95]",

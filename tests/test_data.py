@@ -2,13 +2,16 @@
 
 import gzip
 import hashlib
+import io
 import json
+import logging
 import lzma
 import os
 import random
 import re
 import subprocess
 import sys
+import tarfile
 import tracemalloc
 from pathlib import Path
 
@@ -17,7 +20,9 @@ import pytest
 
 import tokenizer as tokenizers
 from data import corpus
+from data.distill import prepare as distill
 from data.fineweb import prepare as fineweb
+from data.pairs import prepare as pairs
 from data.shakespeare_char import prepare as shakespeare
 from data.stdlib import prepare as stdlib
 from data.text import prepare as text_set
@@ -57,6 +62,31 @@ def test_formats_agree(tmp_path, kind, packer):
     assert list(corpus.read_documents(path)) == DOCUMENTS
 
 
+@pytest.mark.parametrize("name", ["A.TXT", "a.Txt.GZ", "A.JSONL", "a.JSONL.XZ"])
+def test_suffixes_in_capitals(tmp_path, name):
+    """Guards against a packed file or rows of JSON that are read as plain text because of how their name is written."""
+    data = jsonl(DOCUMENTS) if "JSONL" in name else "\n\n\n".join(DOCUMENTS).encode()
+    (tmp_path / name).write_bytes(PACKERS[Path(name.lower()).suffix.replace(".txt", "").replace(".jsonl", "")](data))
+    assert list(corpus.read_documents(tmp_path / name)) == DOCUMENTS
+
+
+def test_zstd_with_a_long_window(tmp_path):
+    """Guards against refusing what `zstd --long=28` packs, whose window is beyond the default limit of readers."""
+    zstandard = pytest.importorskip("zstandard")
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, hash_log=12, chain_log=12, strategy=zstandard.STRATEGY_FAST)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # as a stream: its size is not in the header
+    data = packer.compress("\n\n\n".join(DOCUMENTS).encode()) + packer.flush()
+    assert zstandard.get_frame_parameters(data).window_size == 1 << 28
+    (tmp_path / "a.txt.zst").write_bytes(data)
+    assert list(corpus.read_documents(tmp_path / "a.txt.zst")) == DOCUMENTS
+
+
+def test_jsonl_with_a_byte_order_mark(tmp_path):
+    """Guards against "not JSON" for the files of some Windows programs."""
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(DOCUMENTS))
+    assert list(corpus.read_documents(tmp_path / "a.jsonl")) == DOCUMENTS
+
+
 def test_parquet_agrees(tmp_path):
     """Guards against the same in Parquet (several row groups), and against a column that is silently another one."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -65,12 +95,69 @@ def test_parquet_agrees(tmp_path):
     assert list(corpus.read_documents(tmp_path / "a.parquet", text_key="body")) == DOCUMENTS
     both = [f"T{i}\n\n{document}" for i, document in enumerate(DOCUMENTS)]
     assert list(corpus.read_documents(tmp_path / "a.parquet", text_key="title,body")) == both
-    for key in ("text", "title,text", "n"):
-        with pytest.raises(ValueError, match=f"a.parquet: no text under '{key}'.*set --text_key"):
+    for key in ("text", "title,text"):  # all columns are listed, whichever of them were asked for
+        with pytest.raises(ValueError, match=f"a.parquet: no text under '{key}', there is title, body, n; set --text_key"):
             list(corpus.read_documents(tmp_path / "a.parquet", text_key=key))
+    with pytest.raises(ValueError, match="a.parquet, row 1: the value under 'n' is int, not text; .*set --text_key"):
+        list(corpus.read_documents(tmp_path / "a.parquet", text_key="n"))
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-10])
     with pytest.raises(ValueError, match="b.parquet is damaged"):
         list(corpus.read_documents(tmp_path / "b.parquet"))
+
+
+def test_parquet_rows_without_text(tmp_path):
+    """Guards against "no text under 'text', there is text" for a null, and against a decoding error that names no file."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    offsets = pa.array([0, 4, 7], pa.int32()).buffers()[1]
+    latin = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"fineb\xe4d")])
+    columns = {
+        "a.parquet, row 302: the value under 'text' is null": pa.array(["fine"] * 301 + [None]),
+        "a.parquet, row 1: the value under 'text' is bytes, not text": pa.array([b"binary"]),
+        "a.parquet, row 2: not UTF-8": latin,
+        "a.parquet, row 1 holds a zero byte": pa.array(["a\0b"]),
+    }
+    for message, column in columns.items():
+        pq.write_table(pa.table({"id": pa.array(range(len(column))), "text": column}), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=message):
+            list(corpus.read_documents(tmp_path / "a.parquet"))
+
+
+def tar_file() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.tar.gz", gzip.compress(tar_file())),
+        ("windows.txt", "text of two bytes a character".encode("utf-16-le")),
+        ("train.bin", np.frombuffer(b"tokens of a byte tokenizer", dtype=np.uint8).astype("<u2").tobytes()),
+        ("late.txt", b"text\n" * 300_000 + b"\0"),
+        ("rows.jsonl", b'{"text": "fine"}\n{"text": "a\\u0000b"}\n'),
+    ],
+    ids=["archive", "utf-16", "tokens", "late", "jsonl"],
+)
+def test_zero_byte_is_refused(tmp_path, name, data):
+    """Guards against archives and token files taken for text: a zero byte ends a document for the byte tokenizer."""
+    (tmp_path / name).write_bytes(data)
+    place = f"{name}, line 2" if name == "rows.jsonl" else name
+    with pytest.raises(ValueError, match=f"{place} holds a zero byte: not"):
+        list(corpus.read_documents(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_empty_archive_is_an_error(tmp_path, suffix):
+    """Guards against a download that never began being taken for an empty text."""
+    if suffix == ".zst":
+        pytest.importorskip("zstandard")
+    (tmp_path / f"a.txt{suffix}").touch()
+    with pytest.raises(ValueError, match=f"a.txt{suffix} is damaged or not a {suffix} file"):
+        list(corpus.read_documents(tmp_path / f"a.txt{suffix}"))
+    (tmp_path / "a.txt").touch()
+    assert list(corpus.read_documents(tmp_path / "a.txt")) == []
 
 
 def test_folder_in_order_of_paths(tmp_path):
@@ -153,7 +240,9 @@ def test_bad_rows_are_located(tmp_path):
     for row, message in {
         '{"text": "half': "not JSON",
         '{"content": "x", "id": 1}': "no text under 'text', there is content, id; set --text_key",
-        '{"text": 5}': "no text under 'text'",
+        '{"text": 5}': "the value under 'text' is int, not text",
+        '{"text": null}': "the value under 'text' is null",
+        "[" * 100_000: "not JSON",
         '["text"]': "no text under 'text', there is nothing",
     }.items():
         path.write_text('{"text": "fine"}\n\n' + row + "\n", encoding="utf-8")
@@ -255,6 +344,62 @@ def test_threads_do_not_change_the_result(tmp_path, monkeypatch):
     assert {**one, "dataset": ""} == {**many, "dataset": ""}
 
 
+def test_line_ends_around_a_document_do_not_matter(tmp_path):
+    """Guards against equal texts on both sides because one was cut out by a separator and the other is a file of its own."""
+    documents = [f"document {i}\nof two lines" for i in range(200)]
+    for i, document in enumerate(documents):
+        (tmp_path / f"{i}.txt").write_text(document + "\n" * (i % 3), encoding="utf-8")
+    (tmp_path / "all.txt").write_text("\n\n\n".join(documents), encoding="utf-8")
+    assert sorted(corpus.read_documents(tmp_path)) == sorted(documents * 2)
+    write(tmp_path / "set", corpus.read_documents(tmp_path))
+    sides = [documents_of(tmp_path / "set", split) for split in ("train", "val")]
+    assert not set(sides[0]) & set(sides[1]) and sorted(sides[0] + sides[1]) == sorted(documents * 2)
+
+
+def test_small_files_of_a_char_tokenizer_do_not_touch(tmp_path):
+    """Guards against the last line of a file and the first of the next without the empty line that separates documents."""
+    for i in range(30):
+        (tmp_path / f"{i:02d}.txt").write_text(f"file {i}\n", encoding="utf-8")
+    read = list(corpus.read_documents(tmp_path))
+    write(tmp_path / "set", read, corpus.make_tokenizer("char", lambda: read))
+    tokenizer = tokenizers.load(tmp_path / "set")
+    texts = [tokenizer.decode(tokens_of(tmp_path / "set", split)) for split in ("train", "val")]
+    assert sorted("".join(texts).split("\n\n")) == sorted([f"file {i}" for i in range(30)] + [""])
+
+
+PREPARE_AND_HANG = """
+import sys, time
+from data import corpus
+import tokenizer
+def documents():
+    yield from ("a document", "another one")
+    print("writing", flush=True)
+    time.sleep(600)
+corpus.write_dataset(documents(), tokenizer.get("byte"), sys.argv[1], 0.5, "a test")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks for a process as POSIX does")
+def test_leftovers_of_a_killed_preparation_are_removed(tmp_path):
+    """Guards against gigabytes that nobody sees after kill -9, and against removing what another process still writes."""
+    command = [sys.executable, "-c", PREPARE_AND_HANG, str(tmp_path)]
+    first, second = (subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2))
+    try:
+        assert first.stdout.readline() == second.stdout.readline() == "writing\n"
+        assert len(list(tmp_path.glob(".preparing-*"))) == 2
+        first.kill()
+        first.wait()
+        write(tmp_path)
+        (left,) = tmp_path.glob(".preparing-*")
+        assert f"-{second.pid}-" in left.name and (left / "train.bin").exists()
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    write(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+
+
 def test_interrupted_preparation_changes_nothing(tmp_path):
     """Guards against a folder that holds half a data set, or a new train.bin beside an old meta.json."""
     write(tmp_path)
@@ -302,9 +447,12 @@ def test_single_document_is_cut(tmp_path):
 
 def test_empty_side_and_bad_values(tmp_path):
     """Guards against a data set without validation, found out only when the first evaluation divides by zero."""
-    for documents, fraction in ((["a"] * 5, 0.01), (["a"] * 5, 0.99), ([], 0.5), (["one line"], 0.5)):
-        with pytest.raises(ValueError, match=r"no document fell on the (train|val) side, there are only \d .*--val_fraction"):
+    for documents, fraction in ((["a"] * 5, 0.01), (["a"] * 5, 0.99), (["one line"], 0.5)):
+        with pytest.raises(ValueError, match=r"no document fell on the (train|val) side, of \d in all; .*--val_fraction"):
             write(tmp_path / "set", documents, val_fraction=fraction)
+    for documents in ([], ["", ""]):
+        with pytest.raises(ValueError, match="there is no text to prepare"):
+            write(tmp_path / "set", documents, val_fraction=0.5)
     for fraction in (0, 1, -0.1, 1.5):
         with pytest.raises(ValueError, match="between 0 and 1"):
             write(tmp_path / "set", val_fraction=fraction)
@@ -336,13 +484,31 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
 # The scripts
 
 
-@pytest.mark.parametrize("script", [stdlib, wikipedia, fineweb, shakespeare, text_set])
+@pytest.mark.parametrize("script", [stdlib, wikipedia, fineweb, shakespeare, text_set, pairs, distill])
 def test_help(script, capsys):
-    """Guards against a "%" in a help text, which argparse reports only when help is asked for."""
+    """Guards against a "%" in a help text, which argparse reports only when help is asked for, and a help that explains little."""
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])
     assert stop.value.code == 0
-    assert "--out_dir" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "--out_dir" in text and script.__doc__.strip() in text
+    assert "default: None" not in text and "default: False" not in text
+    assert "default: byte" in text or script not in (stdlib, text_set, pairs)
+
+
+@pytest.mark.parametrize("script", [stdlib, wikipedia, fineweb, shakespeare, text_set, pairs])
+def test_numbers_out_of_range(tmp_path, script):
+    """Guards against a script that names a wrong number in its own way, or only after reading (or downloading) all text."""
+    words = ["--out_dir", str(tmp_path / "set")] + (
+        ["--input", str(tmp_path / "none.txt")] if script in (text_set, pairs) else []
+    )
+    for fraction in ("0", "1", "-0.5", "nan"):
+        with pytest.raises(ValueError, match=f"val_fraction={float(fraction)}: give a number between 0 and 1"):
+            script.main([*words, "--val_fraction", fraction])
+    if script in (wikipedia, fineweb, text_set):
+        with pytest.raises(ValueError, match="max_bytes=0: give a positive number"):
+            script.main([*words, "--max_bytes", "0", "--tokenizer", "char"])
+    assert not (tmp_path / "set").exists()
 
 
 def test_stdlib(tmp_path):
@@ -391,6 +557,8 @@ def test_streaming_through_datasets(tmp_path, parquet_files, monkeypatch):
     assert {k: meta[k] for k in ("train", "val")} == {k: write(tmp_path / "direct")[k] for k in ("train", "val")}
     limited = wikipedia.main([*common, "--out_dir", str(tmp_path / "limited"), "--max_bytes", "1500"])
     assert 1300 < limited["train"]["bytes"] + limited["val"]["bytes"] <= 1530
+    # which writes a warning for each of its retries, eleven lines before ours
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.parametrize("script", ["wikipedia", "fineweb"])
@@ -418,6 +586,21 @@ def test_shakespeare_is_split_by_position(tmp_path):
     assert shakespeare.download((tmp_path / "input.txt").as_uri()) == text
 
 
+def test_shakespeare_from_a_bad_file(tmp_path):
+    """Guards against a side that holds nothing but an end of document, and a decoding error that names no file."""
+    path, words = tmp_path / "input.txt", ["--out_dir", str(tmp_path / "set"), "--tokenizer", "byte"]
+    for data, fraction, message in (
+        (b"a few words", "1e-20", "no document fell on the val side, of 1 in all"),
+        (b"a few words", "0.99", "no document fell on the train side, of 1 in all"),
+        (b"", "0.1", "there is no text to prepare"),
+        (b"caf\xe9", "0.1", "input.txt is not UTF-8 at byte 3"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            shakespeare.main(["--input", str(path), *words, "--val_fraction", fraction])
+    assert not (tmp_path / "set" / "meta.json").exists()
+
+
 def test_shakespeare_download_errors(tmp_path):
     """Guards against a traceback without network, and against a changed file under the same address."""
     with pytest.raises(FileNotFoundError, match="could not reach http://127.0.0.1:9/x .*--input"):
@@ -429,7 +612,7 @@ def test_shakespeare_download_errors(tmp_path):
 
 def test_own_text(tmp_path, monkeypatch):
     """Guards against an own data set that lands in, or overwrites, one of the project's; separators are typed as in a shell."""
-    monkeypatch.setattr(text_set, "DATA", tmp_path)
+    monkeypatch.setattr(corpus, "DATA", tmp_path)
     (tmp_path / "stdlib").mkdir()
     (tmp_path / "stdlib" / "prepare.py").touch()
     (tmp_path / "a.txt").write_text("\n--\n".join(DOCUMENTS[:30]), encoding="utf-8")
@@ -447,6 +630,10 @@ def test_own_text(tmp_path, monkeypatch):
         text_set.main(inputs)
     with pytest.raises(ValueError, match="separator is empty"):
         text_set.main([*inputs, "--name", "x", "--separator", ""])
+    (tmp_path / "a.txt").write_text("\t\n".join(DOCUMENTS), encoding="utf-8")
+    inputs = ["--input", str(tmp_path / "a.txt"), "--separator", r"\t\n", "--val_fraction", "0.3"]
+    meta = text_set.main([*inputs, "--out_dir", str(tmp_path / "tabs")])
+    assert meta["train"]["documents"] + meta["val"]["documents"] == len(DOCUMENTS)
 
 
 def test_script_errors_are_one_line(tmp_path):

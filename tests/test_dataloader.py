@@ -130,11 +130,13 @@ def test_damaged_files_are_named(tmp_path):
         TokenData(folder, 8)
 
 
-def test_exchanged_validation_file(tmp_path):
-    """Guards against a loss reported for a validation file that is not the one whose hash stands in the results."""
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_exchanged_file(tmp_path, split):
+    """Guards against a loss reported for, or a run trained on, a file that is not the one whose hash stands in the results."""
     folder = counting_set(tmp_path / "set")
-    np.arange(100, dtype=np.uint32)[::-1].tofile(folder / "val.bin")
-    with pytest.raises(ValueError, match="val.bin is not the file that meta.json describes"):
+    tokens = np.fromfile(folder / f"{split}.bin", dtype=np.uint32)
+    tokens[::-1].tofile(folder / f"{split}.bin")
+    with pytest.raises(ValueError, match=f"{split}.bin is not the file that meta.json describes"):
         TokenData(folder, 8)
 
 
@@ -144,10 +146,17 @@ def test_damaged_meta(tmp_path):
     damage(folder, dtype="int8")
     with pytest.raises(ValueError, match="dtype 'int8' is not one of uint16, uint32"):
         TokenData(folder, 8)
-    for text in ("{", "{}", '{"vocab_size": 3, "dtype": "uint16", "train": {"tokens": 1}}'):
-        (folder / "meta.json").write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="meta.json is damaged"):
-            TokenData(folder, 8)
+    damage(folder, dtype=["uint16"])
+    with pytest.raises(ValueError, match=r"meta.json: dtype \['uint16'\] is not one of uint16, uint32"):
+        dataloader.open_data(folder, 8)
+    for changes in ({"vocab_size": "3"}, {"train": {"tokens": "200", "bytes": 1, "sha256": ""}}):
+        damage(folder, dtype="uint32", **changes)
+        with pytest.raises(ValueError, match="meta.json is damaged .TypeError: '(3|200)' is no integer"):
+            dataloader.open_data(folder, 8)
+    for text in (b"{", b"{}", b"[]", b'"caf\xe9"', b'{"vocab_size": 3, "dtype": "uint16", "train": {"tokens": 1}}'):
+        (folder / "meta.json").write_bytes(text)
+        with pytest.raises(ValueError, match="meta.json is damaged .*; run again: "):
+            dataloader.open_data(folder, 8)
     (folder / "meta.json").unlink()
     with pytest.raises(FileNotFoundError, match="meta.json does not exist"):
         TokenData(folder, 8)
@@ -161,6 +170,8 @@ def test_split_shorter_than_a_window(tmp_path):
         TokenData(folder, 33)
     with pytest.raises(ValueError, match="block_size=0: at least 1"):
         TokenData(folder, 0)
+    with pytest.raises(ValueError, match="val.bin has 1 tokens, .* needs one more than that; prepare more text$"):
+        TokenData(counting_set(tmp_path / "one", val=1), 8)
 
 
 @pytest.mark.parametrize("position", [0, 57, 999])
@@ -197,7 +208,9 @@ def test_resident_memory_stays_flat(tmp_path):
     tokens = 150_000_000  # 300 MB, sparse: all zeros
     with open(folder / "train.bin", "wb") as file:
         file.truncate(2 * tokens)
-    damage(folder, train={"tokens": tokens, "bytes": tokens, "sha256": ""})
+    with open(folder / "train.bin", "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    damage(folder, train={"tokens": tokens, "bytes": tokens, "sha256": digest})
 
     data = TokenData(folder, 8)
     starts = np.concatenate([data.batch_starts(0, step, 128) for step in range(80)])  # 10,240 windows
@@ -210,7 +223,7 @@ def test_resident_memory_stays_flat(tmp_path):
 
 def test_unknown_set_lists_the_known_ones():
     """Guards against a bare file-not-found for a typing mistake."""
-    message = "no data set 'wikipedai'; known sets: fineweb, .*stdlib, wikipedia; or give a folder"
+    message = "no data set 'wikipedai'; known sets: fineweb, numbers, .*stdlib, wikipedia; or give a folder"
     with pytest.raises(FileNotFoundError, match=message):
         dataloader.resolve("wikipedai")
     with pytest.raises(FileNotFoundError, match="no data set 'text'"):  # a script for the user's own sets, not a set
@@ -231,16 +244,74 @@ def test_folder_is_resolved(tmp_path, monkeypatch):
         dataloader.prepare_if_missing("mine")
 
 
-def test_missing_sets(tmp_path, monkeypatch):
-    """Guards against a download nobody asked for, and against a first run that fails: stdlib is prepared, wikipedia named."""
-    for name in ("tokenizer.py", "configurator.py", "data/corpus.py", "data/stdlib/prepare.py", "data/wikipedia/prepare.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+@pytest.mark.parametrize(
+    ("facts", "command"),
+    [
+        ({}, "python data/text/prepare.py --input YOUR_TEXT --out_dir {}"),
+        ({"dataset": "numbers"}, "python data/text/prepare.py --input YOUR_TEXT --out_dir {}"),
+        ({"dataset": "stdlib"}, "python data/stdlib/prepare.py --out_dir {}"),
+        ({"kind": "pairs"}, "python data/pairs/prepare.py --input YOUR_PAIRS --out_dir {}"),
+        ({"kind": "pairs", "dataset": "wikipedia"}, "python data/pairs/prepare.py --input YOUR_PAIRS --out_dir {}"),
+        ({"kind": "pairs", "dataset": "numbers"}, "python data/pairs/prepare.py --numbers --out_dir {}"),
+        ({"kind": "pairs", "teacher": {"run": "out/a"}}, "python data/distill/prepare.py --run out/a --out_dir {}"),
+        ({"teacher": {"run": "out/a"}, "dataset": "stdlib"}, "python data/distill/prepare.py --run out/a --out_dir {}"),
+        (None, "the script that made it, which may be data/text/prepare.py, data/pairs"),
+    ],
+    ids=lambda value: "",
+)
+def test_advice_fits_the_kind_of_set(tmp_path, facts, command):
+    """Guards against a command that overwrites pairs, or what a run wrote, with a set of text."""
+    folder = counting_set(tmp_path / "set")
+    if facts is None:
+        (folder / "meta.json").write_text("{", encoding="utf-8")
+    else:
+        damage(folder, **facts)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=f"; run: {command.format(folder)}"):
+        dataloader.prepare_if_missing(folder)
+
+
+@pytest.fixture
+def fresh_checkout(tmp_path, monkeypatch) -> Path:
+    """The scripts that prepare sets, without any set."""
+    for path in [ROOT / "tokenizer.py", ROOT / "configurator.py", *ROOT.glob("data/*.py"), *ROOT.glob("data/*/prepare.py")]:
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
     monkeypatch.setattr(dataloader, "DATA", tmp_path / "data")
-    with pytest.raises(FileNotFoundError, match="not prepared yet .*; run: python data/wikipedia/prepare.py$"):
-        dataloader.prepare_if_missing("wikipedia")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["numbers", "data/numbers"])
+def test_numbers_are_prepared(fresh_checkout, name):
+    """Guards against a first run that stops at a set of pairs which needs no network, given by name or by its folder."""
+    folder = dataloader.prepare_if_missing(name)
+    assert folder.resolve() == fresh_checkout / "data" / "numbers"
+    data = dataloader.open_data(dataloader.resolve(name), 96)
+    assert isinstance(data, dataloader.PairData) and data.meta["dataset"] == "numbers"
+    (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-2])
+    with pytest.raises(ValueError, match="run again: python data/pairs/prepare.py --numbers$"):
+        dataloader.open_data(folder, 96)
+
+
+def test_failing_preparation_is_reported(fresh_checkout, capfd):
+    """Guards against going on without data where the script of the default set fails, or hiding what it said."""
+    script = "raise SystemExit('error: no standard library here')"
+    (fresh_checkout / "data" / "stdlib" / "prepare.py").write_text(script, encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="data set 'stdlib' could not be prepared, see the message above"):
+        dataloader.prepare_if_missing("stdlib")
+    assert "error: no standard library here" in capfd.readouterr().err
+
+
+def test_missing_sets(fresh_checkout):
+    """Guards against a download nobody asked for, and against a first run that fails: stdlib is prepared, wikipedia named."""
+    for name in ("wikipedia", "data/wikipedia", "data/wikipedia/", fresh_checkout / "data" / "wikipedia"):
+        with pytest.raises(FileNotFoundError, match="not prepared yet .*; run: python data/wikipedia/prepare.py$"):
+            dataloader.prepare_if_missing(name)
+    with pytest.raises(FileNotFoundError, match="no data set 'data/wikipedai'; known sets"):
+        dataloader.prepare_if_missing("data/wikipedai")
     folder = dataloader.prepare_if_missing("stdlib")
-    assert folder == tmp_path / "data" / "stdlib"
+    assert folder == fresh_checkout / "data" / "stdlib"
     data = TokenData(folder, 256)
     assert len(data.train) > 5_000_000 and len(data.val) > 100_000
     written = (folder / "meta.json").stat().st_mtime_ns

@@ -1,10 +1,14 @@
 """Sets written by a trained run: what is in them, that it is what sample.py writes, and what is refused."""
 
 import hashlib
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import checkpoint
 import dataloader
 import sample
 import train
@@ -100,9 +104,10 @@ def test_texts_are_prompts_and_what_sample_py_writes(text_run, tmp_path):
         assert (places == prompt).all(1).any() and end not in prompt
         words = f"--temperature=1 --num_samples={number + 1} --seed=3 --max_new_tokens=26 --device=cpu"
         texts = sample.main([str(run), f"--prompt={teacher.tokenizer.decode(prompt)}", *words.split()])
-        if not texts[number]:  # ended at once
+        text = texts[number].split("\ufffd")[0]  # up to the first byte that is not UTF-8
+        if not text:  # ended at once
             continue
-        whole = teacher.tokenizer.encode(teacher.tokenizer.decode(prompt) + texts[number] + ("\n\n" if end is None else ""))
+        whole = teacher.tokenizer.encode(teacher.tokenizer.decode(prompt) + text + ("\n\n" if end is None else ""))
         whole += [] if end is None else [end]
         assert written[begin : begin + len(whole)] == whole
         begin += len(whole)
@@ -118,7 +123,12 @@ def test_what_cannot_be_distilled(pairs_run, text_run, tmp_path):
         (run, ("--temperature", "-1"), ValueError, "temperature=-1"),
         (run, ("--dataset", str(plain_source)), ValueError, "tokenizer|set of text"),
         (plain, ("--prompt_tokens", "32"), ValueError, "--prompt_tokens 32 leaves no room"),
-        (tmp_path / "nowhere", (), FileNotFoundError, "nowhere"),
+        (
+            tmp_path / "nowhere",
+            (),
+            FileNotFoundError,
+            "nowhere is not a directory; give a run directory, as written by train.py",
+        ),
     ]
     for teacher, words, error, message in wrong:
         with pytest.raises(error, match=message):
@@ -131,6 +141,83 @@ def test_what_cannot_be_distilled(pairs_run, text_run, tmp_path):
     with pytest.raises(ValueError, match="holds a data set already"):
         distill(run, tmp_path / "set", "--count", "30")
     assert bins(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"{}", b"[]", b'{"train": {}, "model": {}}', b'{"train": "x", "model": {}}', b'{"train": "\xe9"}'],
+    ids=["empty", "list", "no model", "no settings", "latin"],
+)
+def test_damaged_config_of_a_run(pairs_run, tmp_path, text):
+    """Guards against a KeyError, or a decoding error that names no file, for the config.json of a run."""
+    shutil.copytree(pairs_run[0], tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match="run/config.json is damaged"):
+        checkpoint.read_config(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_bytes(b'{"train": {"model": ["decoder_only"]}, "model": {}}')
+    with pytest.raises(ValueError, match="run/config.json: unknown model"):
+        checkpoint.read_config(tmp_path / "run")
+
+
+def test_meta_is_published_whole(pairs_run, tmp_path, monkeypatch):
+    """Guards against a set of text, or one without its teacher, that a crash between two writings of its meta.json left."""
+    replace = os.replace
+
+    def crash_after(source, target):
+        replace(source, target)
+        if Path(target).name == "meta.json":
+            raise OSError("the machine went down")
+
+    monkeypatch.setattr(os, "replace", crash_after)
+    with pytest.raises(OSError, match="went down"):
+        distill(pairs_run[0], tmp_path / "set")
+    data = dataloader.open_data(tmp_path / "set", 16)
+    assert isinstance(data, dataloader.PairData) and data.meta["teacher"]["written"] == len(data.bounds["train"])
+    # a text set's command would overwrite it with a text set
+    (tmp_path / "set" / "train.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=f"run again: python data/distill/prepare.py --run {pairs_run[0]} --out_dir "):
+        dataloader.open_data(tmp_path / "set", 16)
+
+
+@pytest.fixture(scope="module")
+def bytes_run(tmp_path_factory):
+    """Runs on characters of two and three bytes, hardly trained, so that they write bytes in any order: on text and on pairs."""
+    folder = tmp_path_factory.mktemp("bytes")
+    (folder / "text.txt").write_text("\n\n\n".join(f"é日本 {i} " * 8 for i in range(80)), encoding="utf-8")
+    text.main(["--input", str(folder / "text.txt"), "--out_dir", str(folder / "text"), "--val_fraction", "0.3"])
+    (folder / "pairs.tsv").write_text("\n".join(f"é{i}\té" for i in range(120)), encoding="utf-8")
+    pairs.main(["--input", str(folder / "pairs.tsv"), "--out_dir", str(folder / "pairs"), "--val_fraction", "0.2"])
+    for kind, iterations in (("text", 2), ("pairs", 60)):
+        words = f"{SMALL} --dataset={folder / kind} --out_dir={folder / f'{kind}_run'} --block_size=32 --batch_size=8"
+        train.main([*words.split(), f"--max_iters={iterations}", f"--eval_interval={iterations}", "--learning_rate=0.01"])
+    return folder
+
+
+def test_texts_are_utf8(bytes_run, tmp_path):
+    """Guards against U+FFFD in place of characters that a prompt cut in two, or that the run did not finish."""
+    meta = distill(bytes_run / "text_run", tmp_path / "set", "--count", "40", "--prompt_tokens", "7")
+    documents = (tmp_path / "set" / "train.bin").read_bytes()[::2].split(b"\0")[:-1]
+    source = (bytes_run / "text" / "train.bin").read_bytes()[::2]
+    assert len(documents) == meta["teacher"]["written"] > 0 and meta["teacher"]["left_out"] > 0
+    for document in documents:
+        assert "\ufffd" not in document.decode() and document[:7] in source and len(document) > 7
+        document[:7].decode()
+    teacher = prepare.Teacher(str(bytes_run / "text_run"), "best", 1.0, 1, 8, "cpu")
+    with pytest.raises(ValueError, match="--prompt_tokens 200: documents of .* are mostly shorter, or so long a piece cuts"):
+        list(teacher.prompts(dataloader.TokenData(bytes_run / "text", 1), 3, 200))
+
+
+def test_answers_are_utf8(bytes_run, tmp_path):
+    """Guards against U+FFFD in answers: one whose bytes are no text is left out and counted."""
+    meta = distill(bytes_run / "pairs_run", tmp_path / "set", "--temperature", "1")
+    data = dataloader.open_data(tmp_path / "set", 32)
+    answers = [bytes(y).decode() for _, y in data.questions("train", None)]
+    teacher = prepare.Teacher(str(bytes_run / "pairs_run"), "best", 1.0, 1337, 64, "cpu")
+    questions = sorted((x for x, _ in dataloader.open_data(bytes_run / "pairs", 32).questions("train", None)), key=len)
+    samples = [s for s in teacher.continuations(questions, 33 - len(questions[-1])) if s.reason == "eos" and s.text.strip()]
+    assert any("\ufffd" in sample.text for sample in samples), "the run is too good for this test"
+    assert answers == [sample.text for sample in samples if "\ufffd" not in sample.text and "\t" not in sample.text]
+    assert meta["teacher"]["written"] + meta["teacher"]["left_out"] == len(questions)
 
 
 def test_a_teacher_without_texts(pairs_run):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -59,6 +60,42 @@ def test_evaluate_explains_what_it_cannot_do(finished, tiny_data, tmp_path):
     train.main(arguments(tiny_data, out))
     with pytest.raises(ValueError, match="without dropout"):
         evaluate.main([str(out), "--attention_dropout"])
+
+
+@pytest.mark.parametrize("name", ["rq_transformer", "latent_transformer"])
+def test_attention_dropout_of_models_that_have_their_own(name, tmp_path):
+    """Guards a loss reported as one with attention dropout, of a model that drops nothing because it asks elsewhere."""
+    options = {"vocab_size": 16, "block_size": 64, "n_embd": 8, "n_head": 2, "dropout": 0.3}
+    model = checkpoint.build(name, checkpoint.CONFIGS[name](**options))
+    with pytest.raises(ValueError, match="neither of encoder_decoder nor of decoder_only"):
+        evaluate.keep_attention_dropout(model, tmp_path)
+
+
+def test_a_run_that_fails_costs_no_other(finished, tmp_path):
+    """Guards the JSON of hours of evaluation, lost to a mistyped last run."""
+    json_file = tmp_path / "new" / "lines.json"
+    words = ["--device=cpu", "--dtype=float32", "--final_eval_tokens=320", f"--json={json_file}"]
+    with pytest.raises(FileNotFoundError, match="not a directory"):
+        evaluate.main([str(finished), str(tmp_path / "nowhere"), *words])
+    assert [line["run"] for line in json.loads(json_file.read_text())] == [str(finished)]
+
+
+def test_a_run_without_weights_is_not_called_unfinished(finished, tmp_path):
+    """Guards "stopped before its first evaluation" alone for the small files of a finished run, such as results/ has."""
+    for name in ("config.json", "summary.json", "tokenizer.json"):
+        shutil.copy(finished / name, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no weights \(best/ or last/\), .*or copied without"):
+        evaluate.main([str(tmp_path), "--device=cpu"])
+    shutil.copytree(finished / "best", tmp_path / "best")
+    with pytest.raises(FileNotFoundError, match="no complete last checkpoint$"):
+        checkpoint.find(tmp_path, "last")
+
+
+def test_values_that_are_empty_are_refused(finished):
+    """Guards a file of an empty name, or none at all."""
+    for main, key in ((evaluate.main, "json"), (embeddings.main, "json"), (embeddings.main, "plot")):
+        with pytest.raises(ValueError, match=f"--{key}= is empty"):
+            main([str(finished), f"--{key}="])
 
 
 def test_embeddings_of_known_tables(finished, monkeypatch):

@@ -129,7 +129,7 @@ def test_low_temperature_is_greedy():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": 0}, {"temperature": float("nan")}]
+    "bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": 0}, {"temperature": float("nan")}, {"temperature": 1e7}]
 )
 def test_bad_sampling_settings(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

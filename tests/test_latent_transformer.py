@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import checkpoint
+import evaluate
 import generate
 import sample
 import train
@@ -554,7 +555,7 @@ def test_frozen_codes_stay_as_they_are(few_pairs, tmp_path):
     assert not torch.equal(reads[1], reads[2])  # the prior goes on
 
 
-def test_learns_pairs_by_heart(few_pairs, tmp_path, capsys):
+def test_learns_pairs_by_heart(few_pairs, tiny_data, tmp_path, capsys):
     """Guards the whole way, prepare.py to sample.py: questions seen in training are answered exactly with one parallel decode."""
     out = tmp_path / "run"
     length = ("--startup_steps=30", "--quantize_after=60", "--max_iters=300", "--eval_interval=300")
@@ -574,6 +575,10 @@ def test_learns_pairs_by_heart(few_pairs, tmp_path, capsys):
         sample.main([*arguments, f"--prompt={question[:-1]}"]) == sample.main([*arguments, f"--prompt={question}"]) == [answer]
     )
     assert capsys.readouterr().out == (question + answer + "\n") * 2
+    with pytest.raises(ValueError, match="is a set of text; set --task=text"):  # a number would come out, of other windows
+        evaluate.main([str(out), f"--dataset={tiny_data}", "--device=cpu"])
+    with pytest.raises(ValueError, match="answers whole questions only"):  # it was never shown half an answer
+        sample.main([*arguments, f"--prompt={question}{answer[:2]}"])
 
 
 def test_plain_models_learn_pairs_too(few_pairs, tmp_path):
@@ -637,6 +642,7 @@ def test_flops_count_every_product(options):
         ({"target_size": 16}, "block_size=24 is not a multiple of target_size=16"),
         ({"n_head": 5}, "n_embd=12 is not divisible by n_head=5"),
         ({"quantize_after": 50, "freeze_codes_after": 50}, "freeze_codes_after=50 is not beyond quantize_after=50"),
+        ({"freeze_codes_after": 500, "dropout": 0.1}, "dropout=0.1 they would differ from step to step; set one of the two to 0"),
         ({"startup_steps": -1}, "startup_steps=-1 must not be negative"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"bottleneck": "vae"}, "bottleneck=vae: choose one of"),

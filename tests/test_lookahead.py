@@ -163,6 +163,9 @@ def test_setting_may_change_between_steps():
         if not run.sample.finished:
             run.step()
     assert result(run.sample, case) == expected
+    short = Lookahead(case["model"], start(case | {"max_new_tokens": 8}), case["sampling"], None)
+    said = [line for line in lookahead.tune(short, steps=6) if line]
+    assert short.sample.finished and "the text ended before all settings were tried" in said[0], "no word of what was fastest"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
 """Sets of pairs: reading files, the numbers, and the windows that models are trained on."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dataloader
+import tokenizer as tokenizers
+from data import corpus
 from data.pairs import prepare
 
 
@@ -111,6 +115,7 @@ def test_no_question_is_on_both_sides(tmp_path):
         ("a.jsonl", '{"x": "a"}\n', "line 1: no texts under 'x' and 'y'; set --keys"),
         ("a.jsonl", '{"x": "a", "y": 3}\n', "line 1: no texts"),
         ("a.jsonl", "[1]\n", "line 1: no texts"),
+        ("a.jsonl", "[" * 100_000 + "\n", "line 1: not JSON"),
         ("a.jsonl", '{"x": "a\\tb", "y": "c"}\n', "a tab or a zero byte in the first side"),
         ("a.txt", "x\ty\n", "pairs are read from .tsv files"),
         ("a.csv", "x\ty\n", "pairs are read from .tsv files"),
@@ -141,4 +146,90 @@ def test_arguments_that_cannot_work(tmp_path):
         with pytest.raises(ValueError, match=message):
             prepare.main(arguments)
     with pytest.raises(FileNotFoundError, match="does not exist; give a .tsv"):
-        prepare.main(["--input", str(tmp_path / "none.tsv"), "--name", "x"])
+        prepare.main(["--input", str(tmp_path / "none.tsv"), "--out_dir", str(tmp_path / "s")])
+
+
+def small_set(folder: Path) -> dict:
+    path = write(folder, "a.tsv", "".join(f"q{i}\t{'yes' * (i % 3 + 1)}\n" for i in range(60)))
+    return prepare.main(["--input", str(path), "--out_dir", str(folder / "set"), "--val_fraction", "0.3"])
+
+
+def test_meta_is_published_whole(tmp_path, monkeypatch):
+    """Guards against a set that opens as plain text because the crash came before the second writing of its meta.json."""
+    replace = os.replace
+
+    def crash_after(source, target):
+        replace(source, target)
+        if Path(target).name == "meta.json":
+            raise OSError("the machine went down")
+
+    monkeypatch.setattr(os, "replace", crash_after)
+    with pytest.raises(OSError, match="went down"):
+        small_set(tmp_path)
+    monkeypatch.undo()
+    data = dataloader.open_data(tmp_path / "set", 16)
+    assert isinstance(data, dataloader.PairData) and data.meta == small_set(tmp_path)
+
+
+def test_kind_is_read_from_meta_as_json(tmp_path):
+    """Guards against pairs taken for text because meta.json was written again with other white space."""
+    meta = small_set(tmp_path)
+    path = write(tmp_path / "set", "meta.json", json.dumps(meta, separators=(",", ":")))
+    assert isinstance(dataloader.open_data(tmp_path / "set", 16), dataloader.PairData)
+    for key in ("separator", "end"):
+        write(tmp_path / "set", path.name, json.dumps({k: v for k, v in meta.items() if k != key}))
+        with pytest.raises(ValueError, match=f"meta.json is damaged .*{key}.*python data/pairs/prepare.py --input YOUR_PAIRS"):
+            dataloader.open_data(tmp_path / "set", 16)
+
+
+def test_tab_that_merges_with_a_word(tmp_path):
+    """Guards against pairs without a separator: encoded as one text, "4\\tfour" has a token for the tab and the f behind it."""
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([i]): i for i in range(256)} | {b"\tf": 256, b"4\t": 257}
+    encoding = tiktoken.Encoding("tab", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
+    tokenizer = tokenizers.TiktokenTokenizer("tab", encoding)
+    assert 9 not in tokenizer.encode("1\tfour") and 9 not in tokenizer.encode("4\tone")
+    pairs = [(i % 3 == 0, str(i), f"f{i}") for i in range(60)]
+    prepare.write_pairs(pairs, tokenizer, tmp_path / "set", "a test", "tab")
+    data = dataloader.open_data(tmp_path / "set", 16)
+    read = [
+        (tokenizer.decode(x[:-1]), tokenizer.decode(y)) for split in ("train", "val") for x, y in data.questions(split, None)
+    ]
+    assert sorted(read) == sorted((x, y) for _, x, y in pairs)
+    targets = sum(int((y >= 0).sum()) for _, y in data.full_windows("val", 4))
+    assert data.meta["val"]["target_tokens"] == targets
+
+
+def test_a_pair_that_just_fits(tmp_path):
+    """Guards against an off-by-one that refuses the longest pair, or cuts its end off."""
+    small_set(tmp_path)
+    longest = len("q59\tyesyesyes")
+    data = dataloader.open_data(tmp_path / "set", longest)
+    rows = [(x, y) for split in ("train", "val") for x, y in data.full_windows(split, 1)]
+    full = [(x, y) for x, y in rows if (x != 0).all()]
+    assert full and all(y[0, -1] == data.meta["end"] for _, y in full)
+    with pytest.raises(ValueError, match=f"a pair of {longest} tokens .* block_size={longest - 1}; raise block_size"):
+        dataloader.open_data(tmp_path / "set", longest - 1)
+
+
+def test_evaluation_covers_pairs_of_the_whole_split(tmp_path):
+    """Guards against a loss estimate of one pair, and against numbers beyond the last pair or those of another run."""
+    small_set(tmp_path)
+    data, again = (dataloader.open_data(tmp_path / "set", 16) for _ in range(2))
+    for split in ("train", "val"):
+        numbers = data.eval_starts(split, 500)
+        assert set(numbers) == set(range(len(data.bounds[split])))
+        assert numbers.tolist() == again.eval_starts(split, 500).tolist()
+    assert data.eval_starts("train", 20).tolist() != data.batch_starts(0, 0, 20).tolist()
+
+
+def test_separators_in_the_wrong_order(tmp_path):
+    """Guards against windows of mixed pairs: as many separators as ends is not enough, each pair needs its own."""
+    broken = [(val, f"{x}\0{x}\t{x}\t", x) for x in "ab" for val in (False, True)]  # two pairs: x, then x SEP x SEP x
+    meta = corpus.write_sides(
+        broken, tokenizers.get("byte"), tmp_path / "set", "a test",
+        complete=lambda meta: (meta.update(kind="pairs", separator=9, end=0), meta["val"].update(target_bytes=1, target_tokens=1)),
+    )  # fmt: skip
+    assert meta["kind"] == "pairs"
+    with pytest.raises(ValueError, match="train.bin is no list of pairs; run again: python data/pairs/prepare.py"):
+        dataloader.open_data(tmp_path / "set", 16)

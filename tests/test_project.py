@@ -136,7 +136,7 @@ def shrink(command: str) -> str | None:
         if "--input" in words:
             return f"{command} --tokenizer byte"  # GPT-2's needs a download
         if "data/distill" in command:
-            return f"{command} --count=3 --prompt_tokens=4"
+            return f"{command} --count=20 --prompt_tokens=4"
         offline = "stdlib" in command or "--numbers" in command
         return command if offline else None  # a download; test_data.py tests the real libraries on local files
     if "sample.py" in command:

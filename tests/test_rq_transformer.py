@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch.nn import functional as F
 
+import bench
 import generate
 import sample
 import tokenizer
@@ -399,7 +400,7 @@ def test_codes_are_drawn_with_the_settings_of_their_level():
 
 def test_every_block_has_its_own_noise():
     """Guards the keys of the noise: when it alone decides, no two blocks are alike, neither in their codes nor in their tokens."""
-    model, free = make_prior(codebook_size=64), Sampling(1e9)
+    model, free = make_prior(codebook_size=64), Sampling(1e6)
     for sampling in (BlockSampling((free,)), BlockSampling((Sampling(0.0),), free)):
         drawn = []
         expand = model.autoencoder.quantizer.decode
@@ -408,6 +409,14 @@ def test_every_block_has_its_own_noise():
         model.autoencoder.quantizer.decode = expand
         blocks = drawn if sampling.levels[0] is free else [text[i : i + 4] for i in range(0, 40, 4)]
         assert len({tuple(block) for block in blocks}) == 10 and len({block[0] for block in blocks}) > 5
+
+
+def test_tokens_have_other_noise_than_codes(monkeypatch):
+    """Guards the keys of the noise: tokens that were drawn with the noise of their block's codes would depend on them twice."""
+    model, keys, block_noise = make_prior(), [], generate.block_noise
+    monkeypatch.setattr(generate, "block_noise", lambda seed, *more: keys.append((seed, more[1])) or block_noise(seed, *more))
+    continued(model, [[1, 2, 3, 4]], 20, BlockSampling((Sampling(1.0),), Sampling(1.0)))
+    assert len(keys) == len(set(keys)) == 10  # five blocks, codes and tokens of each
 
 
 def test_texts_end_inside_a_block():
@@ -532,12 +541,22 @@ def test_a_run_directory_is_all_that_sampling_needs(own_autoencoder, tiny_data, 
     for flags, message in (
         (["--lookahead=auto"], "lookahead drafts single tokens"),
         (["--temperature=1,2,3"], "3 values of temperature.* 2 code levels"),
-        (["--compile"], "use compile=false"),
+        (["--int8"], "int8=true is for encoder-decoders"),
+        (["--compile"], "write one token a step, not blocks"),
     ):
         with pytest.raises(ValueError, match=message):
             sample.main([str(out), "--device=cpu", *flags])
     with pytest.raises(ValueError, match="autoencoder=.* is not a directory.*rqvae_stdlib"):
         run("rq_transformer", tiny_data, out, f"--autoencoder={own_autoencoder}", "--resume")
+
+
+def test_bench_sample_has_what_the_model_has(own_autoencoder, tiny_data, tmp_path, capsys):
+    """Guards rows that compare a thing with itself under another name: int8, lookahead and GPT-2 are not for models over codes."""
+    run("rq_transformer", tiny_data, tmp_path / "prior", f"--autoencoder={own_autoencoder}")
+    rows = bench.main(["sample", f"--run={tmp_path / 'prior'}", "--tokens=9", "--repeats=1", "--batch=2", "--device=cpu"])
+    assert [row["variant"] for row in rows] == ["plain cached", "plain uncached", "plain cached, batch 2"]
+    with pytest.raises(ValueError, match="is an autoencoder, which continues no text"):
+        bench.main(["sample", f"--run={own_autoencoder}", "--device=cpu"])
 
 
 def test_settings_of_codes_are_refused_by_plain_models(tiny_data, tmp_path):
@@ -560,6 +579,8 @@ def test_other_codebooks_are_refused_wherever_they_meet(own_autoencoder, tiny_da
     run("rq_transformer", tiny_data, out, word)
     old = json.loads((out / "config.json").read_text())["model"]["codebook_hash"]
     run("autoencoder", tiny_data, own_autoencoder, "--seed=5", "--overwrite")
+    with pytest.raises(ValueError, match="trained on the codes of another autoencoder"):
+        run("rq_transformer", tiny_data, tmp_path / "new", word, f"--init_from={out}")
     with pytest.raises(ValueError, match=f"{old[:12]}.*train this model again"):
         run("rq_transformer", tiny_data, tmp_path / "new", word, f"--codebook_hash={old}")
     with pytest.raises(ValueError, match=f"codebook_hash='.*' .was '{old}'"):

@@ -119,9 +119,10 @@ def test_load_errors(tmp_path):
     """Guards against tracebacks for a missing or damaged tokenizer.json."""
     with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
         tokenizer.load(tmp_path)
-    for damaged in ('{"name": "by', "{}", "[1]"):
-        (tmp_path / "tokenizer.json").write_text(damaged, encoding="utf-8")
-        with pytest.raises(ValueError, match="is damaged"):
+    bpe = b'{"name": "x", "pattern": "a", "special_tokens": {}, "ranks": %s}'
+    for damaged in (b'{"name": "by', b"{}", b"[1]", b'{"name": "caf\xe9"}', bpe % b"[]", bpe % b'{"not base64": 0}'):
+        (tmp_path / "tokenizer.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match="tokenizer.json is damaged"):
             tokenizer.load(tmp_path)
 
 

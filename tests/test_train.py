@@ -18,11 +18,13 @@ import torch
 import checkpoint
 import configurator
 import dataloader
+import generate
 import runtime
 import sample
 import train
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from conftest import ROOT, make_model, write_tokens
+from data.pairs import prepare as pairs
 from model import Block, DecoderBlock
 from trainer import TrainConfig, Trainer, evaluate_all, learning_rate, make_optimizer
 
@@ -179,6 +181,126 @@ def test_killed_run_continues(tiny_data, tmp_path, how):
     assert same(weights(out), weights(tmp_path / "full"))
 
 
+def call_at(monkeypatch, step: int, what) -> None:
+    """Have what() called behind the update that finishes `step`."""
+    update = Trainer.update
+
+    def with_call(trainer):
+        sums = update(trainer)
+        if trainer.step == step:
+            what()
+        return sums
+
+    monkeypatch.setattr(Trainer, "update", with_call)
+
+
+def crash() -> None:
+    raise RuntimeError("the machine is gone")
+
+
+def test_a_run_that_crashed_before_its_second_evaluation_goes_on(tiny_data, tmp_path, monkeypatch, reference):
+    """Guards the checkpoint of step 0, whose optimizer has no state yet."""
+    call_at(monkeypatch, 2, crash)
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        run(tiny_data, tmp_path / "run", *REFERENCE)
+    monkeypatch.undo()
+    assert checkpoint.read_json(tmp_path / "run" / "last" / "trainer.json")["step"] == 0
+    run(tiny_data, tmp_path / "run", *REFERENCE, "--resume")
+    assert same(weights(tmp_path / "run"), weights(reference))
+
+
+def test_terminated_run_continues(tiny_data, tmp_path, monkeypatch, reference):
+    """Guards SIGTERM, between two log lines: the step is saved, with the time that its updates took."""
+    rarely = ("--eval_interval=1000", "--log_interval=1000")
+    call_at(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_data, tmp_path / "run", *REFERENCE, *rarely)
+    monkeypatch.undo()
+    stopped = checkpoint.read_json(tmp_path / "run" / "last" / "trainer.json")
+    assert stopped["step"] == 4 and 0 < stopped["train_seconds"] < stopped["seconds"]
+    run(tiny_data, tmp_path / "run", *REFERENCE, *rarely, "--resume")
+    assert same(weights(tmp_path / "run"), weights(reference))
+    assert checkpoint.read_json(tmp_path / "run" / "last" / "trainer.json")["train_seconds"] > stopped["train_seconds"]
+
+
+def test_interrupting_a_diverged_run_keeps_the_last_good_checkpoint(tiny_data, tmp_path, monkeypatch):
+    """Guards last/ against weights that are no numbers, where Ctrl-C comes before the next log line would have noticed."""
+    call_at(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(FloatingPointError, match="last good checkpoint"):
+        run(tiny_data, tmp_path, "--learning_rate=1e30", "--warmup_iters=0", "--eval_interval=1000", "--log_interval=1000", "--overwrite")
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path).values())
+
+
+SIGNALLED = """
+import os, signal, sys
+import train, trainer
+update, rank = trainer.Trainer.update, int(os.environ["RANK"])
+def with_signal(self):
+    sums = update(self)
+    if self.step == (8, 6)[rank]:
+        signal.raise_signal(signal.SIGTERM)
+    return sums
+trainer.Trainer.update = with_signal
+try:
+    train.main(sys.argv[1:])
+except KeyboardInterrupt:
+    print("rank", rank, "stopped", flush=True)
+    os._exit(0)
+"""
+
+
+def test_processes_stop_at_the_same_step(tiny_data, tmp_path):
+    """Guards SIGTERM under torchrun, which reaches one process steps before the other: neither may wait for one that has left."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED, encoding="utf-8")
+    out, launcher = tmp_path / "run", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = arguments(tiny_data, out, "--gradient_accumulation_steps=2", "--max_iters=40", "--eval_interval=100", "--log_interval=5")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "signalled.py"), *words], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 stopped" in done.stdout and "rank 1 stopped" in done.stdout
+    assert checkpoint.read_json(out / "last" / "trainer.json")["step"] == 10
+
+
+def test_full_disk(tiny_data, tmp_path, reference):
+    """Guards a checkpoint that cannot be written: one line, the one before it is still there, and nothing half written."""
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    words = arguments(tiny_data, out, *REFERENCE, "--resume", "--max_iters=9", "--lr_decay_iters=none")
+    code = (
+        "import resource, runpy, sys\n"
+        f"sys.argv = ['train.py', *{words!r}]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file may be larger\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "could not be written" in done.stderr, done.stderr
+    assert same(weights(out), weights(reference)) and not (out / "last.tmp").exists() and not (out / "best.tmp").exists()
+
+
+@pytest.mark.parametrize("damage", ["trainer", "moments", "shape"])
+def test_damaged_checkpoints_are_named(tiny_data, tmp_path, capsys, reference, damage):
+    """Guards resuming from files that can be read but are not what was written, above all a moment of another shape."""
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    path = out / "last" / "optimizer.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    if damage == "trainer":
+        (out / "last" / "trainer.json").write_text("{}")
+    elif damage == "moments":
+        del tensors["wte.weight/exp_avg_sq"]
+    else:
+        tensors["wte.weight/exp_avg"] = tensors["wte.weight/exp_avg"][:10].clone()
+    safetensors.torch.save_file(tensors, path)
+    code, line = complaint(train, arguments(tiny_data, out, *REFERENCE, "--resume", "--max_iters=8"), capsys)
+    assert code == 2 and "is damaged" in line and "start the run again" in line
+
+
 def test_half_written_checkpoint_is_not_used(tiny_data, tmp_path, reference):
     """Guards atomicity: what a crash leaves (last.tmp, or last.old between the renames) neither breaks nor fools a resume."""
     import shutil
@@ -298,6 +420,27 @@ def test_micro_batches_do_not_change_the_gradient(tiny_data, size):
         assert len(other) == len(found[0]) and all((a - b).abs().max() < 1e-12 for a, b in zip(found[0], other))
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_micro_batches_of_pairs_do_not_change_the_gradient(tmp_path, world):
+    """Guards sets of pairs, whose answers differ in length: a token counts the same in whatever micro-batch and process it is."""
+    lines = [f"{i}\t{'long answer ' * (i % 4)}{i}" for i in range(60)]
+    (tmp_path / "qa.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    pairs.main(["--input", str(tmp_path / "qa.tsv"), "--out_dir", str(tmp_path / "set"), "--val_fraction", "0.3"])
+    data, found = dataloader.open_data(tmp_path / "set", 48), []
+    for size, ranks in ((8, 1), (8 // world, world), (1, world), (3, world)):
+        total, losses = [], 0.0
+        for rank in range(ranks):
+            model = make_model("decoder_only", {}, vocab_size=256, block_size=48)
+            machine = runtime.Runtime(torch.device("cpu"), torch.float64, False, "", rank, 1)
+            trainer = Trainer(TrainConfig(batch_size=8, micro_batch_size=size), model, data, machine)
+            trainer.machine = runtime.Runtime(torch.device("cpu"), torch.float64, False, "", rank, ranks)
+            losses += trainer.gradients(size)["token"]  # each process's share of the mean
+            total.append(gradients(model))
+        found.append([*(sum(grads) / ranks for grads in zip(*total)), losses])  # DDP's mean
+    for other in found[1:]:
+        assert all((a - b).abs().max() < 1e-12 for a, b in zip(found[0], other))
+
+
 def test_processes_share_the_sequences(tiny_data):
     """Guards DDP with uneven micro-batches: all sequences once, equal shares, gradients that average to those of one process."""
     settings = dict(batch_size=7, gradient_accumulation_steps=2)
@@ -408,6 +551,11 @@ def test_micro_batch_size_through_the_front_door(tiny_data, tmp_path, capsys, re
 def latent_model(name: str) -> torch.nn.Module:
     if name == "autoencoder":
         config = checkpoint.CONFIGS[name](block_size=16, n_embd=16, n_head=2, latent_dim=8, codebook_size=4, dropout=0.2)
+    elif name == "latent_transformer":
+        config = checkpoint.CONFIGS[name](
+            block_size=16, target_size=8, n_embd=16, n_head=2, n_layer=1, n_decoder_layer=1, latent_factor=4, latent_dim=8,
+            codebook_size=4, dropout=0.2,
+        )  # fmt: skip
     else:
         config = checkpoint.CONFIGS[name](
             block_size=16, n_embd=16, n_head=2, n_cross_head=2, latent_factor=4, latent_dim=8, codebook_size=4, dropout=0.2,
@@ -417,7 +565,7 @@ def latent_model(name: str) -> torch.nn.Module:
     return checkpoint.build(name, config).double().train()
 
 
-@pytest.mark.parametrize("name", ["encoder_decoder", "autoencoder"])
+@pytest.mark.parametrize("name", ["encoder_decoder", "autoencoder", "latent_transformer"])
 def test_activation_checkpointing_changes_nothing(name):
     """Guards recomputation: the same gradients with dropout, and statistics of the quantizer that are collected once."""
     torch.manual_seed(1)
@@ -436,12 +584,12 @@ def test_activation_checkpointing_changes_nothing(name):
         found.append((gradients(model), dict(model.named_buffers())))
         model.eval()
         with torch.no_grad():
-            found[-1] += (model(idx)[0],)
-    (grads, buffers, logits), (others, theirs, same_logits) = found
+            found[-1] += (model(idx, idx)[1]["total"],)
+    (grads, buffers, loss), (others, theirs, same_loss) = found
     assert blocks[1] == 2 * blocks[0] > 0, "nothing was computed again"
     assert len(grads) == len(others) and all((a - b).abs().max() < 1e-12 for a, b in zip(grads, others))
     assert same(buffers, theirs) and any(value.count_nonzero() for key, value in buffers.items() if "pending_count" in key)
-    assert torch.equal(logits, same_logits)
+    assert torch.equal(loss, same_loss)
 
 
 @pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
@@ -522,6 +670,15 @@ def test_init_from_another_run(tiny_data, tmp_path, reference):
     summary = run(tiny_data, tmp_path / "next", *REFERENCE, f"--init_from={reference}", "--max_iters=0")
     best = json.loads((reference / "summary.json").read_text())
     assert best["best_step"] == 6 and abs(summary["val_loss"] - best["val_loss"]) < 1e-12
+
+
+@pytest.mark.parametrize("content", [b"hello", b"", None])
+def test_init_from_what_is_no_checkpoint(tiny_data, tmp_path, capsys, content):
+    """Guards --init_from=FILE.pt: text, nothing, and a file of torch without a model end in one line."""
+    path = tmp_path / "some.pt"
+    torch.save({"weights": 1}, path) if content is None else path.write_bytes(content)
+    code, line = complaint(train, arguments(tiny_data, tmp_path / "run", f"--init_from={path}", model="decoder_only"), capsys)
+    assert code == 2 and "is no checkpoint of nanoGPT" in line and not (tmp_path / "run").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -652,7 +809,7 @@ def test_bad_settings(tiny_data, tmp_path, capsys, change, status, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, capsys, reference):
+def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, capsys, monkeypatch, reference):
     """Guards weeks of training: the same command again refuses; --resume with nothing there refuses; --overwrite starts again."""
     import shutil
 
@@ -663,6 +820,19 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
     assert code == 1 and "--resume" in line and "--overwrite" in line and snapshot(out) == before
     code, line = complaint(train, arguments(tiny_data, out, "--n_embd=15", "--overwrite"), capsys)
     assert code == 2 and snapshot(out) == before, "a bad setting must show before anything is deleted"
+    sample_of = "--eval_sample_tokens=3 --eval_sample_prompt="
+    for late in ("--wandb=offline", sample_of, sample_of + "x" * 40):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "wandb", None)
+            code, line = complaint(train, arguments(tiny_data, out, *REFERENCE, "--overwrite", *late.split()), capsys)
+        assert code == 2 and snapshot(out) == before, late
+    (tmp_path / "set").mkdir()
+    for file in tiny_data.iterdir():
+        shutil.copyfile(file, tmp_path / "set" / file.name)
+    code, line = complaint(train, arguments(tmp_path / "set", tmp_path / "set", "--overwrite"), capsys)
+    assert code == 2 and "what the run reads as its dataset" in line and snapshot(tmp_path / "set") == snapshot(tiny_data)
+    code, line = complaint(train, arguments(tiny_data, out / "config.json", "--overwrite"), capsys)
+    assert code == 1 and "is a file" in line and snapshot(out) == before
     code, line = complaint(train, arguments(tiny_data, out, *REFERENCE, "--resume", "--learning_rate=0.5"), capsys)
     assert code == 2 and "learning_rate=0.5 (was 0.002)" in line and snapshot(out) == before
     code, line = complaint(train, arguments(tiny_data, tmp_path / "none", "--resume"), capsys)
@@ -700,6 +870,9 @@ def test_bad_run_directories_for_sampling(tmp_path, capsys, reference):
     odd = broken("odd", lambda p: (p / "config.json").write_text("{"))
     blind = broken("blind", lambda p: (p / "tokenizer.json").unlink())
     chars = broken("chars", lambda p: (p / "tokenizer.json").write_text(json.dumps({"name": "char", "chars": "abc"})))
+    stepless = broken("stepless", lambda p: (p / "best" / "trainer.json").write_text("{}"))
+    many = "".join(map(chr, range(32, 333)))
+    words = broken("words", lambda p: (p / "tokenizer.json").write_text(json.dumps({"name": "char", "chars": many})))
     for argv, status, message in (
         ([str(tmp_path / "nothing")], 1, "not a directory"),
         ([str(tmp_path)], 1, "no config.json"),
@@ -713,6 +886,9 @@ def test_bad_run_directories_for_sampling(tmp_path, capsys, reference):
         ([str(reference), "--temperature=-1"], 2, "temperature=-1"),
         ([str(reference), "--top_p=0"], 2, "top_p=0"),
         ([str(reference), "--stream", "--num_samples=2"], 2, "num_samples=1"),
+        ([str(reference), "--int8", "--check"], 2, "use one of the two"),
+        ([str(stepless), "--max_new_tokens=1"], 2, "trainer.json is damaged"),
+        ([str(words), "--max_new_tokens=1"], 2, "has 301 tokens, but the model 256"),
         ([], 2, "RUN is missing"),
     ):
         code, line = complaint(sample, argv, capsys)
@@ -737,3 +913,17 @@ def test_sample_script(reference, capsys, monkeypatch, tmp_path):
     )
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert plain == streamed == several[:1] and report["tokens"] == 60 and report["samples"] == 3
+    monkeypatch.setattr(sys, "stdin", None)  # closed
+    with pytest.raises(ValueError, match="there is no standard input"):
+        sample.main([str(reference), "--prompt=-"])
+
+
+@pytest.mark.parametrize("flags, paths", [([], [True, False]), (["--cache=false"], [False, True])])
+def test_check_takes_another_path(reference, monkeypatch, capsys, flags, paths):
+    """Guards --check against comparing a path with itself, which cannot fail."""
+    sample_together, used = generate.sample_together, []
+    monkeypatch.setattr(
+        generate, "sample_together", lambda *given, **how: used.append(given[3]) or sample_together(*given, **how)
+    )
+    sample.main([str(reference), "--max_new_tokens=40", "--device=cpu", "--check", *flags])
+    assert used == paths and "gives the same text" in capsys.readouterr().err

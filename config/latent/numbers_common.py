@@ -1,4 +1,4 @@
-"""What the numbers runs share: pairs of at most 88 bytes, one CPU. First: python data/pairs/prepare.py --numbers."""
+"""What the numbers runs share: pairs of at most 88 bytes, one CPU."""
 
 dataset = "numbers"
 block_size = 88

@@ -5,10 +5,11 @@ Sequence-level distillation (arXiv:1606.07947): a data set whose training side w
     python data/distill/prepare.py --run out/stdlib/baseline --name stdlib_distilled --count 4000 # text: its continuations
     python train.py config/latent/numbers_8.py --dataset=numbers_distilled
 
-Pairs keep their x and get the run's y; an answer that is empty, or has no end, is left out. A text is a prompt from a random place
-of the training side and what the run writes behind it, up to its block_size. The validation side stays as it was, so losses
-can be compared with those of runs on the original. Text number i draws the noise of sample number i in sample.py, and pairs are
-numbered by the length of x, then as they come; so neither --batch nor --device changes what is drawn.
+Pairs keep their x and get the run's y; an answer that is empty, has no end, or is not UTF-8 is left out. A text is a prompt from a
+random place of the training side and what the run writes behind it, up to its block_size or the first byte that is not UTF-8
+(a model of bytes can write those); where nothing stands behind the prompt it is left out. The validation side stays as it was, so
+losses can be compared with those of runs on the original. Text number i draws the noise of sample number i in sample.py, and pairs
+are numbered by the length of x, then as they come; so neither --batch nor --device changes what is drawn.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ import generate
 import runtime
 from configurator import exit_on_user_error
 from data import corpus
-from data.pairs.prepare import SEPARATOR, folder_for, write_pairs
+from data.pairs.prepare import SEPARATOR, write_pairs
 
 TRIES = 100  # places to look at, for each prompt wanted
 
@@ -75,12 +76,9 @@ class Teacher:
         if kind != made_for:
             raise ValueError(f"--run {self.facts['run']} was trained on {made_for}, but {data.folder} is a set of {kind}")
 
-    def finish(self, meta: dict, out_dir: Path) -> dict:
-        """Write down in meta.json who the teacher was."""
+    def sign(self, meta: dict) -> None:
+        """Note in the meta of a data set who the teacher was."""
         meta["teacher"] = self.facts | {"written": self.written, "left_out": self.left_out}
-        corpus.write_meta(meta, out_dir)
-        print(f"{self.written:,} texts by {self.facts['run']}, {self.left_out:,} left out")
-        return meta
 
     def check_written(self) -> None:
         if self.written == 0:
@@ -90,11 +88,13 @@ class Teacher:
         """(is it validation?, x, y): the first `count` pairs (none: all) of training with the run's y, and validation as it is."""
         questions = sorted((x for x, _ in data.questions("train", count)), key=len)
         for sample in self.continuations(questions, data.block_size + 1 - len(questions[-1])):
-            if sample.reason != "eos" or not sample.text.strip() or SEPARATOR in sample.text:
+            answer = utf8_part(sample.bytes)
+            whole = sample.reason == "eos" and answer.encode() == sample.bytes
+            if not whole or not answer.strip() or SEPARATOR in answer:
                 self.left_out += 1
                 continue
             self.written += 1
-            yield False, self.tokenizer.decode(sample.tokens[: sample.n_prompt - 1]), sample.text
+            yield False, self.tokenizer.decode(sample.tokens[: sample.n_prompt - 1]), answer
         self.check_written()
         for x, y in data.questions("val", None):
             yield True, self.tokenizer.decode(x[:-1]), self.tokenizer.decode(y)
@@ -102,12 +102,14 @@ class Teacher:
     def texts(self, data: dataloader.TokenData, count: int, prompt_tokens: int) -> Iterator[tuple[bool, str]]:
         """(is it validation?, document): `count` prompts with what the run writes behind them, and validation as it is."""
         for sample in self.continuations(self.prompts(data, count, prompt_tokens)):
-            if not sample.output:
+            text = utf8_part(sample.bytes)
+            if not text:
                 self.left_out += 1
                 continue
             self.written += 1
             # where no token marks the end of a document, an empty line does
-            yield False, self.tokenizer.decode(sample.tokens) + ("\n\n" if self.tokenizer.eos is None else "")
+            end = "\n\n" if self.tokenizer.eos is None else ""
+            yield False, self.tokenizer.decode(sample.tokens[: sample.n_prompt]) + text + end
         self.check_written()
         ends = [] if self.tokenizer.eos is None else np.flatnonzero(data.val == self.tokenizer.eos)
         for begin, end in zip([0, *(end + 1 for end in ends)], [*ends, len(data.val)]):
@@ -115,21 +117,33 @@ class Teacher:
                 yield True, self.tokenizer.decode(data.val[begin:end].tolist())
 
     def prompts(self, data: dataloader.TokenData, count: int, length: int) -> Iterator[list[int]]:
-        """Prompts from random places of the training side, none with the end of a document in it."""
+        """Prompts from random places of the training side, none with the end of a document or a part of a character in it."""
         rng, found = np.random.default_rng(self.sampling.seed), 0
         for _ in range(TRIES * count):
             begin = int(rng.integers(len(data.train) - length + 1))
             prompt = data.train[begin : begin + length].tolist()
-            if self.tokenizer.eos not in prompt:
+            written = self.tokenizer.decode_bytes(prompt)
+            if self.tokenizer.eos not in prompt and utf8_part(written).encode() == written:
                 yield prompt
                 found += 1
             if found == count:
                 return
-        raise ValueError(f"--prompt_tokens {length}: documents of {data.folder} are mostly shorter; choose a smaller number")
+        raise ValueError(
+            f"--prompt_tokens {length}: documents of {data.folder} are mostly shorter, or so long a piece cuts a character; "
+            "choose another number"
+        )
+
+
+def utf8_part(data: bytes) -> str:
+    """The text up to the first byte that is not UTF-8, or belongs to a character that is not complete."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        return data[: error.start].decode()
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = corpus.bare_arguments("A training side written by a trained run", None)
+    parser = corpus.bare_arguments(__doc__, None)
     parser.add_argument("--run", required=True, help="run directory of the teacher")
     parser.add_argument("--name", help="name of the data set, written to data/NAME unless --out_dir is given")
     parser.add_argument("--dataset", help="where prompts and validation come from, the run's own unless given")
@@ -141,30 +155,32 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--seed", type=int, default=1337, help="of places and noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
     args = parser.parse_args(argv)
-    out_dir = folder_for(args.name, args.out_dir)
+    out_dir = corpus.folder_for(args.name, args.out_dir)
     if (out_dir / "meta.json").exists():
         raise ValueError(f"{out_dir} holds a data set already; give another --name or --out_dir, or remove it")
     for key in ("count", "prompt_tokens", "batch"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key} {getattr(args, key)}: at least 1 is needed")
+    checkpoint.find_first(Path(args.run), args.checkpoint, "last")  # raises for what is no run
     settings = checkpoint.read_json(Path(args.run) / "config.json")
     separator = settings.get("separator")
     temperature = args.temperature if args.temperature is not None else 0.0 if separator is not None else 1.0
     teacher = Teacher(args.run, args.checkpoint, temperature, args.seed, args.batch, args.device)
     block_size = teacher.model.config.block_size
-    data = dataloader.open_data(dataloader.resolve(args.dataset or settings["train"]["dataset"]), block_size)
+    data = dataloader.open_data(dataloader.prepare_if_missing(args.dataset or settings["train"]["dataset"]), block_size)
     teacher.check_data(data, separator)
     name, source = args.name or out_dir.resolve().name, f"{data.meta['source']}, as {args.run} continues it"
     if separator is not None:
-        meta = write_pairs(teacher.pairs(data, args.count), teacher.tokenizer, out_dir, source, name)
+        meta = write_pairs(teacher.pairs(data, args.count), teacher.tokenizer, out_dir, source, name, teacher.sign)
     else:
         if args.prompt_tokens >= block_size:
             raise ValueError(
                 f"--prompt_tokens {args.prompt_tokens} leaves no room in the run's block_size={block_size}; lower it"
             )
         documents = teacher.texts(data, args.count or 1000, args.prompt_tokens)
-        meta = corpus.write_sides(documents, teacher.tokenizer, out_dir, source, name)
-    return teacher.finish(meta, out_dir)
+        meta = corpus.write_sides(documents, teacher.tokenizer, out_dir, source, name, complete=teacher.sign)
+    print(f"{teacher.written:,} texts by {args.run}, {teacher.left_out:,} left out")
+    return meta
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ def pages(path: str = REPOSITORY, name: str | None = SAMPLE, revision: str | Non
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = corpus.arguments("A part of FineWeb as a data set", Path(__file__).resolve().parent, "gpt2", 0.01)
+    parser = corpus.arguments(__doc__, Path(__file__).resolve().parent, "gpt2", 0.01)
     corpus.input_arguments(parser)
     parser.set_defaults(max_bytes=DEFAULT_BYTES)
-    args = parser.parse_args(argv)
+    args = corpus.parse(parser, argv)
     if args.input:
         documents, source = lambda: corpus.read_inputs(args), ", ".join(path.name for path in args.input)
     else:

@@ -10,7 +10,7 @@ Pairs of texts, a question and its answer, as a data set: tokens x SEP y EOS of 
 import json
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, when run as a script
@@ -19,7 +19,6 @@ import tokenizer as tokenizers
 from configurator import exit_on_user_error
 from data import corpus
 
-DATA = Path(__file__).resolve().parents[1]
 SEPARATOR = "\t"
 WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
@@ -73,7 +72,7 @@ def read_pairs(path: Path, keys: tuple[str, str]) -> Iterator[tuple[str, str]]:
         else:
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place}: not JSON ({error})") from error
             sides = [row.get(key) for key in keys] if isinstance(row, dict) else [None]
             if not all(isinstance(side, str) for side in sides):
@@ -87,51 +86,46 @@ def read_pairs(path: Path, keys: tuple[str, str]) -> Iterator[tuple[str, str]]:
         yield x, y
 
 
-def folder_for(name: str | None, out_dir: Path | None) -> Path:
-    """Where a data set of this name goes. Raises ValueError for a name that is none, or that of a set with a script of its own."""
-    if out_dir is not None:
-        return out_dir
-    if name is None:
-        raise ValueError("the data set has no name; give --name NAME (written to data/NAME) or --out_dir FOLDER")
-    if Path(name).name != name or name == ".." or (DATA / name / "prepare.py").exists():
-        raise ValueError(f"--name {name}: give a plain name that no data set of this project has, or an --out_dir")
-    return DATA / name
-
-
 def write_pairs(
-    sided: Iterable[tuple[bool, str, str]], tokenizer: tokenizers.Tokenizer, out_dir: Path, source: str, name: str
+    sided: Iterable[tuple[bool, str, str]],
+    tokenizer: tokenizers.Tokenizer,
+    out_dir: Path,
+    source: str,
+    name: str,
+    complete: Callable[[dict], None] = lambda meta: None,
 ) -> dict:
-    """(is it validation?, x, y) of every pair -> a data set in out_dir; returns its meta."""
+    """(is it validation?, x, y) of every pair -> a data set in out_dir; returns its meta, to which `complete` may add."""
     target_bytes = target_tokens = 0
 
-    def documents() -> Iterator[tuple[bool, str]]:
+    def documents() -> Iterator[tuple[bool, str, str, str]]:
         nonlocal target_bytes, target_tokens
         for val, x, y in sided:
             if val:
                 target_bytes += len(tokenizers.to_utf8(y)) + 1
                 target_tokens += len(tokenizer.encode(y)) + 1
-            yield val, x + SEPARATOR + y
+            yield val, x, SEPARATOR, y  # apart: a byte-pair encoding may merge a tab with the word behind it
 
-    meta = corpus.write_sides(documents(), tokenizer, out_dir, source, name)
-    meta |= {"kind": "pairs", "separator": tokenizer.encode(SEPARATOR)[0], "end": tokenizer.eos}
-    meta["val"] |= {"target_bytes": target_bytes, "target_tokens": target_tokens}
-    corpus.write_meta(meta, out_dir)
-    return meta
+    def add_to(meta: dict) -> None:
+        meta |= {"kind": "pairs", "separator": tokenizer.encode(SEPARATOR)[0], "end": tokenizer.eos}
+        meta["val"] |= {"target_bytes": target_bytes, "target_tokens": target_tokens}
+        complete(meta)
+
+    return corpus.write_sides(documents(), tokenizer, out_dir, source, name, complete=add_to)
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = corpus.arguments("Pairs of texts as a data set", None, "byte", 0.02)
+    parser = corpus.arguments(__doc__, None, "byte", 0.02)
     parser.add_argument("--numbers", action="store_true", help=f"{COUNT:,} numbers and their English words; needs no file")
     parser.add_argument("--input", nargs="+", type=Path, help=".tsv or .jsonl files")
     parser.add_argument("--keys", default="x,y", help="the two keys of .jsonl")
     parser.add_argument("--name", help="name of the data set, written to data/NAME unless --out_dir is given")
-    args = parser.parse_args(argv)
+    args = corpus.parse(parser, argv)
     if args.numbers == bool(args.input):
         raise ValueError("give either --numbers or --input FILE, the pairs to prepare")
     keys = tuple(args.keys.split(","))
     if len(keys) != 2:
         raise ValueError(f"--keys {args.keys}: give two, such as question,answer")
-    out_dir = folder_for(args.name or ("numbers" if args.numbers and not args.out_dir else None), args.out_dir)
+    out_dir = corpus.folder_for(args.name or ("numbers" if args.numbers and not args.out_dir else None), args.out_dir)
 
     def pairs() -> Iterable[tuple[str, str]]:
         return numbers() if args.numbers else (pair for path in args.input for pair in read_pairs(path, keys))

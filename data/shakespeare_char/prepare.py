@@ -32,12 +32,10 @@ def download(url: str = URL) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = corpus.arguments("Tiny Shakespeare as a data set", Path(__file__).resolve().parent, "char", 0.1)
+    parser = corpus.arguments(__doc__, Path(__file__).resolve().parent, "char", 0.1)
     parser.add_argument("--input", type=Path, help="the text, instead of downloading it")
-    args = parser.parse_args(argv)
-    if not 0 < args.val_fraction < 1:
-        raise ValueError(f"val_fraction={args.val_fraction}: give a number between 0 and 1, e.g. 0.1")
-    text = args.input.read_text(encoding="utf-8") if args.input else download()
+    args = corpus.parse(parser, argv)
+    text = "".join(corpus.read_text(args.input)) if args.input else download()
     cut = int(len(text) * (1 - args.val_fraction))
     tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: [text])
     sided = [(False, text[:cut]), (True, text[cut:])]

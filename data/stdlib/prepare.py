@@ -35,8 +35,8 @@ def documents(library: Path) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = corpus.arguments("Python's standard library as a data set", Path(__file__).resolve().parent, "byte", 0.05)
-    args = parser.parse_args(argv)
+    parser = corpus.arguments(__doc__, Path(__file__).resolve().parent, "byte", 0.05)
+    args = corpus.parse(parser, argv)
     source = f"standard library of {platform.python_implementation()} {platform.python_version()}, without tests"
     library = Path(sysconfig.get_paths()["stdlib"])
     tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: documents(library))

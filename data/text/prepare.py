@@ -14,22 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository r
 from configurator import exit_on_user_error
 from data import corpus
 
-DATA = Path(__file__).resolve().parents[1]
-
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = corpus.arguments("Your own text as a data set", None, "byte", 0.1)
+    parser = corpus.arguments(__doc__, None, "byte", 0.1)
     corpus.input_arguments(parser, required=True)
     parser.add_argument("--name", help="name of the data set, written to data/NAME unless --out_dir is given")
-    args = parser.parse_args(argv)
-    name = args.name or (args.out_dir.resolve().name if args.out_dir else None)
-    if name is None:
-        raise ValueError("the data set has no name; give --name NAME (written to data/NAME) or --out_dir FOLDER")
-    if not args.out_dir and (Path(name).name != name or name == ".." or (DATA / name / "prepare.py").exists()):
-        raise ValueError(f"--name {name}: give a plain name that no data set of this project has, or an --out_dir")
+    args = corpus.parse(parser, argv)
+    out_dir = corpus.folder_for(args.name, args.out_dir)
     tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: corpus.take_bytes(corpus.read_inputs(args), args.max_bytes))
     source = ", ".join(path.name for path in args.input)
-    out_dir = args.out_dir or DATA / name
+    name = args.name or out_dir.resolve().name
     return corpus.write_dataset(corpus.read_inputs(args), tokenizer, out_dir, args.val_fraction, source, name, args.max_bytes)
 
 

@@ -29,14 +29,14 @@ def articles(path: str = REPOSITORY, name: str | None = SNAPSHOT, revision: str 
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = corpus.arguments("English Wikipedia as a data set", Path(__file__).resolve().parent, "gpt2", 0.1)
+    parser = corpus.arguments(__doc__, Path(__file__).resolve().parent, "gpt2", 0.1)
     corpus.input_arguments(parser)
-    args = parser.parse_args(argv)
+    args = corpus.parse(parser, argv)
     if args.input:
         max_bytes, documents = args.max_bytes, lambda: corpus.read_inputs(args)
         source = ", ".join(path.name for path in args.input)
     else:
-        max_bytes, documents = args.max_bytes or PUBLISHED_BYTES, articles
+        max_bytes, documents = PUBLISHED_BYTES if args.max_bytes is None else args.max_bytes, articles
         source = f"{REPOSITORY} {SNAPSHOT} at revision {REVISION}, the first {max_bytes:,} bytes"
     tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: corpus.take_bytes(documents(), max_bytes))
     return corpus.write_dataset(documents(), tokenizer, args.out_dir, args.val_fraction, source, "wikipedia", max_bytes)
