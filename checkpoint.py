@@ -272,10 +272,11 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
     (a .pt for the decoder-only model). Raises ValueError where names or shapes do not fit, or the codes are another autoencoder's.
     """
     if source.suffix != ".pt":
+        folder = find(source, "best")
         theirs, ours = (getattr(config, "codebook_hash", None) for config in (read_config(source)[2], model.config))
         if theirs != ours:
             raise ValueError(f"init_from={source} was trained on the codes of another autoencoder, which mean something else")
-        load_weights(model, find(source, "best"))
+        load_weights(model, folder)
         return
     if not source.is_file():
         raise FileNotFoundError(f"init_from={source}: there is no such file")

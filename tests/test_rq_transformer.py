@@ -448,7 +448,7 @@ def test_a_short_prompt_is_filled_in_front():
     assert text("ab") == text("\n\nab") and text("abcde") == text("\n\n\nabcde") != text("abcd")
     chars = Continuation([2, 1], 1, tokenizer.CharTokenizer("abc"))
     assert generate.filler(chars) == 2 == generate.filler(Continuation([2, 1], 1))
-    with pytest.raises(ValueError, match="use compile=false"):
+    with pytest.raises(ValueError, match="one token a step, not blocks"):
         continued(model, [[1]], 4, GREEDY, compile="eager")
 
 
