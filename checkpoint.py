@@ -103,7 +103,7 @@ def read_run(settings: dict, data_hash: str, out: Path) -> dict:
     """The trainer state to resume from. Raises FileNotFoundError where there is none, ValueError if the run is another one."""
     path = find(out, "last") / "trainer.json"
     trainer, old = read_json(path), read_json(out / "config.json")
-    if missing := {"step", "scaler", "data_hash", "best_val_loss"} - trainer.keys():
+    if missing := {"step", "scaler", "data_hash", "best_val_loss", "seconds", "train_seconds"} - trainer.keys():
         raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}; start the run again")
     changed = [
         f"{key}={new.get(key)!r} (was {before.get(key)!r})"
@@ -274,7 +274,7 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
     if source.suffix != ".pt":
         folder = find(source, "best")
         theirs, ours = (getattr(config, "codebook_hash", None) for config in (read_config(source)[2], model.config))
-        if theirs != ours:
+        if theirs and theirs != ours:
             raise ValueError(f"init_from={source} was trained on the codes of another autoencoder, which mean something else")
         load_weights(model, folder)
         return

@@ -513,7 +513,8 @@ def as_json(rows: list[Row], differences: list[Difference]) -> str:
         "rows": lines,
         "differences": [difference._asdict() for difference in differences],
     }
-    return json.dumps(json.loads(json.dumps(data), parse_constant=lambda nan: None), indent=2)  # JSON knows no NaN
+    # JSON knows no NaN, but json.dumps writes one
+    return json.dumps(json.loads(json.dumps(data), parse_constant=lambda nan: None), indent=2)
 
 
 def main(argv: list[str] | None = None) -> list[Row]:

@@ -314,11 +314,11 @@ def type_text(kind: object) -> str:
 
 
 def as_text(value: object) -> str:
-    """A value as it would be written on the command line."""
+    """A value as it would be written on the command line; of white space, which would not be seen, the repr."""
     if isinstance(value, (list, tuple)):
         return ",".join(map(as_text, value))
     if isinstance(value, str):
-        return value if value.strip() else repr(value)  # white space would not be seen
+        return value if value.strip() else repr(value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

@@ -9,7 +9,8 @@ Train any model of the project: one loop for all.
 One *step* is one optimizer update on batch_size * gradient_accumulation_steps sequences of block_size tokens, however many
 processes share them. Which sequences those are, and every dropout mask, is a function of (seed, step) alone; that is why
 resuming, evaluating more often, or adding processes does not change a run. micro_batch_size, how many of them are computed at
-a time, changes rounding and, because each micro-batch draws its own, the dropout masks.
+a time, changes rounding and, because each micro-batch draws its own, the dropout masks; of pairs, whose answers differ in length,
+also losses that are no means over tokens (of the embeddings, of codes) a little.
 """
 
 import contextlib
@@ -160,8 +161,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         model.check(data, config.max_iters)
     inputs = {"dataset": data.folder} | {key: getattr(model_config, key, None) for key in ("autoencoder", "backbone")}
     for key, folder in inputs.items():
-        if folder is not None and out.resolve() == Path(folder).resolve():
-            raise ValueError(f"out_dir={out} is what the run reads as its {key}; write to another folder")
+        if folder is not None and Path(folder).resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"out_dir={out} is or holds what the run reads as its {key}, {folder}; write to another folder")
     wandb = import_wandb(config) if machine.is_main else None
     text = prompt = None
     if config.eval_sample_tokens:
@@ -184,11 +185,11 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     machine.barrier()  # everybody has read before anybody writes
     if resumed:
         folder = checkpoint.find(out, "last")
-        if machine.is_main:
-            checkpoint.write_json(out / "config.json", settings)
         checkpoint.load_weights(model, folder)
         checkpoint.load_optimizer(model, trainer.optimizer, folder)
         trainer.scaler.load_state_dict(resumed["scaler"])
+        if machine.is_main:  # only now: nothing was wrong with the checkpoint
+            checkpoint.write_json(out / "config.json", settings)
         trainer.step = resumed["step"]
         state = {key: resumed.get(key) for key in state}  # runs from before micro_batch_size have none
         say(f"resuming {out} at step {trainer.step}")
@@ -278,6 +279,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                 state["seconds"] = seconds_before + now - session_clock
                 state["train_seconds"] += now - train_clock
                 save_last()
+                machine.barrier()  # torchrun ends who still writes when another process has left
                 say(f"stopped at step {trainer.step}; {out}/last is saved: the same command with --resume goes on")
                 raise KeyboardInterrupt
             sums = trainer.update()
@@ -323,10 +325,10 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     for name in [name for name in measured if name.endswith("bits_per_token")]:
         measured[name.removesuffix("token") + "byte"] = measured[name] / data.bytes_per_token
     summary |= measured
-    if measured.get("codes_of_data") is False:
+    if measured.get("codes_of_data") is False and machine.is_main:
         warnings.warn(
-            "the codebooks were never made of data, so codes mean nothing: k-means waits for quantize_after steps, if the model has "
-            "them, and 50 latents a code; train longer, or lower quantize_after or codebook_size",
+            "the codebooks were never made of data, so codes mean nothing: k-means waits for many latents a code, and for "
+            "quantize_after steps if the model has them; train longer, or lower quantize_after or codebook_size",
             stacklevel=1,
         )
     if getattr(model, "embedding_loss", None) is not None:
@@ -354,12 +356,13 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
 def interruptible():
     """
     Inside, Ctrl-C and SIGTERM (a cluster's warning) do not stop the program between two halves of an update, but append to
-    the yielded list, which is to be looked at between steps. A second Ctrl-C stops at once.
+    the yielded list, which is to be looked at between steps. A second Ctrl-C stops at once; a second SIGTERM does not: a cluster
+    and torchrun may both send one.
     """
     received: list[int] = []
 
     def remember(number: int, frame) -> None:
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 

@@ -184,6 +184,7 @@ class Trainer:
         config, machine = self.config, self.machine
         mine = self.micro_batches(size)
         targets = self.train_data.target_counts(self.train_data.batch_starts(config.seed, self.step, self.sequences))
+        every = targets.sum()
         sums: dict[str, torch.Tensor] = {}
         self.train_model.train()
         for i, (number, first, count) in enumerate(mine):
@@ -193,8 +194,9 @@ class Trainer:
                 self.train_model.require_backward_grad_sync = i == len(mine) - 1
             with machine.autocast():
                 _, losses = self.train_model(x, y)
-            # losses are means over targets: one counts the same in whatever micro-batch, and DDP averages over processes
-            here, every = targets[first : first + count].sum(), targets.sum()
+            # the token loss is a mean over targets: one counts the same in whatever micro-batch, and DDP averages over processes.
+            # So do other losses where all sequences have as many; of pairs, theirs depend a little on how they are cut.
+            here = targets[first : first + count].sum()
             self.scaler.scale(losses["total"] / float(every / (here * machine.world_size))).backward()
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.detach() / float(every / here)

@@ -522,7 +522,8 @@ def folder_for(name: str | None, out_dir: Path | None) -> Path:
         return out_dir
     if name is None:
         raise ValueError("the data set has no name; give --name NAME (written to data/NAME) or --out_dir FOLDER")
-    if Path(name).name != name or name == ".." or (DATA / name / "prepare.py").exists():
+    taken = name == "numbers" or (DATA / name / "prepare.py").exists()  # the former is made by pairs/prepare.py
+    if Path(name).name != name or name == ".." or taken:
         raise ValueError(f"--name {name}: give a plain name that no data set of this project has, or an --out_dir")
     return DATA / name
 

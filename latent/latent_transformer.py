@@ -86,11 +86,6 @@ class LatentTransformerConfig:
             f"freeze_codes_after={self.freeze_codes_after} is not beyond quantize_after={self.quantize_after}: the codebooks would "
             "never be made of data; raise it",
         )
-        require(
-            self.freeze_codes_after == 0 or self.dropout == 0.0,
-            f"freeze_codes_after={self.freeze_codes_after} is to keep the codes of a text as they are, but with "
-            f"dropout={self.dropout} they would differ from step to step; set one of the two to 0",
-        )
         doublings(self.latent_factor)
         require(
             self.target_size % self.latent_factor == 0,
@@ -399,6 +394,11 @@ class LatentTransformer(CausalModel):
                     f"{data.folder} has an {side} of {longest} tokens, its end included, but there is room for {size} "
                     f"(block_size={config.block_size}, target_size={config.target_size}): raise them, or leave long pairs out",
                 )
+        require(
+            max_iters == 0 or config.freeze_codes_after == 0 or config.dropout == 0.0,
+            f"freeze_codes_after={config.freeze_codes_after} is to keep the codes of a text as they are, but with "
+            f"dropout={config.dropout} they would differ from step to step; set one of the two to 0",
+        )
         for key in ("startup_steps", "quantize_after") if hasattr(self.bottleneck, "quantizers") else ("startup_steps",):
             require(
                 max_iters == 0 or getattr(config, key) < max_iters,

@@ -242,7 +242,8 @@ class EMACodebook(nn.Module):
     def share_recent(self) -> None:
         """
         Write the latents that each process has collected since the last step into the ring of all, in the order in which a single
-        process would have met them: pass by pass (all make equally many), in each process by process.
+        process would have met them: pass by pass (all make equally many), in each process by process. (Where one process fills the
+        whole ring in a step, the order is another one.)
         """
         capacity, before = len(self.recent) - 1, self.seen - self.pending_latents
         mine = self.pending_latents.clamp(max=capacity)

@@ -623,7 +623,7 @@ def test_own_text(tmp_path, monkeypatch):
     assert sorted(documents_of(tmp_path / "mine", "train") + documents_of(tmp_path / "mine", "val")) == sorted(DOCUMENTS)
     meta = text_set.main([*inputs, "--tokenizer", "char", "--out_dir", str(tmp_path / "chars")])
     assert meta["dataset"] == "chars" and meta["vocab_size"] == len(set("".join(DOCUMENTS)))
-    for name in ("stdlib", "../up", ".."):
+    for name in ("numbers", "stdlib", "../up", ".."):
         with pytest.raises(ValueError, match="give a plain name"):
             text_set.main([*inputs, "--name", name])
     with pytest.raises(ValueError, match="--name NAME"):

@@ -139,6 +139,7 @@ def test_arguments_that_cannot_work(tmp_path):
         (["--input", str(path), "--name", "../x"], "give a plain name"),
         (["--input", str(path), "--name", ".."], "give a plain name"),
         (["--input", str(path), "--name", "stdlib"], "give a plain name"),
+        (["--input", str(path), "--name", "numbers"], "give a plain name"),
         (["--input", str(path), "--out_dir", str(tmp_path / "s"), "--tokenizer", "char"], "no token for the end of an answer"),
         (["--input", str(path), "--name", "x", "--keys", "a"], "--keys a: give two"),
         (["--input", str(path), "--name", "x", "--keys", "a,b,c"], "--keys a,b,c: give two"),

@@ -125,7 +125,10 @@ def main(argv: list[str] | None = None) -> dict:
     keys = tuple(args.keys.split(","))
     if len(keys) != 2:
         raise ValueError(f"--keys {args.keys}: give two, such as question,answer")
-    out_dir = corpus.folder_for(args.name or ("numbers" if args.numbers and not args.out_dir else None), args.out_dir)
+    if args.numbers and args.name in (None, "numbers") and args.out_dir is None:
+        out_dir = corpus.DATA / "numbers"
+    else:
+        out_dir = corpus.folder_for(args.name, args.out_dir)
 
     def pairs() -> Iterable[tuple[str, str]]:
         return numbers() if args.numbers else (pair for path in args.input for pair in read_pairs(path, keys))
