@@ -279,7 +279,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                 state["seconds"] = seconds_before + now - session_clock
                 state["train_seconds"] += now - train_clock
                 save_last()
-                machine.barrier()  # torchrun ends who still writes when another process has left
+                machine.barrier()  # half a minute after one process has left torchrun ends the others, writing or not
                 say(f"stopped at step {trainer.step}; {out}/last is saved: the same command with --resume goes on")
                 raise KeyboardInterrupt
             sums = trainer.update()
