@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 import curves
-from configurator import choice_text, configure, exit_on_user_error, is_number
+from configurator import choice_text, configure, exit_on_user_error, is_number, refuse_empty
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ class CompareConfig:
     json: str | None = None  # also write the numbers to this file
 
     def __post_init__(self):
-        for key in ("plot", "metrics", "output", "json"):
-            if getattr(self, key) in ("", ()):
-                raise ValueError(f"--{key}= is empty: give it a value, or leave it out")
+        refuse_empty(self, "plot", "metrics", "output", "json")
 
 
 # Settings that do not change what is learned, or, like the seed, are what a row's spread is taken over.

@@ -313,6 +313,13 @@ def type_text(kind: object) -> str:
     return {int: "an integer", float: "a float", bool: "true or false", str: "a string", types.NoneType: "none"}[kind]
 
 
+def refuse_empty(config: object, *keys: str) -> None:
+    """Raise ValueError for settings of a dataclass that were given as --key= with nothing behind it."""
+    for key in keys:
+        if getattr(config, key) in ("", ()):
+            raise ValueError(f"--{key}= is empty: give it a value, or leave it out")
+
+
 def as_text(value: object) -> str:
     """A value as it would be written on the command line; of white space, which would not be seen, the repr."""
     if isinstance(value, (list, tuple)):

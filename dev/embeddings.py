@@ -37,9 +37,7 @@ class EmbeddingsConfig:
     json: str | None = None  # also write the numbers to this file
 
     def __post_init__(self):
-        for key in ("plot", "json"):
-            if getattr(self, key) == "":
-                raise ValueError(f"--{key}= is empty: give it a value, or leave it out")
+        configurator.refuse_empty(self, "plot", "json")
 
 
 def tables(run: Path) -> dict[str, torch.Tensor]:

@@ -83,3 +83,15 @@ def tiny_data(tmp_path_factory) -> Path:
     """The source of argparse as bytes: 80,000 for training, the next 3,001 for validation."""
     text = np.frombuffer(Path(argparse.__file__).read_bytes(), dtype=np.uint8)
     return write_tokens(tmp_path_factory.mktemp("data") / "tiny", text[:80_000], text[80_000:83_001])
+
+
+def crash_behind_meta(monkeypatch) -> None:
+    """Have a preparation end right after it has put meta.json into place."""
+    replace = os.replace
+
+    def crash_after(source, target):
+        replace(source, target)
+        if Path(target).name == "meta.json":
+            raise OSError("the machine went down")
+
+    monkeypatch.setattr(os, "replace", crash_after)

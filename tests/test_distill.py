@@ -1,9 +1,7 @@
 """Sets written by a trained run: what is in them, that it is what sample.py writes, and what is refused."""
 
 import hashlib
-import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import checkpoint
 import dataloader
 import sample
 import train
+from conftest import crash_behind_meta
 from data.distill import prepare
 from data.pairs import prepare as pairs
 from data.text import prepare as text
@@ -161,14 +160,7 @@ def test_damaged_config_of_a_run(pairs_run, tmp_path, text):
 
 def test_meta_is_published_whole(pairs_run, tmp_path, monkeypatch):
     """Guards against a set of text, or one without its teacher, that a crash between two writings of its meta.json left."""
-    replace = os.replace
-
-    def crash_after(source, target):
-        replace(source, target)
-        if Path(target).name == "meta.json":
-            raise OSError("the machine went down")
-
-    monkeypatch.setattr(os, "replace", crash_after)
+    crash_behind_meta(monkeypatch)
     with pytest.raises(OSError, match="went down"):
         distill(pairs_run[0], tmp_path / "set")
     data = dataloader.open_data(tmp_path / "set", 16)

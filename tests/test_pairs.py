@@ -1,7 +1,6 @@
 """Sets of pairs: reading files, the numbers, and the windows that models are trained on."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 import dataloader
 import tokenizer as tokenizers
+from conftest import crash_behind_meta
 from data import corpus
 from data.pairs import prepare
 
@@ -157,14 +157,7 @@ def small_set(folder: Path) -> dict:
 
 def test_meta_is_published_whole(tmp_path, monkeypatch):
     """Guards against a set that opens as plain text because the crash came before the second writing of its meta.json."""
-    replace = os.replace
-
-    def crash_after(source, target):
-        replace(source, target)
-        if Path(target).name == "meta.json":
-            raise OSError("the machine went down")
-
-    monkeypatch.setattr(os, "replace", crash_after)
+    crash_behind_meta(monkeypatch)
     with pytest.raises(OSError, match="went down"):
         small_set(tmp_path)
     monkeypatch.undo()
