@@ -17,6 +17,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import safetensors.torch
@@ -198,7 +199,7 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     try:
         safetensors.torch.load_model(model, str(path))
     except (safetensors.SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit the model or is damaged: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} does not fit the model or is damaged: {' '.join(str(error).split())[:300]}") from None
 
 
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -226,17 +227,22 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, fol
 def load_run(run: str | Path, which: str = "best", device: str | torch.device = "cpu"):
     """
     (model in evaluation mode, tokenizer, trainer state) of a run directory, which is all that is needed: no data set, no
-    network. Where there is no best checkpoint yet, the last one serves.
+    network. Where there is no best checkpoint yet, the last one serves, and a note says so.
     """
     run = Path(run)
-    folder = find_first(run, which, "last")
-    _, name, config = read_config(run)
+    if which == "best" and (run / "last").is_dir() and not any((run / name).is_dir() for name in ("best", "best.old")):
+        print(f"note: {run} has no best checkpoint; this is the last", file=sys.stderr)
+        which = "last"
+    folder = find(run, which)
+    settings, name, config = read_config(run)
     model, text, trainer = build(name, config), tokenizer.load(run), read_json(folder / "trainer.json")
+    if settings.get("dtype") == "float64":  # whose weights are, too
+        model.double()
     if text.vocab_size > config.vocab_size:
         raise ValueError(
             f"{run / tokenizer.FILE_NAME} has {text.vocab_size} tokens, but the model {config.vocab_size}: it is of another run"
         )
-    if "step" not in trainer:
+    if not isinstance(trainer, dict) or "step" not in trainer:
         raise ValueError(f"{folder / 'trainer.json'} is damaged: it lacks the step; use another checkpoint")
     load_weights(model, folder)
     if hasattr(config, "autoencoder"):
@@ -269,19 +275,29 @@ def check_tokenizers(data_folder: Path, run: str | Path) -> None:
 def init_from(model: torch.nn.Module, source: Path) -> None:
     """
     Fill the model from the weights of another run directory (its best checkpoint), or from a checkpoint file of nanoGPT
-    (a .pt for the decoder-only model). Raises ValueError where names or shapes do not fit, or the codes are another autoencoder's.
+    (a .pt for the decoder-only model). Raises ValueError where names or shapes do not fit, the codes are another autoencoder's,
+    or a setting differs that no shape shows and that decides what the weights mean.
     """
+
+    def check_meaning(theirs: dict) -> None:
+        keys = ("n_head", "n_cross_head", "decoder_order", "position", "pos_sub", "decoder_pos_emb")
+        ours = {key: getattr(model.config, key) for key in keys if hasattr(model.config, key)}
+        if other := [f"{key}={theirs[key]} (here {value})" for key, value in ours.items() if theirs.get(key, value) != value]:
+            raise ValueError(f"init_from={source} has {', '.join(other)}, so its weights would mean something else; set the same")
+
     if source.suffix != ".pt":
-        folder = find(source, "best")
-        theirs, ours = (getattr(config, "codebook_hash", None) for config in (read_config(source)[2], model.config))
+        folder, config = find(source, "best"), read_config(source)[2]
+        theirs, ours = (getattr(of, "codebook_hash", None) for of in (config, model.config))
         if theirs and theirs != ours:
             raise ValueError(f"init_from={source} was trained on the codes of another autoencoder, which mean something else")
         load_weights(model, folder)
+        check_meaning(configurator.to_dict(config))
         return
     if not source.is_file():
         raise FileNotFoundError(f"init_from={source}: there is no such file")
     try:
-        weights = torch.load(source, map_location="cpu", weights_only=True)["model"]
+        content = torch.load(source, map_location="cpu", weights_only=True)
+        weights, arguments = content["model"], dict(content.get("model_args", {}))
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
         raise ValueError(f"init_from={source} is no checkpoint of nanoGPT: {' '.join(str(error).split())[:200]}") from None
     # torch.compile's prefix; `attn.bias` is the causal mask that older versions stored as a buffer
@@ -290,6 +306,7 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"init_from={source} does not fit this model: {' '.join(str(error).split())[:300]}") from None
+    check_meaning(arguments)
 
 
 def fit_backbone(config, given: dict[str, object], out: Path | None):
@@ -323,6 +340,8 @@ def load_backbone(model: torch.nn.Module, config) -> None:
     other = [f"{key}={getattr(theirs, key)}" for key in keys if getattr(theirs, key) != getattr(config, key)]
     if config.position == "learned" and theirs.block_size < config.block_size:
         other.append(f"block_size={theirs.block_size}")
+    if theirs.window > 0:
+        other.append(f"window={theirs.window}, but its blocks would see all positions here")
     if other:
         raise ValueError(f"backbone={run} does not fit: it has {', '.join(other)}; set the same here, or take another run")
     model.load_backbone(safetensors.torch.load_file(str(folder / "model.safetensors")))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from latent.autoencoder import Autoencoder
 from latent.rq_transformer import RQTransformer
 from model import Cache
-from stepper import Layers, Norm, stepping
+from stepper import Layers, Norm, Product, stepping
 
 
 class BlockWriter:
@@ -26,7 +26,7 @@ class BlockWriter:
         self.from_latent = linear(model.from_latent)
         self.up = [(linear(layer.dense), Norm(layer.norm)) for layer in model.up.layers]
         self.wpe = None if model.wpe_decoder is None else model.wpe_decoder.weight
-        self.ln_f, self.head = Norm(model.ln_f), self.layers.product(model.wte.weight)
+        self.ln_f, self.head = Norm(model.ln_f), Product(model.wte.weight, None)  # float32: kernels.head_logits
 
     @stepping()
     def __call__(self, codes: list[int], cache: Cache) -> torch.Tensor:
@@ -51,10 +51,10 @@ class CodeStepper:
     def __init__(self, model: RQTransformer, table: torch.Tensor):
         """table (D, K, C): model.table()."""
         config = model.config
-        self.table, self.wpe = table, model.wpe_depth
+        self.table, self.wpe = table.type_as(model.wpe_depth), model.wpe_depth  # autocast leaves the table in half precision
         self.spatial, self.depth = Layers(model.spatial.blocks, config.blocks), Layers(model.depth.blocks, 0)
         self.from_sum = None if model.from_sum is None else self.depth.linear(model.from_sum)
-        self.heads = [(Norm(norm), self.depth.linear(linear)) for norm, linear in model.heads]
+        self.heads = [(Norm(norm), Product(linear.weight, linear.bias)) for norm, linear in model.heads]
         self.write = BlockWriter(model.autoencoder) if model.autoencoder.trunk is None else None
 
     def embed(self, codes: list[int]) -> torch.Tensor:
@@ -73,7 +73,7 @@ class CodeStepper:
         """Logits (1, K) of the code behind the first `codes` of a stack, all but the last of which are in the cache."""
         level = cache.length
         assert level == len(codes), f"{len(codes)} codes, but the cache holds {level} steps"
-        x = h if level == 0 else self.from_sum(self.embed(codes))
+        x = h.type_as(self.wpe) if level == 0 else self.from_sum(self.embed(codes))
         x = self.depth(x + self.wpe[level], self.depth.place(level, 1), cache.layers)
         cache.length += 1
         norm, head = self.heads[level]

@@ -159,6 +159,8 @@ def read_run(path: Path) -> Run:
     if is_number(planned) and is_number(steps) and steps < planned:  # resumed since then
         raise ValueError(f"{path}: summary.json is of step {steps} of {planned}: not a finished run")
     settings = {key: value for key, value in settings.items() if key not in NOT_OF_A_ROW and value is not None}
+    if isinstance(learned := summary.get("train_hash"), str):
+        settings["train_hash"] = learned[:12]
     return Run(path, settings, summary, read_lines(path / "metrics.jsonl"))
 
 
@@ -215,10 +217,18 @@ def bits_per_nat(run: Run) -> float:
 
 
 def group(runs: list[Run]) -> list[Row]:
-    """Rows of runs with equal settings, the lowest validation loss first. Equal names get their folder, or the settings that differ."""
-    groups: dict[str, dict[int, Run]] = {}
+    """
+    Rows of runs with equal settings and training data, the lowest validation loss first; older runs do not tell their data, and
+    count as trained on that of the first that does. Equal names get their folder, or the settings that differ.
+    """
+
+    def settings(run: Run) -> str:
+        return json.dumps({key: value for key, value in run.config.items() if key != "train_hash"}, sort_keys=True)
+
+    told = {settings(run): run.config["train_hash"] for run in reversed(runs) if "train_hash" in run.config}
+    groups: dict[tuple, dict[int, Run]] = {}
     for run in runs:
-        seeds = groups.setdefault(json.dumps(run.config, sort_keys=True), {})
+        seeds = groups.setdefault((settings(run), run.config.get("train_hash", told.get(settings(run)))), {})
         seed = run.summary["seed"]
         if seed in seeds:
             warn(f"{run.path} has settings and seed of {seeds[seed].path}: skipped")

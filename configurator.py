@@ -264,7 +264,7 @@ def coerce(value: object, kind: object, is_text: bool) -> object:
                 return coerce(value, option, is_text)
             except Mismatch as error:
                 expected.append(str(error))
-        raise Mismatch(" or ".join(expected))
+        raise Mismatch(" or ".join(dict.fromkeys(expected)))
     if typing.get_origin(kind) is typing.Literal:
         if isinstance(value, str) and value in arguments:
             return value
@@ -273,7 +273,10 @@ def coerce(value: object, kind: object, is_text: bool) -> object:
         parts = [part.strip() for part in value.split(",") if part.strip()] if is_text else value
         if not isinstance(parts, (list, tuple)):
             raise Mismatch(type_text(kind))
-        return tuple(coerce(part, arguments[0], is_text) for part in parts)
+        try:
+            return tuple(coerce(part, arguments[0], is_text) for part in parts)
+        except Mismatch:
+            raise Mismatch(type_text(kind)) from None
     assert kind in (int, float, bool, str, types.NoneType), f"a field of type {kind} cannot be configured"
     expected = type_text(kind)
     if (kind is str and isinstance(value, str)) or (kind is bool and isinstance(value, bool)):
@@ -309,7 +312,7 @@ def choice_text(value: object, options) -> str:
 def type_text(kind: object) -> str:
     if typing.get_origin(kind) is tuple:
         of = typing.get_args(kind)[0]
-        return f"a list of {of.__name__} such as {'this,that' if of is str else '4,4,2'}"
+        return f"a list of {of.__name__} such as {({str: 'this,that', int: '4,4,2', float: '0.9,0.7'}[of])}"
     return {int: "an integer", float: "a float", bool: "true or false", str: "a string", types.NoneType: "none"}[kind]
 
 
@@ -446,9 +449,12 @@ def field_comments(cls: type) -> dict[str, tuple[str, str]]:
 @contextlib.contextmanager
 def exit_on_user_error():
     """What a user can cause ends in one line on stderr and an exit status, 2 for a bad key or value, 1 for a file."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character is no reason to lose a text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
-        sys.stdout.flush()  # here, so that a closed pipe is noticed here
+        if sys.stdout is not None:  # closed by the shell: >&-
+            sys.stdout.flush()  # here, so that a closed pipe is noticed here
     except BrokenPipeError:  # `compare.py ... | head`: not an error, and stdout must not be flushed again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell reports it

@@ -40,7 +40,7 @@ class EvaluateConfig:
     def __post_init__(self):
         if self.final_eval_tokens is not None and self.final_eval_tokens < 1:
             raise ValueError(f"final_eval_tokens={self.final_eval_tokens}: at least 1 is needed")
-        configurator.refuse_empty(self, "json")
+        configurator.refuse_empty(self, "json", "dataset")
 
 
 def keep_attention_dropout(model: torch.nn.Module, run: Path) -> None:

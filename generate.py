@@ -57,7 +57,8 @@ class BlockSampling:
     def for_levels(self, D: int) -> tuple[Sampling, ...]:
         if len(self.levels) not in (1, D):
             raise ValueError(
-                f"{len(self.levels)} values of temperature, top_k or top_p for a model of {D} code levels: give 1 or {D} of them"
+                f"{len(self.levels)} values of temperature, top_k or top_p for a model of {D} code level{'s' * (D > 1)}: give one"
+                + f", or {D}" * (D > 1)
             )
         return self.levels * (D // len(self.levels))
 
@@ -143,6 +144,8 @@ class Continuation:
         stop: tuple[str, ...] = (),
         write: Callable[[str], None] | None = None,
     ):
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
         self.tokens, self.n_prompt = list(prompt), len(prompt)
         self.limit, self.eos, self.tokenizer = len(prompt) + max_new_tokens, eos, tokenizer
         self.stop = tuple(s.encode() for s in stop)
@@ -495,10 +498,11 @@ def generate(
     use_cache: bool = True,
 ) -> list[list[int]]:
     """New token ids for each prompt (all of one length). The model should be in evaluation mode."""
-    was_training = model.training
+    samples, was_training = [Continuation(prompt, max_new_tokens, eos=eos) for prompt in prompts], model.training
     model.eval()
-    samples = [Continuation(prompt, max_new_tokens, eos=eos) for prompt in prompts]
-    for _ in sample_together(model, samples, sampling or Sampling(), use_cache):
-        pass
-    model.train(was_training)
+    try:
+        for _ in sample_together(model, samples, sampling or Sampling(), use_cache):
+            pass
+    finally:
+        model.train(was_training)
     return [sample.output for sample in samples]

@@ -142,6 +142,16 @@ class CausalProducts(torch.autograd.Function):
 CHUNK = {"cpu": 2**24, "cuda": 2**29}
 
 
+def head_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Logits (..., V) of states x (..., C), from which something is chosen: x weight^T + bias in float32 at least, autocast or not. In
+    bfloat16 the two largest are often equal, and rounding, which depends on the batch and the cache, would choose.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = at_least_float32(x)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     Mean cross-entropy, nats per token, of targets (B, T) under softmax(x weight^T), x (B, T, C), weight (V, C); targets of -1 do

@@ -27,14 +27,14 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_origin
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import Dropout, LayerNorm, at_least_float32, attend_in_products, head_loss, rotary_angles, rotate
+from kernels import Dropout, LayerNorm, at_least_float32, attend_in_products, head_logits, head_loss, rotary_angles, rotate
 
 
 def require(condition: bool, message: str) -> None:
@@ -73,19 +73,10 @@ class EncoderDecoderConfig:
     commitment_weight: float = 0.0  # factor of the loss that draws latents to their codes, see there
 
     def __post_init__(self):
-        check_sizes(self, "vocab_size", "block_size", "n_encoder_layer", "n_decoder_layer", "n_head", "n_cross_head", "n_embd")
-        for key in ("n_head", "n_cross_head"):
-            heads = getattr(self, key)
-            require(
-                self.n_embd % heads == 0, f"n_embd={self.n_embd} is not divisible by {key}={heads}; choose a divisor of n_embd"
-            )
-        require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout}: a probability in [0, 1) is needed")
+        check_fields(self, "vocab_size", "block_size", "n_encoder_layer", "n_decoder_layer", "n_head", "n_cross_head", "n_embd")
         require(self.embedding_loss_weight >= 0.0, f"embedding_loss_weight={self.embedding_loss_weight} must not be negative")
-        require(
-            not (self.decoder_pos_emb and self.position == "rope"),
-            "decoder_pos_emb=True adds a position embedding, but position=rope has no table to add; use position=learned",
-        )
-        require(self.window >= 0, f"window={self.window}: a number of positions is needed, or 0 for all")
+        clash = self.decoder_pos_emb and self.position == "rope"
+        require(not clash, "decoder_pos_emb=True adds a position embedding, but position=rope has none; use position=learned")
         if self.latent_factor != 0:
             from latent.compression import quantizer_config
 
@@ -95,9 +86,20 @@ class EncoderDecoderConfig:
             warnings.warn(f"{', '.join(ignored)} without effect: there is no compression head (latent_factor=0)", stacklevel=3)
 
 
-def check_sizes(config, *keys: str) -> None:
-    for key in keys:
+def check_fields(config, *sizes: str) -> None:
+    """Raise ValueError for what any model's config can have wrong: sizes below 1, unknown words, heads, dropout, window."""
+    for key in sizes:
         require(getattr(config, key) >= 1, f"{key}={getattr(config, key)}: at least 1 is needed")
+    for field in fields(config):
+        if get_origin(field.type) is Literal:
+            value, words = getattr(config, field.name), get_args(field.type)
+            require(value in words, f"{field.name}={value}: choose one of {', '.join(words)}")
+    for key in {"n_head", "n_cross_head"}.intersection(sizes):
+        C, heads = config.n_embd, getattr(config, key)
+        require(C % heads == 0, f"n_embd={C} is not divisible by {key}={heads}; choose a divisor of n_embd")
+    require(0.0 <= config.dropout < 1.0, f"dropout={config.dropout}: a probability in [0, 1) is needed")
+    window = getattr(config, "window", 0)
+    require(window >= 0, f"window={window}: a number of positions is needed, or 0 for all")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -390,11 +392,8 @@ class EncoderDecoder(CausalModel):
         self.encoder = nn.ModuleList(Block(*block) for _ in range(config.n_encoder_layer))
         self.ln_bridge = LayerNorm(C, config.bias) if config.bridge_ln else None
         self.bridge = nn.Linear(C, C, bias=config.bias)
-        cross_first = config.decoder_order == "cross_first"
-        self.decoder = nn.ModuleList(
-            DecoderBlock(C, config.n_head, config.n_cross_head, config.bias, config.dropout, cross_first)
-            for _ in range(config.n_decoder_layer)
-        )
+        block = (C, config.n_head, config.n_cross_head, config.bias, config.dropout, config.decoder_order == "cross_first")
+        self.decoder = nn.ModuleList(DecoderBlock(*block) for _ in range(config.n_decoder_layer))
         self.ln_f = LayerNorm(C, config.bias)
         self.ln_pos_sub = LayerNorm(C, config.bias) if config.pos_sub == "ln" else None
         self.embedding_loss = EmbeddingLoss(config) if config.embedding_loss != "none" else None
@@ -462,7 +461,7 @@ class EncoderDecoder(CausalModel):
             cache.length += idx.size(1)
 
         if targets is None:
-            return F.linear(x, self.wte.weight), {}
+            return head_logits(x, self.wte.weight), {}
         losses = {"token": head_loss(x, self.wte.weight, targets)}
         losses["total"] = losses["token"]
         if self.embedding_loss is not None and self.training:

@@ -61,6 +61,10 @@ class SampleConfig:
             raise ValueError("stream=true prints one text as it grows; use num_samples=1")
         if self.stop == "":
             raise ValueError("stop='' would end every text at once; use none to have no stop string")
+        for key, text in (("prompt", self.prompt), ("stop", self.stop or "")):
+            if any("\ud800" <= c <= "\udfff" for c in text):  # how Python hands on bytes that are none
+                raise ValueError(f"{key}={text!r} is not UTF-8; convert it")
+        configurator.refuse_empty(self, "temperature", "top_k", "top_p")
         if self.lookahead is not None:
             if self.num_samples > 1:
                 raise ValueError(
@@ -79,7 +83,10 @@ class SampleConfig:
         if self.int8 and self.check:
             raise ValueError("check=true compares paths of one model, but int8=true makes another of it; use one of the two")
         self.samplings()
-        generate.Sampling(self.token_temperature)
+        try:
+            generate.Sampling(self.token_temperature)
+        except ValueError as error:
+            raise ValueError(f"token_{error}") from None
 
     def setting(self) -> Setting | None:
         """None: plain decoding, or what lookahead=auto begins with."""
@@ -90,7 +97,7 @@ class SampleConfig:
         given = {key: getattr(self, key) for key in ("temperature", "top_k", "top_p")}
         count = max((len(value) for value in given.values() if isinstance(value, tuple)), default=1)
         columns = [value if isinstance(value, tuple) else (value,) * count for value in given.values()]
-        if count == 0 or any(len(column) != count for column in columns):
+        if any(len(column) != count for column in columns):
             lengths = ", ".join(f"{key} has {len(value)}" for key, value in given.items() if isinstance(value, tuple))
             raise ValueError(f"values for the levels of codes: {lengths}; give as many of each, or one for all levels")
         return tuple(generate.Sampling(*values, self.seed) for values in zip(*columns))
@@ -111,15 +118,18 @@ class SampleConfig:
 
 
 def read_prompt(word: str) -> str:
-    if word == "-":
-        if sys.stdin is None:
-            raise ValueError("prompt=-: there is no standard input; give the prompt itself, or FILE:path")
-        return sys.stdin.read()
-    if word.startswith("FILE:"):
-        path = Path(word.removeprefix("FILE:"))
-        if not path.is_file():
-            raise FileNotFoundError(f"prompt=FILE:{path}: there is no such file")
-        return path.read_text(encoding="utf-8")
+    try:
+        if word == "-":
+            if sys.stdin is None:
+                raise ValueError("prompt=-: there is no standard input; give the prompt itself, or FILE:path")
+            return sys.stdin.read()
+        if word.startswith("FILE:"):
+            path = Path(word.removeprefix("FILE:"))
+            if not path.is_file():
+                raise FileNotFoundError(f"prompt={word}: there is no such file")
+            return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt={word}: not {error.encoding} at byte {error.start}; convert it to UTF-8") from None
     return word
 
 

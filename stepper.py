@@ -9,7 +9,8 @@ the same cache, with weights packed once:
   it streams the rows (MKL's matrix-vector kernels read weights that are in no cache at a third of that); it adds the residual too;
 - 1 / sqrt(D) is folded into the queries' weights, and LayerNorm's gains in front of the cross-attention keys and values into
   theirs: all decoder layers read the same normalized encoder state, so one product gives the keys and values of all of them;
-- under bfloat16 autocast, weights are stored in bfloat16 and everything between the products is float32; in 8 bits, if asked.
+- under bfloat16 autocast, weights but those of the output layer are stored in bfloat16 and everything between the products is
+  float32; all in 8 bits, if asked.
 
 Shapes: n rows (tokens of this step), C width, H heads, D head width, S keys (cached ones and the new), V vocabulary.
 """
@@ -295,7 +296,7 @@ class Stepper:
             self.decoder = Layers(parts.h, *packing)
         self.ln_f = Norm(parts.ln_f)
         self.ln_pos_sub = Norm(parts.ln_pos_sub) if config.pos_sub == "ln" else None
-        self.head = self.decoder.product(self.wte)
+        self.head = self.decoder.product(self.wte) if int8 else Product(self.wte, None)  # in float32: kernels.head_logits
         self.wpe = None if rotary else parts.wpe.weight
         self.wpe_next = None
         if config.pos_sub != "none" or getattr(config, "decoder_pos_emb", False):

@@ -7,7 +7,6 @@ whoever has a run directory can decode its samples, with no network, no cache an
 """
 
 import base64
-import binascii
 import codecs
 import json
 from pathlib import Path
@@ -189,7 +188,7 @@ def load(folder: str | Path) -> Tokenizer:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it is written beside the data and copied into every run directory")
-    damage = (json.JSONDecodeError, UnicodeDecodeError, binascii.Error, KeyError, TypeError, AttributeError)
+    damage = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
     try:
         return from_state(json.loads(path.read_text(encoding="utf-8")))
     except damage as error:

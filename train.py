@@ -312,7 +312,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         "train_loss": trainer.estimate("train"), "val_loss": val_loss, "val_tokens": val_tokens,
         "best_val_loss": state["best_val_loss"], "best_step": state["best_step"],
         "seconds": state["seconds"], "tokens_per_second": trainer.step * tokens_per_step / max(state["train_seconds"], 1e-9),
-        "peak_memory_bytes": machine.peak_memory_bytes(), "seed": config.seed, "commit": commit, "data_hash": data.hash,
+        "peak_memory_bytes": machine.peak_memory_bytes(), "seed": config.seed, "commit": commit,
+        "data_hash": data.hash, "train_hash": data.meta["train"]["sha256"],  # of the validation and of the training file
         "torch": torch.__version__, "device": device_name(machine), "dtype": str(machine.dtype).removeprefix("torch."),
         "compiled": machine.compile, "world_size": machine.world_size,
     }  # fmt: skip

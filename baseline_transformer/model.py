@@ -11,10 +11,9 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-from torch.nn import functional as F
 
-from kernels import Dropout, head_loss
-from model import Block, Cache, CausalModel, LayerNorm, check_sizes, require
+from kernels import Dropout, head_logits, head_loss
+from model import Block, Cache, CausalModel, LayerNorm, check_fields
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,7 @@ class DecoderOnlyConfig:
     window: int = 0  # self-attention sees only so many positions, its own included; 0 = all
 
     def __post_init__(self):
-        check_sizes(self, "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-        require(
-            self.n_embd % self.n_head == 0,
-            f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; choose a divisor of n_embd",
-        )
-        require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout}: a probability in [0, 1) is needed")
-        require(self.window >= 0, f"window={self.window}: a number of positions is needed, or 0 for all")
+        check_fields(self, "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 
 
 class DecoderOnly(CausalModel):
@@ -87,6 +80,6 @@ class DecoderOnly(CausalModel):
         if cache is not None:
             cache.length += idx.size(1)
         if targets is None:
-            return F.linear(x, self.lm_head.weight), {}
+            return head_logits(x, self.lm_head.weight), {}
         loss = head_loss(x, self.lm_head.weight, targets)
         return None, {"token": loss, "total": loss}

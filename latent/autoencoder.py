@@ -23,11 +23,11 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import Dropout, at_least_float32, head_loss
+from kernels import Dropout, head_logits, head_loss
 from latent.huggingface import PretrainedCache, PretrainedTrunk
 from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer
 from latent.resample import CausalDownsample, Upsample, doublings
-from model import Block, Cache, CausalModel, LayerNorm, check_sizes, require
+from model import Block, Cache, CausalModel, LayerNorm, check_fields, require
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,8 @@ class AutoencoderConfig:
     backbone_lr_scale: float = 0.1  # learning rate of the backbone after that, relative to the others'
 
     def __post_init__(self):
-        check_sizes(self, "vocab_size", "block_size", "n_encoder_layer", "n_decoder_layer", "n_head", "n_embd")
-        require(
-            self.pretrained is not None or self.n_embd % self.n_head == 0,
-            f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; choose a divisor of n_embd",
-        )
-        require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout}: a probability in [0, 1) is needed")
+        heads = ("n_head",) if self.pretrained is None else ()
+        check_fields(self, "vocab_size", "block_size", "n_encoder_layer", "n_decoder_layer", "n_embd", *heads)
         for key in ("quantize_after", "freeze_backbone_iters", "backbone_lr_scale"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
         require(
@@ -210,7 +206,7 @@ class Autoencoder(CausalModel):
             losses = {name: torch.where(with_codes, loss, 0.0) for name, loss in losses.items()}
         x = self.expand(z)[:, : idx.size(1)]
         if targets is None:
-            return F.linear(x, self.wte.weight), {}
+            return head_logits(x, self.wte.weight), {}
         losses["token"] = head_loss(x, self.wte.weight, torch.where(mask, idx, -1))
         weights = self.quantizer.config.loss_weights
         losses["total"] = losses["token"] + sum(weight * losses[name] for name, weight in weights.items())
@@ -229,7 +225,7 @@ class Autoencoder(CausalModel):
         Codes (B, M, d) of the first d <= D levels -> logits (B, M S, V). With a cache they are those of the blocks behind
         the ones already in it, and are appended to it. Raises ValueError beyond block_size, or for too many levels.
         """
-        return F.linear(self.expand(self.quantizer.decode(codes), cache), self.wte.weight)
+        return head_logits(self.expand(self.quantizer.decode(codes), cache), self.wte.weight)
 
     def make_decoder_cache(self, capacity_blocks: int | None = None) -> Cache | PretrainedCache:
         """An empty cache for decode(), for so many blocks of S tokens (default: block_size tokens); its length is in tokens."""
@@ -294,6 +290,8 @@ class Autoencoder(CausalModel):
             "right_by_depth": torch.stack(right_by_depth),
             "latents": real.sum(),
             "exact_blocks": (real & ~wrong).sum(),
+            "rows": real.any(-1).sum(),
+            "exact_rows": (real.any(-1) & ~wrong.any(-1)).sum(),
             "codes": usage.counts,
             "squared_residual": quantized.distortion * real.sum(),
         }
@@ -303,7 +301,7 @@ class Autoencoder(CausalModel):
         """States x (B, T, C) and the tokens idx (B, T) they stand for -> nats and whether the most likely token is right (B, T)."""
         nats, right = [], []
         for states, tokens in zip(x, idx):  # a row at a time: the logits of a whole batch may not fit into memory
-            logits = at_least_float32(F.linear(states, self.wte.weight))
+            logits = head_logits(states, self.wte.weight)
             nats.append(F.cross_entropy(logits, tokens, reduction="none"))
             right.append(logits.argmax(-1) == tokens)
         return torch.stack(nats), torch.stack(right)
@@ -321,6 +319,7 @@ class Autoencoder(CausalModel):
             "codes_of_data": self.quantizer.initialized,  # if not, codebooks are random: nothing here means anything
             "token_accuracy": accuracy[-1],
             "exact_blocks": (sums["exact_blocks"] / sums["latents"]).item(),  # all S tokens right
+            "exact_sequences": (sums["exact_rows"] / sums["rows"]).item(),  # all tokens of a window, block_size of them
             "accuracy_by_depth": accuracy,  # decoded from the first 1..D levels
             "loss_by_position": (sums["nats"] / sums["tokens"].clamp(min=1)).tolist(),  # in its block, nats per token
             "residual_by_depth": (sums["squared_residual"] / sums["squared_residual"][0]).sqrt().tolist(),  # |r_d| / |z|

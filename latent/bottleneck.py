@@ -39,7 +39,6 @@ class Bottled(NamedTuple):
 def check(config) -> None:
     """Raise ValueError for settings of a bottleneck that cannot work."""
     kind, K, D = config.bottleneck, config.codebook_size, config.codebook_levels
-    require(kind in KINDS, f"bottleneck={kind}: choose one of {', '.join(KINDS)}")
     require(
         kind in ("rq", "dvq") or D == 1,
         f"codebook_levels={D}, but bottleneck={kind} has one level; use rq or dvq for more, or codebook_levels=1",

@@ -34,11 +34,11 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import Dropout, at_least_float32, head_loss, rotary_angles
+from kernels import Dropout, at_least_float32, head_logits, head_loss, rotary_angles
 from latent import bottleneck as bottlenecks
 from latent.quantize import CodeUsage, QuantizerConfig
 from latent.resample import CausalDownsample, ResidualConvBlock, UpLayer, doublings
-from model import Block, Cache, CausalModel, Context, CrossAttention, DecoderBlock, LayerNorm, check_sizes, require
+from model import Block, Cache, CausalModel, Context, CrossAttention, DecoderBlock, LayerNorm, check_fields, require
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,7 @@ class LatentTransformerConfig:
     usage_weight: float = 0.02  # gumbel: of the loss that wants all codes used, in the total
 
     def __post_init__(self):
-        check_sizes(self, "vocab_size", "block_size", "target_size", "n_layer", "n_decoder_layer", "n_head", "n_embd")
-        require(
-            self.n_embd % self.n_head == 0,
-            f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; choose a divisor of n_embd",
-        )
-        require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout}: a probability in [0, 1) is needed")
+        check_fields(self, "vocab_size", "block_size", "target_size", "n_layer", "n_decoder_layer", "n_head", "n_embd")
         for key in ("startup_steps", "quantize_after", "freeze_codes_after"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
         require(
@@ -147,7 +142,7 @@ class LatentTransformer(CausalModel):
         self.up_norms = nn.ModuleList(LayerNorm(C, config.bias) for _ in steps)
         self.up_attention = nn.ModuleList(CrossAttention(*block) for _ in steps)
         self.up_layers = nn.ModuleList(UpLayer(C, "dense", config.bias) for _ in steps)
-        self.ln_memory = LayerNorm(C, config.bias)
+        self.ln_memory = LayerNorm(C, config.bias) if S > 1 else None  # with S = 1 nothing is upsampled
         self.decoder = nn.ModuleList(
             DecoderBlock(C, config.n_head, *block[1:], cross_first=False) for _ in range(config.n_decoder_layer)
         )
@@ -178,7 +173,6 @@ class LatentTransformer(CausalModel):
             column = last - (P - 1) + torch.arange(P, device=device)
             y = F.pad(targets, (0, N), value=-1).gather(1, last + torch.arange(N, device=device))
             return idx.gather(1, column.clamp(min=0)), column >= 0, torch.tensor([P], device=device), y[:, None]
-        assert T % N == 0, f"{T} tokens are no whole number of targets of {N}"
         place = torch.arange(T, device=device) + (torch.randint(N, (), device=device) if self.training else 0)
         y = F.pad(targets, (0, N), value=-1).gather(1, place.expand_as(targets)).unflatten(1, (-1, N))
         return idx, None, place[::N] + 1, y
@@ -248,7 +242,7 @@ class LatentTransformer(CausalModel):
 
     def code_logits(self, state: torch.Tensor, level: int) -> torch.Tensor:
         """State (..., C) that predicts a code of this level -> logits (..., K), or (..., K + 1) where "end" is possible."""
-        return at_least_float32(self.heads[level](self.ln_code(state)))
+        return head_logits(self.ln_code(state), self.heads[level].weight, self.heads[level].bias)
 
     def ad(
         self, z: torch.Tensor, latent_real: torch.Tensor, h: torch.Tensor, real: torch.Tensor | None, starts: torch.Tensor,
@@ -260,7 +254,7 @@ class LatentTransformer(CausalModel):
         fed (B, J, M S) instead of what the latents say, at the positions where_fed (B, J, M S).
         """
         J, L, place = z.size(1), z.size(2), torch.arange(h.size(1), device=h.device)
-        memory, seen = self.ln_memory(h), place < starts[:, None]  # (J, P)
+        memory, seen = h if self.ln_memory is None else self.ln_memory(h), place < starts[:, None]  # (J, P)
 
         def to_memory(L: int, stride: int) -> tuple[torch.Tensor, Context]:
             positions = (starts[:, None] + stride * torch.arange(L, device=h.device)).flatten()  # (J L,)
@@ -339,13 +333,18 @@ class LatentTransformer(CausalModel):
         }  # fmt: skip
         return sums, losses, codes
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[None, dict[str, torch.Tensor]]:
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[None, dict[str, torch.Tensor]]:
         """
         Rows idx (B, T), targets (B, T) the tokens behind them, -1 = not counted: for pairs those of y are counted, for text all,
         or all up to an end. No logits (codes come before tokens: see read, code_logits, write), but the losses by name: `total`
         (to minimise), `reconstruction` (nats per token given the codes; in training as the warm-up feeds it), `code` (nats per
-        code), what the bottleneck adds (`commitment` or `usage`, unweighted), and `token`, the bound, nats per token.
+        code), what the bottleneck adds (`commitment` or `usage`, unweighted), and `token`, the bound, nats per token. Raises
+        ValueError without targets, and for rows that do not fit.
         """
+        (_, T), N, most = idx.shape, self.config.target_size, self.config.block_size
+        require(targets is not None, "a latent transformer has no logits before it has codes: give targets, or use read and write")
+        require(most >= T, f"{T} tokens do not fit into the context of block_size={most}")
+        require(self.config.task == "pairs" or T % N == 0, f"{T} tokens are no whole number of targets of target_size={N}")
         sums, losses, _ = self.sums(idx, targets)
         nats = sums["code_nats"].sum()
         losses["reconstruction"] = sums["token_nats"] / sums["tokens"]
@@ -375,7 +374,7 @@ class LatentTransformer(CausalModel):
         starts = torch.tensor([h.size(1)], device=h.device)
         z = self.bottleneck.decode(codes).to(h.dtype)
         x = self.ad(z[:, None], (codes[..., 0] >= 0)[:, None], h, None, starts)
-        return F.linear(x[:, 0], self.wte.weight)
+        return head_logits(x[:, 0], self.wte.weight)
 
     # ------------------------------------------------------------------------------------------------------------------
     # hooks of train.py

@@ -34,10 +34,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from dataloader import TokenData
-from kernels import Dropout, at_least_float32
+from kernels import Dropout, head_logits
 from latent.autoencoder import Autoencoder
 from latent.codes import CodeData
-from model import Block, Cache, CausalModel, LayerNorm, check_sizes, require
+from model import Block, Cache, CausalModel, LayerNorm, check_fields, require
 
 FROM_AUTOENCODER = ("vocab_size", "block_size", "latent_factor", "latent_dim", "codebook_size", "codebook_levels")
 
@@ -63,12 +63,7 @@ class RQTransformerConfig:
     codebook_levels: int = 4  # levels D
 
     def __post_init__(self):
-        check_sizes(self, "n_spatial_layer", "n_depth_layer", "n_head", "n_embd", "code_offsets", *FROM_AUTOENCODER)
-        require(
-            self.n_embd % self.n_head == 0,
-            f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; choose a divisor of n_embd",
-        )
-        require(0.0 <= self.dropout < 1.0, f"dropout={self.dropout}: a probability in [0, 1) is needed")
+        check_fields(self, "n_spatial_layer", "n_depth_layer", "n_head", "n_embd", "code_offsets", *FROM_AUTOENCODER)
         require(self.soft_labels >= 0.0, f"soft_labels={self.soft_labels}: a temperature is needed, or 0 for hard labels")
         require(
             self.soft_labels == 0.0 or self.code_offsets == 1,
@@ -241,7 +236,8 @@ class RQTransformer(CausalModel):
             parts.append(self.from_sum(self.embed(codes, table).cumsum(1)[:, max(known - 1, 0) :]))
         x = torch.cat(parts, dim=1)
         x = self.depth(self.dropout(x + self.wpe_depth[known : known + x.size(1)]), cache)
-        return torch.stack([self.heads[known + i](x[:, i]) for i in range(x.size(1))], dim=1)
+        heads = self.heads[known : known + x.size(1)]
+        return torch.stack([head_logits(norm(x[:, i]), of.weight, of.bias) for i, (norm, of) in enumerate(heads)], dim=1)
 
     def logits(self, codes: torch.Tensor) -> torch.Tensor:
         """Logits (B, M, D, K) of all codes (B, M, D), each from those before it."""
@@ -259,7 +255,7 @@ class RQTransformer(CausalModel):
         """
         text, counted = idx.dim() == 2, targets >= 0
         codes, soft = self.encode(idx, counted) if text else (idx, None)
-        logits, stacks = at_least_float32(self.logits(codes)), (codes[..., 0] >= 0).sum()
+        logits, stacks = self.logits(codes), (codes[..., 0] >= 0).sum()
         if soft is None:
             nats = F.cross_entropy(logits.flatten(0, -2), codes.flatten(), ignore_index=-1, reduction="none").view(codes.shape)
         else:

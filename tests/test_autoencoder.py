@@ -302,6 +302,8 @@ def test_measures_add_up_and_are_what_they_say(options):
     blocks = [(row, start) for row in range(6) for start in range(0, lengths[row], S)]
     exact = [bool(right[row, start : min(start + S, lengths[row])].all()) for row, start in blocks]
     assert abs(report["exact_blocks"] - sum(exact) / len(blocks)) < 1e-12
+    whole_rows = [bool(right[row, :length].all()) for row, length in enumerate(lengths)]
+    assert abs(report["exact_sequences"] - sum(whole_rows) / len(lengths)) < 1e-12
     for position in range(S):
         here = mask & (torch.arange(16) % S == position)
         assert abs(report["loss_by_position"][position] - nats[here].mean()) < 1e-12
@@ -505,12 +507,12 @@ def test_backbones_that_do_not_fit(by_heart, tiny_data, tmp_path):
     out, trunk = tmp_path / "out", tmp_path / "trunk"
     shape = "--block_size=16 --n_embd=8 --n_head=2 --n_encoder_layer=1 --n_decoder_layer=1 --n_cross_head=2 --position=learned"
     length = "--max_iters=1 --warmup_iters=0 --eval_iters=1 --batch_size=1 --device=cpu --dtype=float32"
-    train.main([f"--dataset={tiny_data}", f"--out_dir={trunk}", *shape.split(), *length.split()])
+    train.main([f"--dataset={tiny_data}", f"--out_dir={trunk}", "--window=5", *shape.split(), *length.split()])
     for more, message in (
         ([f"--backbone={tmp_path / 'nothing'}"], "backbone=.*nothing is not a directory"),
         ([f"--backbone={by_heart[0]}"], "is a run of autoencoder; one of encoder_decoder is needed"),
-        ([f"--backbone={trunk}"], "does not fit: it has n_embd=8, position=learned; set the same here"),
-        ([f"--backbone={trunk}", "--n_embd=8", "--position=learned"], "it has block_size=16"),
+        ([f"--backbone={trunk}"], "does not fit: it has n_embd=8, position=learned, window=5.*; set the same here"),
+        ([f"--backbone={trunk}", "--n_embd=8", "--position=learned"], "it has block_size=16, window=5"),
         (["--eval_sample_tokens=5"], "autoencoder continues no text"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -269,6 +269,15 @@ def test_a_setting_that_is_null_is_one_that_older_runs_lack(tmp_path):
     assert {label: len(row.runs) for label, row in rows.items()} == {"a": 2, "b": 1}
 
 
+def test_seeds_of_other_training_data_are_another_row(tmp_path):
+    """Guards a mean over runs whose data set had grown between the seeds; the validation file, alone compared before, had not."""
+    for seed, data in ((1, None), (2, "aa" * 32), (3, "aa" * 32), (4, "bb" * 32)):
+        write_run(tmp_path / f"a_s{seed}", seed, 3.0 + seed, summary={} if data is None else {"train_hash": data})
+    rows = rows_of(tmp_path)
+    seeds = {label: [run.summary["seed"] for run in row.runs] for label, row in rows.items()}
+    assert list(seeds.values()) == [[1, 2, 3], [4]] and "a (train_hash=bbbbbbbbbbbb)" in seeds
+
+
 def test_twins_are_told_apart_in_few_words(tmp_path):
     """Guards a label of hundreds of characters, and one for two rows, of which --reference and the picture know only one."""
     many = {f"setting_{i}": i for i in range(40)}

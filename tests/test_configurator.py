@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def test_text_becomes_the_annotated_type(flag, key, value):
         ("--compile=maybe", "--compile=maybe: true or false was expected (default true)"),
         ("--grad_clip=x", "--grad_clip=x: a float or none was expected (default none)"),
         ("--order=crossfirst", "--order=crossfirst: one of self_first, cross_first (did you mean 'cross_first'?) was expected"),
-        ("--betas=1,x", "--betas=1,x: a float was expected (default 0.9,0.95)"),
+        ("--betas=1,x", "--betas=1,x: a list of float such as 0.9,0.7 was expected (default 0.9,0.95)"),
         ("--max_iters=-1", "max_iters=-1 is negative"),
         ("--learning_rte=1", "unknown key 'learning_rte'; did you mean 'learning_rate'?"),
         ("--qqq=1", "unknown key 'qqq'; --help lists all keys"),
@@ -354,6 +355,17 @@ def test_user_errors_end_in_one_line_and_a_status(capsys, error, status, message
     with pytest.raises(SystemExit) as exit_, exit_on_user_error():
         raise error
     assert exit_.value.code == status and capsys.readouterr().err == message
+
+
+def test_an_output_that_is_closed_or_cannot_show_a_character():
+    """Guards a text of many minutes that is lost in its last line, and a traceback for `>&-`."""
+    code = "from configurator import *\nwith exit_on_user_error():\n    print('10 \u20ac')"
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=ascii_only)
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, b"10 \\u20ac\n", b"")
+    closed = subprocess.run(["sh", "-c", f'exec {sys.executable} -c "$CODE" >&-'], stderr=subprocess.PIPE, cwd=ROOT,
+                            env={**os.environ, "CODE": code})  # fmt: skip
+    assert (closed.returncode, closed.stderr) == (0, b"")
 
 
 def test_our_own_bugs_keep_their_traceback():

@@ -93,7 +93,7 @@ def test_a_run_without_weights_is_not_called_unfinished(finished, tmp_path):
 
 def test_values_that_are_empty_are_refused(finished):
     """Guards a file of an empty name, or none at all."""
-    for main, key in ((evaluate.main, "json"), (embeddings.main, "json"), (embeddings.main, "plot")):
+    for main, key in ((evaluate.main, "json"), (evaluate.main, "dataset"), (embeddings.main, "json"), (embeddings.main, "plot")):
         with pytest.raises(ValueError, match=f"--{key}= is empty"):
             main([str(finished), f"--{key}="])
 

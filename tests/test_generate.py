@@ -201,10 +201,14 @@ def test_end_of_document_ends_one_row_only():
 
 
 def test_bad_prompts():
-    model = make_model("decoder_only", {})
+    """Guards what nothing can be made of, and a model in training against being left in evaluation mode by it."""
+    model = make_model("decoder_only", {}).train()
+    with pytest.raises(ValueError, match="max_new_tokens=-1"):  # no text has a negative length to end at
+        generate.generate(model, [[1]], -1)
     for prompt, message in (([], "empty"), ([1] * 13, "13 tokens, but the model's context has 12"), ([99], "vocabulary of 31")):
         with pytest.raises(ValueError, match=message):
             generate.generate(model, [prompt], 3)
+    assert model.training
 
 
 # ----------------------------------------------------------------------------------------------------------------------

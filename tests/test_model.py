@@ -89,13 +89,15 @@ def test_baseline_loads_a_nanogpt_checkpoint(tmp_path):
             shapes |= {f"transformer.h.{i}.{part}.{end}": (12,) for end in ("weight", "bias")}
     weights = {f"_orig_mod.{name}": torch.randn(shape) for name, shape in shapes.items()}
     weights["_orig_mod.transformer.wte.weight"] = weights["_orig_mod.lm_head.weight"]
-    torch.save({"model": weights, "iter_num": 3}, tmp_path / "ckpt.pt")
+    torch.save({"model": weights, "iter_num": 3, "model_args": {"n_head": 2}}, tmp_path / "ckpt.pt")
     checkpoint.init_from(model, tmp_path / "ckpt.pt")
     assert dict(model.state_dict()).keys() == shapes.keys()
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[f"_orig_mod.{name}"]), name
     with pytest.raises(ValueError, match="does not fit"):
         checkpoint.init_from(make_model("decoder_only", {"bias": False}), tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match=r"has n_head=2 \(here 3\).*set the same"):  # no shape tells
+        checkpoint.init_from(make_model("decoder_only", {"bias": True, "n_head": 3}), tmp_path / "ckpt.pt")
 
 
 def test_initialisation_scales_each_stack_by_its_own_depth():
@@ -432,6 +434,9 @@ def test_compiles_without_graph_breaks(name, options):
         (EncoderDecoderConfig, TINY_ENCODER_DECODER, {"position": "rope", "decoder_pos_emb": True}, "position=learned"),
         (DecoderOnlyConfig, TINY_BASELINE, {"n_head": 7}, "n_embd=12 is not divisible by n_head=7"),
         (DecoderOnlyConfig, TINY_BASELINE, {"block_size": 0}, "block_size=0"),
+        (DecoderOnlyConfig, TINY_BASELINE, {"window": -1}, "window=-1"),
+        (DecoderOnlyConfig, TINY_BASELINE, {"pos_sub": "LN"}, "pos_sub=LN: choose one of none, plain, ln"),
+        (EncoderDecoderConfig, TINY_ENCODER_DECODER, {"embedding_loss": "MSE"}, "embedding_loss=MSE: choose one of none, mse"),
     ],
 )
 def test_impossible_settings(config_class, base, change, message):

@@ -108,6 +108,15 @@ def test_a_code_stepper_takes_the_models_own_steps(options, prior):
             assert spatial.length == model.config.blocks
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_text_in_half_precision(dtype):
+    """Guards the packed steps against a table that autocast leaves in half precision: a crash in float16, a rounded state in bfloat16."""
+    model, prompt = make_prior().float(), [3, 1, 4, 1]
+    with torch.autocast("cpu", dtype=dtype):
+        alone = generate.generate(model, [prompt], 9, Sampling(0.8))
+        assert len(alone[0]) == 9 and alone == generate.generate(model, [prompt] * 2, 9, Sampling(0.8))[:1]
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"latent_factor": 8, "bias": True}, {"latent_factor": 1, "position": "learned"}, {"n_embd": 15, "n_head": 3},

@@ -66,6 +66,16 @@ def test_bfloat16_weights():
     assert 0 < (stepped - exact).norm() <= 1.5 * (plain - exact).norm() < 0.1 * exact.norm()
 
 
+@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
+def test_logits_are_not_rounded_to_half_precision(name):
+    """Guards the choice of tokens: in bfloat16 the two largest logits are often equal, and then rounding would choose."""
+    model = make_model(name, {}, dtype=torch.float32)
+    tokens = torch.randint(model.config.vocab_size, (model.config.block_size,))
+    with torch.autocast("cpu", torch.bfloat16):
+        for logits in (*paths(model, tokens, 3), model(tokens[None])[0]):
+            assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+
+
 def test_int8_weights():
     """Guards the 8-bit products: close to float32, row by row scaled; and a text by them is nearly the text without."""
     model = make_model("encoder_decoder", {"bias": True}, dtype=torch.float32, n_embd=32, n_head=4, n_cross_head=8)

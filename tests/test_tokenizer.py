@@ -120,7 +120,7 @@ def test_load_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
         tokenizer.load(tmp_path)
     bpe = b'{"name": "x", "pattern": "a", "special_tokens": {}, "ranks": %s}'
-    for damaged in (b'{"name": "by', b"{}", b"[1]", b'{"name": "caf\xe9"}', bpe % b"[]", bpe % b'{"not base64": 0}'):
+    for damaged in (b'{"name": "by', b"{}", b"[1]", b'{"name": "caf\xe9"}', bpe % b"[]", bpe % b"{}", bpe % b'{"not base64": 0}'):
         (tmp_path / "tokenizer.json").write_bytes(damaged)
         with pytest.raises(ValueError, match="tokenizer.json is damaged"):
             tokenizer.load(tmp_path)

@@ -681,6 +681,22 @@ def test_init_from_another_run(tiny_data, tmp_path, reference):
     assert best["best_step"] == 6 and abs(summary["val_loss"] - best["val_loss"]) < 1e-12
 
 
+def test_double_precision_survives_a_checkpoint(tiny_data, tmp_path):
+    """Guards a float64 run against being read in float32."""
+    out = tmp_path / "run"
+    run(tiny_data, out, "--max_iters=2", "--dtype=float64")
+    model, kept = checkpoint.load_run(out)[0], safetensors.torch.load_file(str(out / "best" / "model.safetensors"))
+    assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items() if name in kept)
+
+
+def test_init_from_weights_that_would_mean_something_else(tiny_data, tmp_path, capsys, reference):
+    """Guards warm starts from a run with other heads or another order of the same layers, which no shape gives away."""
+    change = ("--n_head=4", "--decoder_order=cross_first", f"--init_from={reference}")
+    code, line = complaint(train, arguments(tiny_data, tmp_path / "next", *REFERENCE, *change), capsys)
+    assert code == 2 and "has n_head=2 (here 4), decoder_order=self_first (here cross_first)" in line
+    assert not (tmp_path / "next").exists()
+
+
 @pytest.mark.parametrize("content", [b"hello", b"", None])
 def test_init_from_what_is_no_checkpoint(tiny_data, tmp_path, capsys, content):
     """Guards --init_from=FILE.pt: text, nothing, and a file of torch without a model end in one line."""
@@ -880,12 +896,15 @@ def test_bad_run_directories_for_sampling(tmp_path, capsys, reference):
     blind = broken("blind", lambda p: (p / "tokenizer.json").unlink())
     chars = broken("chars", lambda p: (p / "tokenizer.json").write_text(json.dumps({"name": "char", "chars": "abc"})))
     stepless = broken("stepless", lambda p: (p / "best" / "trainer.json").write_text("{}"))
+    nothing = broken("nothing_in_it", lambda p: (p / "best" / "trainer.json").write_text("null"))
+    lost = broken("lost", lambda p: (p / "best" / "model.safetensors").unlink())  # last/ is not what was asked for
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     many = "".join(map(chr, range(32, 333)))
     words = broken("words", lambda p: (p / "tokenizer.json").write_text(json.dumps({"name": "char", "chars": many})))
     for argv, status, message in (
         ([str(tmp_path / "nothing")], 1, "not a directory"),
         ([str(tmp_path)], 1, "no config.json"),
-        ([str(half)], 1, "no complete last checkpoint"),
+        ([str(half)], 1, "no complete best checkpoint: it holds no weights"),
         ([str(cut)], 2, "damaged"),
         ([str(odd)], 2, "damaged"),
         ([str(blind)], 1, "tokenizer.json does not exist"),
@@ -897,6 +916,13 @@ def test_bad_run_directories_for_sampling(tmp_path, capsys, reference):
         ([str(reference), "--stream", "--num_samples=2"], 2, "num_samples=1"),
         ([str(reference), "--int8", "--check"], 2, "use one of the two"),
         ([str(stepless), "--max_new_tokens=1"], 2, "trainer.json is damaged"),
+        ([str(nothing), "--max_new_tokens=1"], 2, "trainer.json is damaged"),
+        ([str(lost), "--max_new_tokens=1"], 1, "no complete best checkpoint"),
+        ([str(reference), f"--prompt=FILE:{tmp_path / 'latin.txt'}"], 2, "latin.txt: not utf-8 at byte 3; convert it"),
+        ([str(reference), "--prompt=caf\udce9"], 2, "is not UTF-8; convert it"),
+        ([str(reference), "--temperature="], 2, "--temperature= is empty"),
+        ([str(reference), "--token_temperature=-1"], 2, "token_temperature=-1"),
+        ([str(reference), "--top_k=1.5"], 2, "an integer such as 1 or a list of int such as 4,4,2 or none was expected"),
         ([str(words), "--max_new_tokens=1"], 2, "has 301 tokens, but the model 256"),
         ([], 2, "RUN is missing"),
     ):
