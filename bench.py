@@ -16,6 +16,7 @@ How fast it is: variants of one job side by side in one run, in turns (A B C, C 
 Prints a table, then one line of JSON.
 """
 
+import dataclasses
 import json
 import platform
 import sys
@@ -36,6 +37,7 @@ COMMANDS = {  # word -> its keys, and what takes them and returns rows
     "train": (TrainBench, bench_train),
     "data": (DataBench, bench_data),
 }
+QUICK = {"tokens": 24, "megabytes": 2, "steps": 1, "repeats": 1}  # with --quick at most so much
 POSITIONAL = f"{'|'.join(COMMANDS)}|compare FILE_A FILE_B ..."
 
 
@@ -57,6 +59,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if len(settings.words) > 1:
         raise ValueError(f"unexpected word {settings.words[1]!r}: values are written --key=value")
     config = settings.sections[0]
+    if config.quick:
+        config = dataclasses.replace(
+            config, **{key: min(most, getattr(config, key)) for key, most in QUICK.items() if hasattr(config, key)}
+        )
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(config.threads or threads)

@@ -79,9 +79,8 @@ def start_run(settings: dict, data_folder: Path, out: Path, overwrite: bool) -> 
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; give --out_dir the name of a folder")
     if out.exists() and any(out.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"{out} exists; --resume continues it, --overwrite starts it again, --out_dir=... writes elsewhere"
-        )
+        resume = "--resume continues it, " if any((out / name).is_dir() for name in ("last", "last.old")) else ""
+        raise FileExistsError(f"{out} exists; {resume}--overwrite starts it again, --out_dir=... writes elsewhere")
     for name in ("last", "best"):
         for suffix in ("", ".old", ".tmp"):
             shutil.rmtree(out / (name + suffix), ignore_errors=True)
@@ -100,6 +99,15 @@ def copy_autoencoder(run: Path, out: Path) -> None:
         shutil.copyfile(run / name, out / "autoencoder" / name)
 
 
+def end_last_line(path: Path) -> None:
+    """Put a line end behind a record that a crash has cut off, or the next one would be lost with it."""
+    with open(path, "ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
 def read_run(settings: dict, data_hash: str, out: Path) -> dict:
     """The trainer state to resume from. Raises FileNotFoundError where there is none, ValueError if the run is another one."""
     path = find(out, "last") / "trainer.json"
@@ -113,7 +121,12 @@ def read_run(settings: dict, data_hash: str, out: Path) -> dict:
         if key not in free and before.get(key) != new.get(key)
     ]
     if changed:
-        raise ValueError(f"{out} was made with other settings: {', '.join(changed)}; resume with the same, or start a new run")
+        raise ValueError(
+            f"{out} was made with other settings: {', '.join(changed)}; resume with the config file and the flags that started it, "
+            "or start a new run"
+        )
+    if (length := settings["train"]["max_iters"]) < trainer["step"]:
+        raise ValueError(f"max_iters={length}, but {out} has come to step {trainer['step']}: it can only go on from there")
     if trainer["data_hash"] != data_hash:
         raise ValueError(f"{out} was made with other data (sha256 {trainer['data_hash'][:12]}..., now {data_hash[:12]}...)")
     return trainer
@@ -133,6 +146,8 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer 
         if optimizer is not None:
             safetensors.torch.save_file(optimizer_tensors(model, optimizer), str(temporary / "optimizer.safetensors"))
         write_json(temporary / "trainer.json", trainer)
+        for file in temporary.glob("*.safetensors"):  # which safetensors lets nobody else read, whatever the umask
+            file.chmod((temporary / "trainer.json").stat().st_mode)
     except (safetensors.SafetensorError, OSError) as error:  # the disk is full
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{folder} could not be written, what was there before still is: {error}") from None

@@ -38,6 +38,7 @@ import math
 import operator
 import os
 import re
+import signal
 import sys
 import textwrap
 import types
@@ -176,7 +177,10 @@ def _read_config_file(path: Path, readers: tuple[Path, ...]) -> dict[str, object
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except SyntaxError as error:
-        raise ValueError(f"{path} line {error.lineno}: {error.msg}") from None
+        where = "" if error.lineno is None else f" line {error.lineno}"
+        raise ValueError(f"{path}{where}: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert it") from None
     values: dict[str, object] = {}
     for index, line in enumerate(tree.body):
         if index == 0 and ast.get_docstring(tree, clean=False) is not None:
@@ -449,6 +453,12 @@ def field_comments(cls: type) -> dict[str, tuple[str, str]]:
 @contextlib.contextmanager
 def exit_on_user_error():
     """What a user can cause ends in one line on stderr and an exit status, 2 for a bad key or value, 1 for a file."""
+
+    def end(number: int, frame) -> None:
+        raise SystemExit(128 + number)
+
+    with contextlib.suppress(ValueError):  # outside the main thread
+        signal.signal(signal.SIGTERM, end)  # a cluster's warning: what is half written is removed, as by Ctrl-C
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character is no reason to lose a text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

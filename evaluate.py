@@ -91,18 +91,20 @@ def main(argv: list[str] | None = None) -> list[dict]:
         raise ValueError(f"evaluate.py is one process, not {machine.world_size}: start it without torchrun")
     print(machine.reasons)
     if config.json is not None:
+        if Path(config.json).is_dir():
+            raise ValueError(f"json={config.json} is a folder; give the name of a file")
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
     found = []
     for word in settings.words:
         found.append(line := evaluate(Path(word), config, machine))
-        if config.json is not None:  # after each run: the next one may fail
-            checkpoint.write_json(Path(config.json), found)
         dropped = f", attention dropout {line['attention_dropout']}" if config.attention_dropout else ""
         print(
             f"{line['run']}, step {line['step']}: {line['val_loss']:.4f} nats per token, {line['val_bits_per_byte']:.4f} bits per "
             f"byte over {line['val_tokens']:,} tokens of {line['dataset']}{dropped}",
             flush=True,
         )
+        if config.json is not None:  # after each run: the next one may fail
+            checkpoint.write_json(Path(config.json), found)
     return found
 
 

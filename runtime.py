@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import resource
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,13 +166,27 @@ def cpu_has_bfloat16() -> bool:
 
 
 def choose_compile(word: str, device: torch.device) -> tuple[bool, str]:
+    missing = missing_compiler(device)
+    if word == "on" and missing:
+        raise ValueError(f"compile=on: torch.compile needs {missing}, which is not there; install it, or leave compilation off")
     if word != "auto":
         return word == "on", "as asked"
     if device.type != "cuda":
         return False, "on a CPU it starts in minutes and pays from about 10 M parameters; compile=on asks for it"
     if not sys.platform.startswith("linux"):
         return False, "torch.compile for GPUs needs Linux"
+    if missing:
+        return False, f"torch.compile needs {missing}, which is not there"
     return True, "a CUDA GPU under Linux"
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """The C++ compiler that torch.compile would start on a CPU, or the C compilers of which triton needs one, if there is none."""
+    if device.type == "cpu":
+        names = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+    else:
+        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    return None if sys.platform == "win32" or any(map(shutil.which, names)) else " or ".join(names)
 
 
 def seed_everything(*parts: int) -> None:

@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     """Print the continuations; returns their texts. With check=true, SystemExit(1) if the plain path gives another text."""
     settings = configurator.configure(argv, [SampleConfig], description=__doc__, positional="RUN")
     (config,), (run,) = settings.sections, settings.words
-    machine = runtime.start(config.device, config.dtype, "off")
+    machine = runtime.start(config.device, config.dtype, "on" if config.compile else "off")
     if config.dtype == "auto" and machine.device.type == "cpu":  # one token at a time is bound by memory, not arithmetic
         machine = dataclasses.replace(machine, dtype=torch.float32)
     model, text, trainer = checkpoint.load_run(run, config.checkpoint, machine.device)

@@ -62,11 +62,14 @@ def import_wandb(config: TrainConfig):
 
 
 def open_wandb(wandb, config: TrainConfig, settings: dict, out: Path, run_id: str | None):
-    """A Weights & Biases run."""
+    """A Weights & Biases run. Raises ValueError where there can be none."""
     name = config.wandb_run_name or out.name
-    return wandb.init(
-        project=config.wandb_project, name=name, config=settings, mode=config.wandb, dir=str(out), id=run_id, resume="allow"
-    )
+    try:
+        return wandb.init(
+            project=config.wandb_project, name=name, config=settings, mode=config.wandb, dir=str(out), id=run_id, resume="allow"
+        )
+    except wandb.Error as error:  # not logged in, or no network
+        raise ValueError(f"wandb={config.wandb}: {error}; run `wandb login`, or use --wandb=offline") from None
 
 
 def git_commit() -> str:
@@ -180,7 +183,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         settings["separator"] = data.separator  # sample.py has no other way to know that a prompt is a question
     # `seconds` is everything since the start, `train_seconds` only the updates; both go on in a resumed run
     state = {"best_val_loss": None, "best_step": 0, "seconds": 0.0, "train_seconds": 0.0, "wandb_id": None}
-    state |= {"data_hash": data.data_hash, "micro_batch_size": None}
+    decay_end = (config.lr_decay_iters or config.max_iters) if config.decay_lr else None
+    state |= {"data_hash": data.data_hash, "micro_batch_size": None, "decay_ends": [decay_end]}  # the last end is in use
     resumed = checkpoint.read_run(settings, data.data_hash, out) if config.resume else None
     machine.barrier()  # everybody has read before anybody writes
     if resumed:
@@ -190,9 +194,16 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         trainer.scaler.load_state_dict(resumed["scaler"])
         if machine.is_main:  # only now: nothing was wrong with the checkpoint
             checkpoint.write_json(out / "config.json", settings)
+            checkpoint.end_last_line(out / "metrics.jsonl")
         trainer.step = resumed["step"]
-        state = {key: resumed.get(key) for key in state}  # runs from before micro_batch_size have none
+        state = {key: resumed.get(key, value) for key, value in state.items()}  # older runs have not all of them
         say(f"resuming {out} at step {trainer.step}")
+        if decay_end != state["decay_ends"][-1]:
+            state["decay_ends"].append(decay_end)
+            say(
+                f"note: the learning rate decays until step {decay_end} from now on, until here it was {state['decay_ends'][-2]}: "
+                "not the run that it would have been in one piece; give --lr_decay_iters from the start to go on later"
+            )
     elif machine.is_main:
         checkpoint.start_run(settings, data.folder, out, config.overwrite)
         if autoencoder is not None:
@@ -311,6 +322,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         "steps": trainer.step, "tokens": trainer.step * tokens_per_step,
         "train_loss": trainer.estimate("train"), "val_loss": val_loss, "val_tokens": val_tokens,
         "best_val_loss": state["best_val_loss"], "best_step": state["best_step"],
+        "decay_ends": state["decay_ends"],  # step at which the learning rate is lowest; several: it was resumed with another
         "seconds": state["seconds"], "tokens_per_second": trainer.step * tokens_per_step / max(state["train_seconds"], 1e-9),
         "peak_memory_bytes": machine.peak_memory_bytes(), "seed": config.seed, "commit": commit,
         "data_hash": data.hash, "train_hash": data.meta["train"]["sha256"],  # of the validation and of the training file

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import configurator
 import dataloader
 import generate
 import runtime
@@ -60,6 +61,7 @@ class TrainConfig:
     activation_checkpointing: bool = False  # compute blocks again for their gradients: slower, with far less memory
 
     def __post_init__(self):
+        configurator.refuse_empty(self, "model", "dataset", "out_dir", "init_from", "wandb_project", "wandb_run_name")
         for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "final_eval_tokens"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
         require(

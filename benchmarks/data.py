@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import dataloader
 import tokenizer
 from benchmarks.timing import at_least_one, in_turns, rate
@@ -24,7 +26,7 @@ class DataBench:
     batches: int = 200  # in a repeat
     repeats: int = 3  # of each variant
     quick: bool = False  # 2 megabytes, 1 repeat
-    threads: int | None = None  # of the tokenizers; none: one a core
+    threads: int | None = None  # of the tokenizers; none: as many as torch takes
 
     def __post_init__(self):
         at_least_one(self, "megabytes", "batch", "block_size", "batches", "repeats", "threads")
@@ -37,12 +39,11 @@ def library_sources() -> Iterator[str]:
 
 
 def bench_data(config: DataBench) -> list[dict]:
-    encoder, threads = tokenizer.get(config.tokenizer), config.threads or os.cpu_count() or 1
-    megabytes, repeats = (min(config.megabytes, 2), 1) if config.quick else (config.megabytes, config.repeats)
+    encoder, threads = tokenizer.get(config.tokenizer), config.threads or torch.get_num_threads()
     source = corpus.read_documents(config.input) if config.input else library_sources()
     with tempfile.TemporaryDirectory() as folder:
         text, made = Path(folder, "text.txt"), Path(folder, "set")
-        text.write_bytes(tokenizer.to_utf8(corpus.SEPARATOR.join(corpus.take_bytes(source, megabytes * 10**6))))
+        text.write_bytes(tokenizer.to_utf8(corpus.SEPARATOR.join(corpus.take_bytes(source, config.megabytes * 10**6))))
         documents = list(corpus.read_documents(text))
         size = sum(len(tokenizer.to_utf8(document)) for document in documents)
 
@@ -59,7 +60,7 @@ def bench_data(config: DataBench) -> list[dict]:
 
         works = {"tiktoken, encode_ordinary_batch": theirs} if hasattr(encoder, "encoding") else {}
         works["data/corpus.py, file to data set"] = ours
-        timed = in_turns(works, 1, repeats, warm_up=1)
+        timed = in_turns(works, 1, config.repeats, warm_up=1)
         data = dataloader.TokenData(made, config.block_size)
 
         def load(batches: int) -> int:
@@ -68,7 +69,7 @@ def bench_data(config: DataBench) -> list[dict]:
             return batches
 
         loading = f"dataloader.py, {config.batch} x {config.block_size}"
-        loaded = rate(in_turns({loading: load}, config.batches, repeats, warm_up=1)[loading])
+        loaded = rate(in_turns({loading: load}, config.batches, config.repeats, warm_up=1)[loading])
 
     print(f"{size / 1e6:,.1f} MB of text, {len(documents):,} documents, tokenizer {config.tokenizer}, {threads} threads")
     print(f"\n{'| variant':37} | MB/s | x first | batches/s |")

@@ -80,7 +80,7 @@ def answering(
 def bench_latent(config: LatentBench) -> list[dict]:
     machine = runtime.start(config.device, config.dtype, "off")
     sampling = generate.Sampling(config.temperature, seed=config.seed)
-    tokens, repeats = (min(config.tokens, 24), 1) if config.quick else (config.tokens, config.repeats)
+    tokens, repeats = config.tokens, config.repeats
     variants, texts, batches = [], {}, sorted({1, config.batch})
     for name, model, prompt, end in latent_models(config):
         model.to(machine.device, machine.weight_dtype).eval()

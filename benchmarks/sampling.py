@@ -174,7 +174,7 @@ def bench_sample(config: SampleBench) -> list[dict]:
         prompts = [text.encode(config.prompt)]
         if config.val_prompts:
             prompts = validation_prompts(config.run, config.val_prompts, model.config.block_size)
-    tokens, repeats = (min(config.tokens, 24), 1) if config.quick else (config.tokens, config.repeats)
+    tokens, repeats = config.tokens, config.repeats
     rows = []
     for name, model in models.items():
         model.to(machine.device, machine.weight_dtype).eval()

@@ -107,9 +107,7 @@ def matrix_peak(machine: runtime.Runtime, n: int) -> float:
 def bench_train(config: TrainBench) -> list[dict]:
     base = runtime.start(config.device, "float32", "off")
     vocab_size, block_size, batch, shapes = SIZES[config.size]
-    steps, repeats, dtypes, compiles = config.steps, config.repeats, config.dtypes, config.compile
-    if config.quick:
-        steps, repeats, dtypes, compiles = 1, 1, dtypes[:1], ("off",)
+    dtypes, compiles = (config.dtypes[:1], ("off",)) if config.quick else (config.dtypes, config.compile)
     torch.manual_seed(config.seed)
     tokens = torch.randint(vocab_size, (config.batch or batch, block_size + 1), device=base.device)
     machines = {dtype: dataclasses.replace(base, dtype=runtime.DTYPES[dtype]) for dtype in dtypes}
@@ -129,7 +127,7 @@ def bench_train(config: TrainBench) -> list[dict]:
             variant = f"{name} {dtype}{' compiled' if compile == 'on' else ''}"
             works[variant] = optimizer_steps(called, optimizer, tokens, machines[dtype])
             chosen[variant] = name, dtype, compile, flops
-    timed = in_turns(works, steps, repeats, warm_up=2)
+    timed = in_turns(works, config.steps, config.repeats, warm_up=2)
     alone = base.peak_memory_bytes() if len(works) == 1 else None  # before matrix_peak adds to it
     peaks = {dtype: matrix_peak(machine, 2048 if base.device.type == "cpu" else 8192) for dtype, machine in machines.items()}
 

@@ -393,6 +393,8 @@ def write_sides(
         count = sum(side.documents for side in sides.values())
         if count == 0:
             raise ValueError("there is no text to prepare: what was given is empty")
+        if count == 1:
+            raise ValueError("there is only one document, without line ends to cut it at, so nothing can validate; give more text")
         for name, side in sides.items():
             if side.documents == 0:
                 raise ValueError(
@@ -485,10 +487,17 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
+def given_path(word: str) -> Path:
+    """The value of an option; Path("") would be the current folder."""
+    if not word:
+        raise argparse.ArgumentTypeError("nothing was given: a file or folder is needed")
+    return Path(word)
+
+
 def bare_arguments(description: str, out_dir: Path | None) -> argparse.ArgumentParser:
     """Parser with the option that every script has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=out_dir, help="folder to write to")
+    parser.add_argument("--out_dir", type=given_path, default=out_dir, help="folder to write to")
     return parser
 
 
@@ -503,7 +512,7 @@ def arguments(description: str, out_dir: Path | None, tokenizer: str, val_fracti
 def input_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """Options of the scripts that can read local text."""
     kinds = "text, .jsonl or .parquet; .gz, .xz, .zst"
-    parser.add_argument("--input", nargs="+", type=Path, required=required, help=f"local files or folders ({kinds})")
+    parser.add_argument("--input", nargs="+", type=given_path, required=required, help=f"local files or folders ({kinds})")
     parser.add_argument("--separator", default=r"\n\n\n", help=r"between two documents of a text file; \n is a line end")
     parser.add_argument("--text_key", default="text", help="column of .jsonl and .parquet; several: title,text")
     parser.add_argument("--max_bytes", type=int, help="stop before the document that exceeds so many bytes of text")
@@ -523,7 +532,7 @@ def folder_for(name: str | None, out_dir: Path | None) -> Path:
     if name is None:
         raise ValueError("the data set has no name; give --name NAME (written to data/NAME) or --out_dir FOLDER")
     taken = name == "numbers" or (DATA / name / "prepare.py").exists()  # the former is made by pairs/prepare.py
-    if Path(name).name != name or name == ".." or taken:
+    if not name or Path(name).name != name or name == ".." or taken:
         raise ValueError(f"--name {name}: give a plain name that no data set of this project has, or an --out_dir")
     return DATA / name
 

@@ -239,7 +239,9 @@ def test_bench_data(tmp_path, capsys, monkeypatch):
     small = ["data", "--quick", "--batches=3", "--batch=2", "--block_size=16", "--threads=2", f"--input={text}"]
     rows = bench.main(small)
     *table, line = capsys.readouterr().out.splitlines()
-    assert json.loads(line)["rows"] == rows and sum(line.startswith("| ") for line in table) == 3 + 2
+    report = json.loads(line)
+    assert report["rows"] == rows and sum(line.startswith("| ") for line in table) == 3 + 2
+    assert (report["megabytes"], report["repeats"], report["threads"]) == (2, 1, 2), "what was measured, not what was asked for"
     assert [row["variant"].split(",")[0] for row in rows] == ["tiktoken", "data/corpus.py", "dataloader.py"]
     assert rows[0]["ratio"] == 1 and rows[1]["ratio"] == rows[1]["bytes_per_second"] / rows[0]["bytes_per_second"]
     assert rows[2]["batches_per_second"] > 0 and "80 documents" in table[0]

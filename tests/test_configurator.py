@@ -250,6 +250,14 @@ def test_nothing_but_assignments_of_constants_and_nothing_is_run(tmp_path, line)
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_config_file_that_is_no_text_is_named(tmp_path):
+    """Guards a codec's own words, which name neither the file nor what to do."""
+    file = tmp_path / "x.py"
+    file.write_bytes(b"max_iters = 1  # caf\xe9\n")
+    with pytest.raises(ValueError, match="x.py: not UTF-8 at byte 20; convert it"):
+        read_config_file(file)
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -366,6 +374,18 @@ def test_an_output_that_is_closed_or_cannot_show_a_character():
     closed = subprocess.run(["sh", "-c", f'exec {sys.executable} -c "$CODE" >&-'], stderr=subprocess.PIPE, cwd=ROOT,
                             env={**os.environ, "CODE": code})  # fmt: skip
     assert (closed.returncode, closed.stderr) == (0, b"")
+
+
+def test_a_termination_tidies_up():
+    """Guards half-written files of many megabytes: a cluster's SIGTERM runs what is in `finally`, as Ctrl-C does."""
+    code = (
+        "import time\nfrom configurator import *\nwith exit_on_user_error():\n"
+        "    try:\n        print('ready', flush=True); time.sleep(60)\n    finally:\n        print('tidy', flush=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout.readline() == b"ready\n"
+    process.terminate()
+    assert process.communicate(timeout=20)[0] == b"tidy\n" and process.returncode == 143
 
 
 def test_our_own_bugs_keep_their_traceback():

@@ -623,7 +623,7 @@ def test_own_text(tmp_path, monkeypatch):
     assert sorted(documents_of(tmp_path / "mine", "train") + documents_of(tmp_path / "mine", "val")) == sorted(DOCUMENTS)
     meta = text_set.main([*inputs, "--tokenizer", "char", "--out_dir", str(tmp_path / "chars")])
     assert meta["dataset"] == "chars" and meta["vocab_size"] == len(set("".join(DOCUMENTS)))
-    for name in ("numbers", "stdlib", "../up", ".."):
+    for name in ("numbers", "stdlib", "../up", "..", ""):
         with pytest.raises(ValueError, match="give a plain name"):
             text_set.main([*inputs, "--name", name])
     with pytest.raises(ValueError, match="--name NAME"):
@@ -638,12 +638,17 @@ def test_own_text(tmp_path, monkeypatch):
 
 def test_script_errors_are_one_line(tmp_path):
     """Guards against tracebacks from the command line: a missing file exits with 1, a bad value with 2."""
-    script = str(ROOT / "data" / "text" / "prepare.py")
+    script, one = str(ROOT / "data" / "text" / "prepare.py"), tmp_path / "one.txt"
+    one.write_text("a line without an end " * 9)
     for arguments, code, message in (
         (["--input", str(tmp_path / "no.txt")], 1, "no.txt does not exist"),
         (["--input", script, "--val_fraction", "2"], 2, "val_fraction=2.0"),
+        (["--input", str(one)], 2, "only one document, without line ends"),
     ):
         command = [sys.executable, script, "--out_dir", str(tmp_path / "set"), *arguments]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         assert run.returncode == code
         assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and message in run.stderr
+    for empty in (["--input", ""], ["--input", script, "--out_dir", ""]):
+        run = subprocess.run([sys.executable, script, *empty], capture_output=True, text=True, check=False)
+        assert run.returncode == 2 and "nothing was given: a file or folder is needed" in run.stderr, "the current folder"

@@ -91,6 +91,16 @@ def test_a_run_without_weights_is_not_called_unfinished(finished, tmp_path):
         checkpoint.find(tmp_path, "last")
 
 
+def test_numbers_are_shown_before_they_are_written(finished, tmp_path, capsys):
+    """Guards minutes of evaluation against a file that cannot be written."""
+    with pytest.raises(ValueError, match="is a folder"):
+        evaluate.main([str(finished), f"--json={tmp_path}", "--final_eval_tokens=50"])
+    (tmp_path / "x.json.tmp").mkdir()  # in the way
+    with pytest.raises(OSError):
+        evaluate.main([str(finished), f"--json={tmp_path / 'x.json'}", "--final_eval_tokens=50"])
+    assert "nats per token" in capsys.readouterr().out
+
+
 def test_values_that_are_empty_are_refused(finished):
     """Guards a file of an empty name, or none at all."""
     for main, key in ((evaluate.main, "json"), (evaluate.main, "dataset"), (embeddings.main, "json"), (embeddings.main, "plot")):

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 import checkpoint
+import compare
 import configurator
 import dataloader
 import generate
@@ -155,6 +156,33 @@ def test_resume_equals_an_uninterrupted_run(tiny_data, tmp_path, reference):
         assert one == two
     read = lambda o: json.loads((o / "summary.json").read_text())["val_loss"]  # noqa: E731
     assert read(out) == read(full)
+
+
+def test_a_run_resumed_with_another_schedule_says_so(tiny_data, tmp_path, capsys):
+    """Guards --resume --max_iters=...: the cosine then ends elsewhere, so it is not the run in one piece, nor a seed of its row."""
+    for seed in (1, 2):
+        run(tiny_data, tmp_path / f"a_s{seed}", f"--seed={seed}")
+    out = tmp_path / "a_s3"
+    run(tiny_data, out, "--seed=3", "--max_iters=4")
+    assert "note" not in capsys.readouterr().out
+    summary = run(tiny_data, out, "--seed=3", "--resume")
+    assert "decays until step 6 from now on, until here it was 4" in capsys.readouterr().out and summary["decay_ends"] == [4, 6]
+    rows = compare.group(compare.read_runs(sorted(tmp_path.glob("a_s*"))))
+    assert sorted(len(row.runs) for row in rows) == [1, 2] and any("decay_ends=[4, 6]" in row.label for row in rows)
+    with pytest.raises(ValueError, match="max_iters=5, but .* has come to step 6"):
+        run(tiny_data, out, "--seed=3", "--max_iters=5", "--resume")
+
+
+def test_a_log_that_was_cut_off_loses_one_record(tiny_data, tmp_path):
+    """Guards metrics.jsonl: the first record after a crash must not end up in the line that the crash has cut off."""
+    out = tmp_path / "run"
+    run(tiny_data, out, "--max_iters=3", "--lr_decay_iters=6")
+    before = (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text(before[:-20])
+    run(tiny_data, out, "--lr_decay_iters=6", "--resume")
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert lines[: before.count("\n")] == [*before.splitlines()[:-1], before.splitlines()[-1][:-19]]
+    assert [json.loads(line)["step"] for line in lines[before.count("\n") :]] == [4, 5, 6, 6]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -744,6 +772,8 @@ def test_run_directory(reference):
     for key in ("val_loss", "val_bits_per_byte", "parameters", "flops_per_token", "tokens", "seconds", "tokens_per_second",
                 "peak_memory_bytes", "seed", "commit", "data_hash", "torch", "device", "embedding_loss"):  # fmt: skip
         assert summary[key] is not None, key
+    modes = {(reference / which / name).stat().st_mode for which in ("last", "best") for name in ("trainer.json", "model.safetensors")}
+    assert len(modes) == 1, "weights that only their owner may read"
 
 
 def test_the_commit_is_that_of_the_start(tiny_data, tmp_path, monkeypatch):
@@ -783,6 +813,27 @@ def test_wandb_offline_writes_a_run(tiny_data, tmp_path, monkeypatch):
         time.sleep(0.2)
     assert files[0].stat().st_size > 1000
     assert checkpoint.read_json(out / "last" / "trainer.json")["wandb_id"] in files[0].name
+
+
+def test_wandb_without_an_account_is_one_line(tiny_data, tmp_path, monkeypatch):
+    """Guards --wandb=online before `wandb login`."""
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for key, value in (("HOME", tmp_path), ("NETRC", tmp_path / "none"), ("WANDB_CONFIG_DIR", tmp_path)):
+        monkeypatch.setenv(key, str(value))
+    with pytest.raises(ValueError, match="wandb=online: .*; run `wandb login`, or use --wandb=offline"):
+        run(tiny_data, tmp_path / "run", "--wandb=online")
+
+
+def test_compilation_needs_a_compiler(tiny_data, tmp_path, monkeypatch, capsys):
+    """Guards --compile=on from a hundred lines of torch, and from a run directory; compile=auto on a GPU does without."""
+    monkeypatch.setenv("PATH", "")
+    code, line = complaint(train, arguments(tiny_data, tmp_path / "run", "--compile=on"), capsys)
+    assert code == 2 and "torch.compile needs" in line and not (tmp_path / "run").exists()
+    gpu = torch.device("cuda")
+    assert runtime.choose_compile("auto", gpu) == (False, "torch.compile needs gcc or clang, which is not there")
+    monkeypatch.undo()
+    assert runtime.choose_compile("auto", gpu)[0] and runtime.choose_compile("on", torch.device("cpu"))[0]
 
 
 def test_wandb_missing_is_one_line(tiny_data, tmp_path, monkeypatch):
@@ -825,6 +876,8 @@ def complaint(script, argv: list[str], capsys) -> tuple[int, str]:
         (["--dataset=nowhere"], 1, "known sets"),
         (["--resume", "--overwrite"], 2, "exclude each other"),
         (["--init_from=nowhere"], 1, "not a directory"),
+        (["--init_from="], 2, "--init_from= is empty"),
+        (["--out_dir="], 2, "--out_dir= is empty"),  # not the folder that it would have without
     ],
 )
 def test_bad_settings(tiny_data, tmp_path, capsys, change, status, message):
@@ -862,6 +915,9 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
     assert code == 2 and "learning_rate=0.5 (was 0.002)" in line and snapshot(out) == before
     code, line = complaint(train, arguments(tiny_data, tmp_path / "none", "--resume"), capsys)
     assert code == 1 and "not a directory" in line and not (tmp_path / "none").exists()
+    shutil.rmtree(out / "last")
+    code, line = complaint(train, arguments(tiny_data, out), capsys)
+    assert code == 1 and "exists; --overwrite starts it again" in line, "there is nothing to resume"
     (tmp_path / "none").mkdir()
     code, line = complaint(train, arguments(tiny_data, tmp_path / "none", "--resume"), capsys)
     assert code == 1 and "no config.json" in line

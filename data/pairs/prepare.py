@@ -116,7 +116,7 @@ def write_pairs(
 def main(argv: list[str] | None = None) -> dict:
     parser = corpus.arguments(__doc__, None, "byte", 0.02)
     parser.add_argument("--numbers", action="store_true", help=f"{COUNT:,} numbers and their English words; needs no file")
-    parser.add_argument("--input", nargs="+", type=Path, help=".tsv or .jsonl files")
+    parser.add_argument("--input", nargs="+", type=corpus.given_path, help=".tsv or .jsonl files")
     parser.add_argument("--keys", default="x,y", help="the two keys of .jsonl")
     parser.add_argument("--name", help="name of the data set, written to data/NAME unless --out_dir is given")
     args = corpus.parse(parser, argv)

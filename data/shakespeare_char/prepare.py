@@ -33,7 +33,7 @@ def download(url: str = URL) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = corpus.arguments(__doc__, Path(__file__).resolve().parent, "char", 0.1)
-    parser.add_argument("--input", type=Path, help="the text, instead of downloading it")
+    parser.add_argument("--input", type=corpus.given_path, help="the text, instead of downloading it")
     args = corpus.parse(parser, argv)
     text = "".join(corpus.read_text(args.input)) if args.input else download()
     cut = int(len(text) * (1 - args.val_fraction))
