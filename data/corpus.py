@@ -7,6 +7,7 @@ the documents alone (no dates, no order of threads), so the same input gives the
 
 import argparse
 import codecs
+import contextlib
 import gzip
 import hashlib
 import io
@@ -339,6 +340,8 @@ def write_dataset(
     first = list(islice(documents, 2))
     if len(first) == 1:
         first = list(cut_lines(first[0], chars=max(1, len(first[0]) // FEW_PIECES)))
+        if len(first) == 1:
+            raise ValueError("there is only one document, without line ends to cut it at, so nothing can validate; give more text")
     documents = take_bytes(chain(first, documents), max_bytes)
     sided = ((is_validation(document, val_fraction), document) for document in documents)
     if tokenizer.eos is None:  # nothing marks the end of a document: let it be an empty line
@@ -362,13 +365,12 @@ def write_sides(
     only for the progress bar.
     """
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(out_dir)
     threads = threads or os.cpu_count() or 1
     dtype = np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
     bar = _progress_bar(total_bytes)
     # In a folder of its own until complete: an interrupted run leaves what was there before, and two runs do not mix.
-    with tempfile.TemporaryDirectory(prefix=f"{WORK}{os.getpid()}-", dir=out_dir) as work:
+    with _made(out_dir), tempfile.TemporaryDirectory(prefix=f"{WORK}{os.getpid()}-", dir=out_dir) as work:
         work = Path(work)
         with open(work / "train.bin", "wb") as train, open(work / "val.bin", "wb") as val, ThreadPoolExecutor(threads) as pool:
             sides = {"train": _Side(train), "val": _Side(val)}
@@ -393,8 +395,6 @@ def write_sides(
         count = sum(side.documents for side in sides.values())
         if count == 0:
             raise ValueError("there is no text to prepare: what was given is empty")
-        if count == 1:
-            raise ValueError("there is only one document, without line ends to cut it at, so nothing can validate; give more text")
         for name, side in sides.items():
             if side.documents == 0:
                 raise ValueError(
@@ -419,6 +419,19 @@ def write_sides(
         print(f"{name:5s} {meta[name]['tokens']:>14,} tokens  {meta[name]['documents']:>9,} documents")
     print(f"{meta['bytes_per_token']:.4f} bytes per token (val); written to {out_dir}")
     return meta
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Inside, the folder is there; afterwards, too, unless it is new and nothing was put into it."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def _remove_leftovers(out_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Text autoencoder, 1,099,520 parameters: 4 bytes become 4 codes of 512, 9 bits a byte. Less than an hour on two CPU cores."""
+"""Text autoencoder, 1,099,520 parameters: 4 bytes become 4 codes of 512, 9 bits a byte."""
 
 base = "../stdlib/common.py"
 model = "autoencoder"
