@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -75,6 +76,16 @@ def write_tokens(folder: Path, train: np.ndarray, val: np.ndarray, vocab_size: i
         meta[name] = {"tokens": len(tokens), "bytes": len(tokens), "documents": 1, "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     tokenizer.save(tokenizer.ByteTokenizer(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_data(tiny_data, tmp_path_factory) -> Path:
+    """The same tokens, said to stand for two bytes each in validation: bits per byte are half of bits per token."""
+    folder = shutil.copytree(tiny_data, tmp_path_factory.mktemp("data") / "wide")
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta["val"]["bytes"] *= 2
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder
 
 

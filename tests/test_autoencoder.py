@@ -69,6 +69,14 @@ def initialized(**options) -> Autoencoder:
 # what depends on what
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_latents_have_one_scale(bias):
+    """Guards ln_latent: a gain or a bias that is trained would shrink all latents to please the commitment loss."""
+    with torch.no_grad():
+        latents, _ = make(bias=bias).compress(tokens(3, 16), None)
+    assert latents.mean(-1).abs().max() < 1e-10 and (latents.var(-1, unbiased=False) - 1).abs().max() < 1e-2
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=IDS)
 def test_codes_of_a_prefix_are_those_of_the_text(options):
     """Guards continuation: one symmetric convolution or look ahead, and a prompt gets other codes than the text it begins."""
@@ -321,6 +329,18 @@ def test_measures_add_up_and_are_what_they_say(options):
     assert np.allclose(report["residual_by_depth"], [length / lengths_by_depth[0] for length in lengths_by_depth], rtol=1e-9)
 
 
+def test_padding_spoils_no_block():
+    """Guards exact_blocks of texts that end inside a block: right is a block whose real tokens are, and wrong one with one mistake."""
+    model, idx = initialized(), tokens(3, 16)
+    targets = right_padded(idx, [16, 9, 3])
+    for mistakes in (0, 1):
+        right = targets >= 0
+        right[1, :mistakes] = False
+        model.judge = lambda x, idx, right=right: (torch.zeros(idx.shape, dtype=torch.float64), right)
+        sums = model.measure(idx, targets)
+        assert (sums["latents"], sums["exact_blocks"]) == (8, 8 - mistakes)
+
+
 def test_a_collapsed_codebook_is_reported():
     """Guards silent collapse: a run whose codes say nothing must say so."""
     model = initialized(codebook_size=64, quantize_after=0)
@@ -472,6 +492,7 @@ def test_backbone_of_a_run(tiny_data, tmp_path, position):
     assert all(not torch.equal(after[name], frozen[name]) for name in names)
     model = checkpoint.load_run(out, "last")[0]
     assert torch.equal(model.wte.weight, after["wte.weight"])
+    assert [model.backbone_rate(step) for step in (0, 5, 6, 99)] == [0.0, 0.0, 0.1, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -513,6 +534,7 @@ def test_backbones_that_do_not_fit(by_heart, tiny_data, tmp_path):
         ([f"--backbone={by_heart[0]}"], "is a run of autoencoder; one of encoder_decoder is needed"),
         ([f"--backbone={trunk}"], "does not fit: it has n_embd=8, position=learned, window=5.*; set the same here"),
         ([f"--backbone={trunk}", "--n_embd=8", "--position=learned"], "it has block_size=16, window=5"),
+        ([f"--backbone={trunk}", "--n_embd=8", "--position=learned", "--n_head=4", "--block_size=16"], "it has n_head=2, window"),
         (["--eval_sample_tokens=5"], "autoencoder continues no text"),
     ):
         with pytest.raises(ValueError, match=message):

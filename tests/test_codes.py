@@ -147,7 +147,7 @@ def test_store_is_reused_or_made_again(data, tmp_path, capsys):
     assert "note: " in said and "codebook_hash" in said and not torch.equal(other.gather("train", np.arange(50))[0], first)
     assert "offsets, windows" in store(autoencoder(seed=1), offsets=2)[1]
     text = np.array(data.train[:9000])
-    elsewhere = dataloader.TokenData(write_tokens(tmp_path / "other", text, text), 24)
+    elsewhere = dataloader.TokenData(write_tokens(tmp_path / "other", text, np.array(data.val)), 24)  # validation is the same
     assert "data_hash" in store(autoencoder(seed=1), elsewhere)[1]
     (folder / "codes.bin").write_bytes((folder / "codes.bin").read_bytes()[:-2])
     assert "codes.bin is damaged" in store(autoencoder(seed=1), elsewhere)[1]

@@ -188,7 +188,9 @@ def test_token_outside_the_vocabulary(tmp_path, monkeypatch, split, position):
 
 def test_attributes(tmp_path):
     """Guards against bits per byte computed from the wrong split, and against a data hash that ignores the training split."""
-    data = TokenData(counting_set(tmp_path / "a"), 8)
+    folder = counting_set(tmp_path / "a")
+    damage(folder, train=json.loads((folder / "meta.json").read_text(encoding="utf-8"))["train"] | {"bytes": 1})
+    data = TokenData(folder, 8)
     other = TokenData(counting_set(tmp_path / "b", train=1001), 8)
     assert data.bytes_per_token == 3.0
     assert data.hash == hashlib.sha256((tmp_path / "a" / "val.bin").read_bytes()).hexdigest()

@@ -24,15 +24,18 @@ def finished(request, tiny_data, tmp_path_factory):
     return out
 
 
-def test_the_loss_is_that_of_training(finished, tiny_data, tmp_path):
+def test_the_loss_is_that_of_training(finished, wide_data, tmp_path):
     """Guards against another reading of the file, other weights, or dropout left on."""
     summary = json.loads((finished / "summary.json").read_text())
+    checkpoint.write_json(finished / "best" / "trainer.json", {"step": 3})  # as if it had been best before its end
     [line] = evaluate.main([str(finished), "--device=cpu", "--dtype=float32", f"--json={tmp_path / 'a' / 'lines.json'}"])
     assert line["val_loss"] == summary["val_loss"] and line["val_bits_per_byte"] == summary["val_bits_per_byte"]
     assert line["val_tokens"] == summary["val_tokens"] == 3000 and line["step"] == 6
     assert json.loads((tmp_path / "a" / "lines.json").read_text()) == [line]
+    [other] = evaluate.main([str(finished), f"--dataset={wide_data}", "--device=cpu", "--dtype=float32"])
+    assert other["val_bits_per_byte"] == pytest.approx(other["val_loss"] / math.log(2) / 2, rel=1e-12)
     best = evaluate.main([str(finished), "--checkpoint=best", "--device=cpu", "--dtype=float32", "--final_eval_tokens=320"])
-    assert best[0]["val_tokens"] == 320 and best[0]["val_loss"] != line["val_loss"]
+    assert best[0]["val_tokens"] == 320 and best[0]["val_loss"] != line["val_loss"] and best[0]["step"] == 3
 
 
 def test_attention_dropout_is_the_only_one_left_on(finished, tiny_data):

@@ -177,6 +177,7 @@ def test_context_never_overflows_and_never_empties():
             assert 1 <= n - generate.context_start(n, block_size) <= block_size
             if n > block_size:
                 assert n - generate.context_start(n, block_size) >= max(1, block_size // 2)
+        assert block_size + 1 - generate.context_start(block_size + 1, block_size) == max(1, block_size // 2)
 
 
 def test_sample_number_i_does_not_depend_on_the_batch():
@@ -189,6 +190,8 @@ def test_sample_number_i_does_not_depend_on_the_batch():
     for _ in generate.sample_together(model, alone, Sampling(1.0, seed=3), first_sample=2):
         pass
     assert alone[0].output == many[2]
+    assert not model.training and generate.generate(model.train(), [[5, 6]], 9, Sampling(1.0, seed=3)) == many[:1]
+    assert model.training, "it is left as it was"
 
 
 def test_end_of_document_ends_one_row_only():
@@ -248,6 +251,9 @@ def test_streaming_inside_a_character():
     sample, streamed = run_continuation([bytes([b]) for b in "naïve €5 😀!".encode()], (), limit=100)
     assert streamed == "naïve €5 😀!"
     assert sample.accept([0]) == 1 and sample.reason == "eos" and sample.text == "naïve €5 😀!"
+    sample, streamed = run_continuation([b"5 \xe2\x82"], (), limit=4)  # what the text ends in is not kept back
+    assert sample.text == streamed == "5 \ufffd" and sample.reason == "length"
+    assert Continuation([1], 0).finished
 
 
 def test_eos_inside_an_accepted_group():

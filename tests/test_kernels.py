@@ -38,14 +38,16 @@ def test_causal_products_equal_the_kernel(tokens, monkeypatch):
         assert (ours - theirs).abs().max() < 1e-12
 
 
-def test_causal_products_drop_the_same_weights_forward_and_backward(monkeypatch):
-    """Guards dropout in the blocks: value and gradients are those of all weights at once times the factors that were drawn."""
+@pytest.mark.parametrize("causal", [True, False])
+def test_products_drop_the_same_weights_forward_and_backward(monkeypatch, causal):
+    """Guards dropout, in blocks and under a mask: value and gradients are those of all weights times the factors that were drawn."""
     monkeypatch.setattr(kernels.CausalProducts, "BLOCK", 7)
     torch.manual_seed(0)
     drawn, kept = [], kernels.kept
     monkeypatch.setattr(kernels, "kept", lambda *args: drawn.append(kept(*args)) or drawn[-1])
     q, k, v = (torch.randn(2, 3, 20, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    fast = kernels.attend_in_products(q, k, v, None, True, 0.3)
+    seen = None if causal else torch.ones(20, 20, dtype=torch.bool).tril()
+    fast = kernels.attend_in_products(q, k, v, seen, causal, 0.3)
     factors = torch.cat([F.pad(part, (0, 20 - part.size(2))) for part in drawn], dim=1).view(2, 3, 20, 20)
     hidden = torch.ones(20, 20, dtype=torch.bool).triu(1)
     slow = ((q @ k.mT / 5**0.5).masked_fill(hidden, float("-inf")).softmax(-1) * factors) @ v
@@ -74,6 +76,7 @@ def test_dropout_drops_what_it_says(p):
     assert torch.equal(kernels.drop(x, p), y)
     assert not torch.equal(kernels.drop(x, p), y)
     assert torch.equal(kernels.drop(x, 0.0), x)
+    assert kernels.drop(x, 1 - 1e-9).isfinite().all()  # 16 bits are not enough for it
 
 
 @pytest.mark.parametrize("rows", [1, 7, 46, 1000])
@@ -94,11 +97,11 @@ def test_head_loss_equals_the_plain_one(rows, monkeypatch):
 
 def test_head_loss_under_autocast(monkeypatch):
     """Guards the half-precision path: no further from float64 than torch's own under autocast, gradients in the weights' dtype."""
-    x, weight, targets = case(torch.float32, tokens=200, width=64, vocab=500)
+    x, weight, targets = case(torch.float32, tokens=1000, width=64, vocab=500)
     exact = plain_loss(x.double(), weight.double(), targets)
     gradients = torch.autograd.grad(exact, (x, weight))
     found = []
-    for chunk in (2**30, 50 * len(weight)):
+    for chunk in (2**30, 20 * len(weight)):
         monkeypatch.setitem(kernels.CHUNK, "cpu", chunk)
         with torch.autocast("cpu", torch.bfloat16):
             loss = kernels.head_loss(x, weight, targets)
@@ -107,7 +110,7 @@ def test_head_loss_under_autocast(monkeypatch):
         assert [g.dtype for g in grads] == [torch.float32] * 2
         found.append([abs(loss - exact).item()] + [((a - b).norm() / b.norm()).item() for a, b in zip(grads, gradients)])
     for theirs, ours in zip(*found):
-        assert ours < max(1.5 * theirs, 0.01), found
+        assert ours < max(1.2 * theirs, 0.005), found
 
 
 @pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])

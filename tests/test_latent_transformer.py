@@ -1,6 +1,7 @@
 """The latent transformer: what each part may see, one code path for training and sampling, and whole runs on pairs and on text."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -253,6 +254,7 @@ def test_the_bound_counts_codes_ends_and_tokens():
     assert abs(summary["end_bits_per_token"] * 33 * torch.log(torch.tensor(2.0)) - ends) < 1e-5
     bits = summary["code_bits_per_token"] + summary["token_bits_per_token"]
     assert abs(bits * torch.log(torch.tensor(2.0)) - losses["token"]) < 1e-6
+    assert abs(sum(summary["code_loss"]) / D - losses["code"]) < 1e-6
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -335,18 +337,51 @@ def test_sampled_text_is_read_again():
     assert both[8:] == second
 
 
+def drawn_codes(model: LatentTransformer, how: BlockSampling, prompts: list[list[int]], length: int) -> list[torch.Tensor]:
+    """The codes (B, m, D) of each target that is written behind the prompts."""
+    drawn, write = [], model.write
+    model.write = lambda codes, h: drawn.append(codes) or write(codes, h)
+    for _ in generate.sample_together(model, [Continuation(prompt, length) for prompt in prompts], how):
+        pass
+    return drawn
+
+
+def test_each_code_has_its_own_noise_and_the_settings_of_its_level(monkeypatch):
+    """Guards the keys of the noise: drawn by it alone, codes of a target are not alike; and top_k=1, which leaves one code a level."""
+    keys, block_noise = [], generate.block_noise
+    monkeypatch.setattr(generate, "block_noise", lambda seed, *more: keys.append((seed, more[1])) or block_noise(seed, *more))
+    model = make_model(bottleneck="rq", codebook_levels=3, codebook_size=64)
+    targets = drawn_codes(model, BlockSampling((Sampling(1e6),), Sampling(1e6)), [[1, 2, 3]], 32)
+    assert len(targets) == 4 and all(len(set(codes.flatten().tolist())) > 3 for codes in targets)
+    assert len(keys) == len(set(keys)) == 8  # codes and tokens of each
+    how = BlockSampling((Sampling(1.0, top_k=1), Sampling(2.0), Sampling(2.0)))
+    (codes,) = drawn_codes(make_model(bottleneck="rq", codebook_levels=3), how, [[1, 2, 3]] * 30, 8)
+    used = [len(set(level)) for level in codes[:, 0].T.tolist()]
+    assert used[0] == 1 and used[1] > 2 and used[2] > 2
+
+
+def test_nothing_stands_behind_an_end():
+    """Guards batches: an answer that has ended does not go on because another one does."""
+    model = make_model(**OPTIONS[3])
+    (codes,) = drawn_codes(model, BlockSampling((Sampling(10.0),)), [[1, 2, 3]] * 60, 16)
+    real = codes[..., 0] >= 0  # (B, m)
+    assert not (real[:, 1:] & ~real[:, :-1]).any() and len(set(real.sum(1).tolist())) > 2
+    with pytest.raises(ValueError, match="the question has 7 tokens, its end included, but the model was made for 6"):
+        drawn_codes(model, BlockSampling((Sampling(0.0),)), [[1] * 7], 16)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # training
 
 
 def test_warm_up():
     """Guards the schedules: a falling share of true tokens, or all of them until startup_steps; never in evaluation."""
-    for startup, shares in (("mix", (1.0, 0.5, 0.0)), ("target", (1.0, 1.0, 0.0))):
+    for startup, shares in (("mix", (1.0, 0.5, 0.01, 0.0)), ("target", (1.0, 1.0, 1.0, 0.0))):
         model = make_model(startup=startup, startup_steps=100, target_size=24).train()
         idx, targets = rows(model, lengths=((1, 1),) * 50)
         torch.manual_seed(0)
         prefix, _, starts, y = model.split(idx, targets)
-        for step, share in zip((0, 50, 100), shares):
+        for step, share in zip((0, 50, 99, 100), shares):
             model.steps.fill_(step)
             fed, where_fed = model.warm_up(prefix, starts, y)
             assert abs(where_fed.double().mean() - share) < 0.05
@@ -599,13 +634,14 @@ def test_plain_models_learn_pairs_too(few_pairs, tmp_path):
     assert exact_pairs(model, seen) == (1.0, len(list(data.questions("train", 99))))
 
 
-def test_continues_text(tiny_data, tmp_path, capsys):
+def test_continues_text(wide_data, tmp_path, capsys):
     """Guards text: trained on windows, continued target after target, with a bound in summary.json."""
     out = tmp_path / "run"
     more = (
         "--block_size=32 --target_size=8 --latent_factor=4 --startup_steps=3 --quantize_after=3 --max_iters=6 --eval_interval=3"
     )
-    summary = run(tiny_data, out, *more.split(), "--final_eval_tokens=300")
+    summary = run(wide_data, out, *more.split(), "--final_eval_tokens=300")
+    assert summary["val_bits_per_byte"] == pytest.approx(summary["val_loss"] / math.log(2) / 2, rel=1e-12)
     assert abs(summary["code_bits_per_byte"] + summary["token_bits_per_byte"] - summary["val_bits_per_byte"]) < 1e-4
     assert summary["end_bits_per_byte"] == 0.0
     (text,) = sample.main(

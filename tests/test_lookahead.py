@@ -118,6 +118,17 @@ def test_a_text_may_end_inside_an_accepted_draft():
     assert min(placed.values()) >= 10, placed
 
 
+def test_the_number_of_a_sample_is_that_of_its_noise():
+    """Guards texts that are numbered: sample 3 of lookahead is sample 3 of plain decoding, and not sample 0."""
+    case = random_case(11, 0.8) | {"max_new_tokens": 30, "eos": None, "stop": (), "setting": Setting(3, 3, 3)}
+    text, run = start(case), Lookahead(case["model"], start(case), case["sampling"], case["setting"], number=3)
+    for _ in generate.sample_together(case["model"], [text], case["sampling"], first_sample=3):
+        pass
+    while not run.sample.finished:
+        run.step()
+    assert run.sample.output == text.output != plain(case)[0]
+
+
 @pytest.mark.parametrize("setting", [(1, 2, 0), (1, 2, 3), (3, 2, 3), (1, 5, 2), (0, 4, 3), (6, 4, 0), (9, 16, 2)])
 def test_extreme_settings(setting):
     """Guards N = 2, one column, none, no drafts, and steps longer than the context; at most N tokens a step."""

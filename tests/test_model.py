@@ -2,17 +2,21 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import checkpoint
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from conftest import ALL_MODELS, ALL_MODELS_IDS, TINY_BASELINE, TINY_ENCODER_DECODER, make_model
 from kernels import attend_in_products
 from model import (
+    Block,
     Context,
+    DecoderBlock,
     EmbeddingLoss,
     EncoderDecoder,
     EncoderDecoderConfig,
@@ -44,6 +48,8 @@ def test_published_sizes(model_class, config, expected):
     everything = sum(p.numel() for p in model.parameters())
     rows = config.block_size + (config.pos_sub != "none")
     assert model.get_num_params(non_embedding=False) == everything == expected + rows * config.n_embd
+    rotary = model_class(dataclasses.replace(config, position="rope"))  # its table of next positions does not count either
+    assert rotary.get_num_params() == expected
 
 
 def test_flops_count_every_product():
@@ -72,8 +78,6 @@ def test_parameter_names():
 
 def test_baseline_loads_a_nanogpt_checkpoint(tmp_path):
     """Guards the promise that the decoder-only model has nanoGPT's parameter names (which are spelled out here)."""
-    import checkpoint
-
     model = make_model("decoder_only", {"bias": True}, dtype=torch.float32)
     shapes = {"transformer.wte.weight": (31, 12), "transformer.wpe.weight": (12, 12), "lm_head.weight": (31, 12)}
     shapes |= {f"transformer.ln_f.{end}": (12,) for end in ("weight", "bias")}
@@ -109,6 +113,38 @@ def test_initialisation_scales_each_stack_by_its_own_depth():
             if p.dim() == 2:
                 expected = 0.02 / math.sqrt(2 * depth) if name.endswith("c_proj.weight") else 0.02
                 assert abs(p.std().item() / expected - 1) < 0.05, name
+
+
+@pytest.mark.parametrize("name", ["decoder_only", "autoencoder", "rq_transformer", "latent_transformer"])
+def test_initialisation_of_all_stacks(name):
+    """Guards the same for the other models, which have to name each of their stacks, and what is no layer."""
+    torch.manual_seed(0)
+    model = checkpoint.build(name, checkpoint.CONFIGS[name](bias=True))
+    stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList) and isinstance(part[0], (Block, DecoderBlock))]
+    assert len(stacks) == {"decoder_only": 1, "latent_transformer": 3}.get(name, 2)
+    for stack in stacks:
+        for key, p in stack.named_parameters():
+            if p.dim() == 2:
+                expected = 0.02 / math.sqrt(2 * len(stack)) if key.endswith("c_proj.weight") else 0.02
+                assert abs(p.std().item() / expected - 1) < 0.05, key
+    for key, p in model.named_parameters():
+        if re.match(r"wte|wpe|project|start|code_embedding|to_latent.weight|from_latent.weight|from_sum.weight", key):
+            assert abs(p.std().item() / 0.02 - 1) < 0.2, key  # some are small
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_initialisation_of_what_is_in_no_stack(position):
+    """Guards tables and bridge, which torch would make 50 or 3 times as large: the first loss of a run would not be ln V."""
+    torch.manual_seed(0)
+    options = {"n_embd": 128, "position": position, "pos_sub": "plain", "bias": True}
+    for model in (EncoderDecoder(EncoderDecoderConfig(**options)), DecoderOnly(DecoderOnlyConfig(**options))):
+        outside = [(name, p) for name, p in model.named_parameters() if not re.match(r"(encoder|decoder|transformer\.h)\.", name)]
+        matrices = [(name, p) for name, p in outside if p.dim() == 2]
+        assert len(matrices) >= 2
+        for name, p in matrices:
+            assert abs(p.std().item() / 0.02 - 1) < 0.05 and abs(p.mean().item()) < 0.002, name
+        biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+        assert biases and not any(p.any() for p in biases)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,6 +325,18 @@ def test_rotary_model_ignores_where_the_text_stands(name):
     assert (model(x)[0] - model(x, positions=there)[0]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
+def test_rotary_subtraction_takes_the_row_of_its_position(name):
+    """Guards `wpe_next`: row t, which belongs to position t + 1, leaves the state at t, and no other row does."""
+    x = torch.randint(31, (2, 12))
+    model, plain = (make_model(name, {"position": "rope", "pos_sub": pos_sub}) for pos_sub in ("plain", "none"))
+    weights = dict(model.named_parameters())
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if "wpe_next" not in key})
+    (rows,) = (value for key, value in weights.items() if "wpe_next" in key)
+    (tokens,) = (value for key, value in weights.items() if "wte" in key or "lm_head" in key)
+    assert (plain(x)[0] - model(x)[0] - rows @ tokens.T).abs().max() < 1e-10
+
+
 def test_dropout_acts_in_training_only():
     """Guards the published mistake: attention dropout that stays on in evaluation."""
     for name in ("encoder_decoder", "decoder_only"):
@@ -302,6 +350,36 @@ def test_dropout_acts_in_training_only():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         assert (wet(x)[0] - wet(x)[0]).abs().max() > 1e-3
+        # and each module by itself: the embeddings, and every residual branch
+        dry.train()
+        modules = [module for module in dry.modules() if isinstance(module, nn.Dropout)]
+        assert len(modules) == 1 + (2 * 2 + 2 * 3 if name == "encoder_decoder" else 3 * 2)
+        for module in modules:
+            assert torch.equal(dry(x)[0], dry(x)[0])
+            module.p = 0.5
+            assert (dry(x)[0] - dry(x)[0]).abs().max() > 1e-3
+            module.p = 0.0
+
+
+@pytest.mark.parametrize(
+    "name, calls",
+    [("autoencoder", 2 + 4 * 2), ("rq_transformer", 2 + 6 * 2), ("latent_transformer", 3 + 4 * 2 + 2 * 3 + 3)],
+)
+def test_dropout_of_latent_models(name, calls):
+    """Guards the same by count: what each stack reads, and every residual branch, is dropped in training and in training only."""
+    model, dropped = checkpoint.build(name, checkpoint.CONFIGS[name](dropout=0.5)), []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda module, args, y: dropped.append(not torch.equal(args[0], y)))
+    idx = torch.randint(256, (2, 64))
+    if name == "rq_transformer":
+        idx = torch.randint(512, (2, 64, 4))  # codes
+        model.vectors.normal_()
+    model.train()(idx, idx)
+    assert dropped == [True] * calls
+    dropped.clear()
+    model.eval()(idx, idx)
+    assert dropped and not any(dropped)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -382,6 +460,16 @@ def test_embedding_loss_in_training_only_and_weighted():
     assert abs(report["embedding_grad_wte"] - model.wte.weight.grad.norm()) < 1e-9
     assert abs(report["embedding_grad_wpe"] - model.wpe.weight.grad.norm()) < 1e-9
     assert report["gain_encoder"] == model.embedding_loss.ln_encoder.weight.mean()
+    wet, dry = (make_model("encoder_decoder", {"embedding_loss": "mse", "dropout": p}).train() for p in (0.5, 0.0))
+    assert wet.embedding_loss_report(x) == dry.embedding_loss_report(x), "dropout was on"
+
+
+def test_log_cosine_of_opposite_vectors_is_finite():
+    """Guards -log(0): where a state is exactly opposite to the mean embedding, neither loss nor gradient may leave the numbers."""
+    model = make_model("encoder_decoder", {"embedding_loss": "log_cosine", "embedding_loss_ln_affine": False})
+    e = torch.randn(2, 5, 12, dtype=torch.float64)[:, :1].requires_grad_()
+    loss = model.embedding_loss(e, -e.detach())
+    assert loss.item() == pytest.approx(-math.log(1e-8)) and torch.autograd.grad(loss, e)[0].isfinite().all()
 
 
 def test_the_embedding_loss_has_a_trivial_solution():

@@ -3,15 +3,19 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import dataloader
+import generate
 import tokenizer as tokenizers
 from conftest import crash_behind_meta
 from data import corpus
 from data.pairs import prepare
+from trainer import exact_pairs
 
 
 def write(folder, name: str, text: str):
@@ -75,6 +79,12 @@ def test_windows_of_pairs(tmp_path):
     assert len(ranks) == len(list(data.full_windows("val", 4)))
     some = sum(int((y >= 0).sum()) for _, y in data.full_windows("val", 4, first_targets=50))
     assert 20 < some <= 50
+    counts = [int((y >= 0).sum()) for _, y in data.full_windows("val", 1)]
+    for first, pairs in ((sum(counts[:3]), 3), (sum(counts[:3]) - 1, 2), (1, 1)):  # whole pairs, one at least
+        assert len(list(data.full_windows("val", 1, first_targets=first))) == pairs
+    meta["val"]["target_bytes"] *= 2
+    (tmp_path / "set" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    assert dataloader.open_data(tmp_path / "set", 48).bytes_per_token == 2.0, "of answers alone"
     questions = list(data.questions("val", 3))
     assert all(q[-1] == 9 and bytes(q + a).decode() in lines for q, a in questions) and len(questions) == 3
 
@@ -215,6 +225,25 @@ def test_evaluation_covers_pairs_of_the_whole_split(tmp_path):
         assert set(numbers) == set(range(len(data.bounds[split])))
         assert numbers.tolist() == again.eval_starts(split, 500).tolist()
     assert data.eval_starts("train", 20).tolist() != data.batch_starts(0, 0, 20).tolist()
+    assert set(data.batch_starts(0, 0, 500)) == set(range(len(data.bounds["train"])))
+
+
+def test_only_whole_answers_are_exact(monkeypatch):
+    """Guards the score: answers that go on or have no end are wrong, and one that fills its window has room for its end."""
+    right = {(1, 9): [2, 3], (4, 9): [5], (6, 9): [7], (8, 9): [3] * 10}
+    written = {(1, 9): [2, 3, 0], (4, 9): [5, 5, 0], (6, 9): [7], (8, 9): [3] * 10 + [0]}
+
+    def sample_together(model, samples, sampling):
+        for sample in samples:
+            sample.accept(written[tuple(sample.tokens)])
+            if not sample.finished:
+                sample.end("length")
+        yield
+
+    monkeypatch.setattr(generate, "sample_together", sample_together)
+    pairs = [(list(question), answer) for question, answer in right.items()]
+    data = SimpleNamespace(questions=lambda split, count: pairs[:count], block_size=12, meta={"end": 0})
+    assert exact_pairs(torch.nn.Identity(), data) == (0.5, 4)
 
 
 def test_separators_in_the_wrong_order(tmp_path):

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import safetensors.torch
@@ -259,12 +260,31 @@ def test_initialization_is_on_each_levels_own_residual(shared):
 
 
 def test_random_codebooks_shorten_the_residual():
-    """Guards the time before initialization, and SimVQ's start: codes of unit variance would lengthen a wide latent."""
+    """
+    Guards the time before initialization, and SimVQ's start: codes of unit variance would lengthen a wide latent. Much longer or
+    shorter ones shorten it less.
+    """
     for kind in ("ema", "simvq"):
         for width in (8, 256):
             quantizer = make(initialize=False, dtype=torch.float32, kind=kind, latent_dim=width, codebook_size=256)
-            distortion = quantizer(torch.randn(1000, width)).distortion
+            z = torch.randn(1000, width)
+            distortion = quantizer(z).distortion
             assert (distortion[1:] < distortion[:-1]).all(), distortion
+            for factor in (0.5, 4) if kind == "ema" else ():
+                quantizer.codebook.codes[0] *= factor
+                assert quantizer.eval()(z).distortion[1] > distortion[1]
+
+
+def test_a_centre_without_rows_stays_where_it_is():
+    """Guards the averages behind k-means: those of a code that got no vector, if 0, would make it 0 at the first update."""
+    torch.manual_seed(0)
+    codebook, codes = ResidualQuantizer(QuantizerConfig(latent_dim=3, codebook_size=4, codebook_levels=1)).codebook, torch.randn(4, 3)
+    codebook.set_codes(0, codes, torch.tensor([5, 3, 2, 0]))
+    codebook.initialized.fill_(True)
+    codebook.pending_count[0] = torch.tensor([6.0, 2.0, 2.0, 0.0])
+    codebook.pending_sum[0] = codebook.pending_count[0][:, None] * codes
+    codebook.step(True)
+    assert (codebook.codes[0] - codes).abs().max() < 1e-2
 
 
 def test_kmeans_finds_clusters_and_fills_every_centre():
@@ -670,6 +690,11 @@ def test_usage_is_that_of_the_whole_pass():
     uneven = CodeUsage(dataclasses.replace(config, codebook_size=4, codebook_levels=1))
     uneven.add(torch.tensor([[0], [0], [1], [2]]))
     assert uneven.report()["perplexity"] == pytest.approx([2**1.5]) and uneven.report()["usage"] == [0.75]
+    few = CodeUsage(config)
+    few.add(codes[:3, :1].expand(-1, 2))  # three latents cannot say more than these do
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        few.warn_if_collapsed()
     empty = CodeUsage(config).report()
     assert empty["latents"] == 0 and empty["usage"] == [0.0, 0.0]
 

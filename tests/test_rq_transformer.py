@@ -12,12 +12,14 @@ import torch
 from torch.nn import functional as F
 
 import bench
+import checkpoint
 import generate
 import sample
 import tokenizer
 import train
 from code_stepper import BlockWriter, CodeStepper
 from conftest import write_tokens
+from data.pairs import prepare as pairs
 from generate import BlockSampling, Continuation, Sampling
 from latent.autoencoder import Autoencoder, AutoencoderConfig
 from latent.rq_transformer import RQTransformer, RQTransformerConfig, soft_codes
@@ -281,6 +283,7 @@ def test_the_autoencoder_is_attached_but_no_part(tmp_path):
     assert not any("autoencoder" in name or "vectors" in name for name in model.state_dict())
     assert sum(p.numel() for p in model.parameters()) == model.get_num_params() + model.wpe_depth.numel()
     before = {name: value.clone() for name, value in model.autoencoder.state_dict().items()}
+    model.attach(model.autoencoder.train())
     model.train()
     assert not model.autoencoder.training
     codes = random_codes(model)
@@ -612,7 +615,14 @@ def test_autoencoders_that_cannot_serve(own_autoencoder, tiny_data, tmp_path):
     tokenizer.save(tokenizer.CharTokenizer("abc"), other)
     with pytest.raises(ValueError, match="has another tokenizer than"):
         run("rq_transformer", other, out, word)
-    run("rq_transformer", tiny_data, out, word)
+    (tmp_path / "qa.tsv").write_text("".join(f"{i}\tyes\n" for i in range(40)), encoding="utf-8")
+    pairs.main(["--input", str(tmp_path / "qa.tsv"), "--out_dir", str(tmp_path / "pairs"), "--val_fraction", "0.3"])
+    with pytest.raises(ValueError, match="is a set of pairs, but rq_transformer is made for whole texts"):
+        run("rq_transformer", tmp_path / "pairs", out, word)
+    checkpoint.write_json(own_autoencoder / "best" / "trainer.json", {"step": 1})  # as if it had been best before its end
+    for again in ((), ("--overwrite",)):
+        run("rq_transformer", tiny_data, out, word, *again)
+        assert checkpoint.read_json(out / "autoencoder" / "best" / "trainer.json")["step"] == 1
     with pytest.raises(ValueError, match="is the run of another model, rq_transformer"):
         run("rq_transformer", tiny_data, tmp_path / "b", f"--autoencoder={out}")
     run("autoencoder", tiny_data, own_autoencoder, "--max_iters=2", "--eval_interval=1", "--overwrite")

@@ -28,11 +28,12 @@ def paths(model, tokens: torch.Tensor, n_prompt: int) -> tuple[torch.Tensor, tor
 @pytest.mark.parametrize("name, options", STEPPED, ids=[str(options) for _, options in STEPPED])
 def test_steps_equal_the_models_own(name, options):
     """Guards every option: a norm, bias, rotation or order that the packed weights forget, or another slot of the cache."""
-    model = make_model(name, options)
+    model, onednn = make_model(name, options), torch._C._get_mkldnn_enabled()
     tokens = torch.randint(model.config.vocab_size, (model.config.block_size,))
     for n_prompt in (1, 5):
         stepped, plain = paths(model, tokens, n_prompt)
         assert (stepped - plain).abs().max() < 1e-10 * plain.abs().max()
+    assert torch._C._get_mkldnn_enabled() == onednn, "everything else would be computed without it from now on"
 
 
 @pytest.mark.parametrize("name, options", STEPPED, ids=[str(options) for _, options in STEPPED])
@@ -84,7 +85,7 @@ def test_int8_weights():
         for width in range(128, 162):  # at most of them the operator itself reads beyond the end
             weight, x = torch.randn(70, width) * torch.logspace(-3, 3, 70)[:, None], torch.randn(width)
             product = stepper.RoundedProduct(weight, None, torch.int8)(x[None])[0]
-            assert ((product - weight @ x).abs() / (weight.norm(dim=1) * x.norm())).max() < 0.01
+            assert ((product - weight @ x).abs() / (weight.norm(dim=1) * x.norm())).max() < 0.003
         caches = [model.make_cache() for _ in range(2)]
         steps = [stepper.Stepper(model), stepper.Stepper(model, int8=True)]
         for cache in caches:

@@ -117,20 +117,24 @@ def test_accumulation_does_not_change_the_result(tiny_data, tmp_path):
 
 def test_schedule():
     """Guards the learning rate: linear warm-up, cosine to min_lr at lr_decay_iters, constant after; nearly constant if that is far."""
-    config = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=100, lr_decay_iters=60)
+    config = TrainConfig(learning_rate=1.0, min_lr=0.2, warmup_iters=10, max_iters=100, lr_decay_iters=60)
     assert [learning_rate(config, s) for s in (0, 4, 9)] == [1 / 11, 5 / 11, 10 / 11]
-    assert learning_rate(config, 10) == 1.0 and abs(learning_rate(config, 35) - 0.55) < 1e-12
-    assert abs(learning_rate(config, 60) - 0.1) < 1e-12 and learning_rate(config, 99) == 0.1
+    assert learning_rate(config, 10) == 1.0 and abs(learning_rate(config, 35) - 0.6) < 1e-12
+    assert abs(learning_rate(config, 60) - 0.2) < 1e-12 and learning_rate(config, 99) == 0.2
+    assert TrainConfig(learning_rate=3.0).lowest_lr == 0.3
     published = TrainConfig(learning_rate=9e-4, min_lr=9e-5, warmup_iters=300, max_iters=9000, lr_decay_iters=700000)
     assert learning_rate(published, 8999) > 0.9995 * 9e-4
+    constant = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=100, decay_lr=False)
+    assert [learning_rate(constant, s) for s in (4, 10, 99, 200)] == [5 / 11, 1.0, 1.0, 1.0]
 
 
 def test_weight_decay_spares_gains_and_biases():
     model = make_model("encoder_decoder", {"bias": True, "embedding_loss": "mse"})
-    decayed, spared = make_optimizer(model, TrainConfig(), torch.device("cpu")).param_groups
+    decayed, spared = make_optimizer(model, TrainConfig(beta1=0.8, beta2=0.9), torch.device("cpu")).param_groups
     assert decayed["weight_decay"] == 0.1 and all(p.dim() >= 2 for p in decayed["params"])
     assert spared["weight_decay"] == 0.0 and all(p.dim() == 1 for p in spared["params"])
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+    assert decayed["betas"] == spared["betas"] == (0.8, 0.9)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,6 +160,7 @@ def test_resume_equals_an_uninterrupted_run(tiny_data, tmp_path, reference):
         assert one == two
     read = lambda o: json.loads((o / "summary.json").read_text())["val_loss"]  # noqa: E731
     assert read(out) == read(full)
+    assert checkpoint.read_json(out / "config.json")["train"]["max_iters"] == 6, "a finished run would look unfinished"
 
 
 def test_a_run_resumed_with_another_schedule_says_so(tiny_data, tmp_path, capsys):
@@ -241,14 +246,19 @@ def test_terminated_run_continues(tiny_data, tmp_path, monkeypatch, reference):
     """Guards SIGTERM, between two log lines: the step is saved, with the time that its updates took."""
     rarely = ("--eval_interval=1000", "--log_interval=1000")
     call_at(monkeypatch, 4, lambda: [signal.raise_signal(signal.SIGTERM) for _ in range(2)])  # a cluster's and torchrun's
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_data, tmp_path / "run", *REFERENCE, *rarely)
     monkeypatch.undo()
     stopped = checkpoint.read_json(tmp_path / "run" / "last" / "trainer.json")
     assert stopped["step"] == 4 and 0 < stopped["train_seconds"] < stopped["seconds"]
+    assert signal.getsignal(signal.SIGTERM) == before, "the next Ctrl-C would be lost"
+    longer = {key: 1000 + stopped[key] for key in ("seconds", "train_seconds")}  # as if it had been at work for a while
+    checkpoint.write_json(tmp_path / "run" / "last" / "trainer.json", stopped | longer)
     run(tiny_data, tmp_path / "run", *REFERENCE, *rarely, "--resume")
     assert same(weights(tmp_path / "run"), weights(reference))
-    assert checkpoint.read_json(tmp_path / "run" / "last" / "trainer.json")["train_seconds"] > stopped["train_seconds"]
+    finished = checkpoint.read_json(tmp_path / "run" / "last" / "trainer.json")
+    assert all(finished[key] > longer[key] for key in longer)
 
 
 def test_interrupting_a_diverged_run_keeps_the_last_good_checkpoint(tiny_data, tmp_path, monkeypatch):
@@ -346,10 +356,15 @@ def test_half_written_checkpoint_is_not_used(tiny_data, tmp_path, reference):
     shutil.copytree(reference, out)
     shutil.copytree(out / "last", out / "last.tmp")
     (out / "last.tmp" / "model.safetensors").write_bytes(b"half")
+    shutil.copytree(out / "last", out / "last.old")
+    assert checkpoint.find(out, "last") == out / "last", "the older of the two"
+    shutil.rmtree(out / "last.old")
     (out / "last").rename(out / "last.old")
     assert checkpoint.find(out, "last") == out / "last.old"
     model, _, trainer = checkpoint.load_run(out, "last")
     assert trainer["step"] == 6 and torch.equal(model.state_dict()["wte.weight"], weights(reference)["wte.weight"])
+    x = torch.arange(32)[None]
+    assert torch.equal(model(x)[0], model(x)[0]), "dropout is on"
     run(tiny_data, out, *REFERENCE, "--resume", "--max_iters=7", "--lr_decay_iters=7", "--lr_decay_iters=none")
     assert checkpoint.read_json(out / "last" / "trainer.json")["step"] == 7
 
@@ -418,6 +433,7 @@ def test_summary_does_not_depend_on_batch_size(tiny_data, tmp_path):
     """Guards the same through the front door, in float32: the full evaluation has a batch of its own."""
     losses = {run(tiny_data, tmp_path / f"{b}", "--max_iters=0", f"--batch_size={b}")["val_loss"] for b in (1, 7, 64)}
     assert len(losses) == 1
+    assert run(tiny_data, tmp_path / "seed", "--max_iters=0", "--seed=2")["val_loss"] not in losses, "all seeds begin alike"
 
 
 def test_estimates_use_the_same_windows_every_time(tiny_data):
@@ -427,6 +443,16 @@ def test_estimates_use_the_same_windows_every_time(tiny_data):
                             data, runtime.start("cpu", "float64", "off"))  # fmt: skip
     x, y = data.gather("val", data.eval_starts("val", 6))
     assert abs(trainer.estimate("val") - trainer.raw_model(x, y)[1]["token"].item()) < 1e-12
+
+
+def test_best_is_the_lowest_validation_loss(tiny_data, tmp_path, monkeypatch):
+    """Guards best/ against the weights of the last evaluation, of the highest loss, or of the lowest training loss."""
+    losses = {"val": [5.0, 3.0, 4.0], "train": [3.0, 2.0, 1.0]}
+    monkeypatch.setattr(Trainer, "estimate", lambda trainer, split: losses[split][trainer.step // 3])
+    summary = run(tiny_data, tmp_path)
+    assert (summary["best_val_loss"], summary["best_step"], summary["train_loss"]) == (3.0, 3, 1.0)
+    assert checkpoint.read_json(tmp_path / "best" / "trainer.json")["step"] == 3
+    assert not same(weights(tmp_path, "best"), weights(tmp_path, "last"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -512,6 +538,48 @@ def test_batches_are_loaded_ahead(tiny_data):
     assert trainer.ahead[0] == (3, 0, 3) and torch.equal(trainer.ahead[1][0], expected[3][:3])
 
 
+def test_every_micro_batch_draws_its_own_random_numbers(tiny_data):
+    """Guards dropout: one mask for all micro-batches, steps or processes of a run; which it is, only seed, step and number decide."""
+
+    def seeds(world: int, seed: int = 1) -> list[int]:
+        found = []
+        for rank in range(world):
+            settings = dict(batch_size=2, gradient_accumulation_steps=4, seed=seed)
+            trainer = make_trainer(tiny_data, make_model("decoder_only", {}, vocab_size=256), world, rank, **settings)
+            trainer.raw_model.register_forward_pre_hook(lambda *_: found.append(torch.initial_seed()))
+            for trainer.step in (0, 1):
+                trainer.gradients(2)
+        return sorted(found)
+
+    assert seeds(1) == seeds(2) and len(set(seeds(1) + seeds(1, seed=2))) == 16
+
+
+class Frozen(DecoderOnly):
+    """Its token table has a learning rate of 0."""
+
+    def named_backbone_parameters(self):
+        return [("transformer.wte.weight", self.transformer.wte.weight)]
+
+    def backbone_rate(self, step: int) -> float:
+        return 0.0
+
+
+def test_clipping_looks_at_what_moves(tiny_data):
+    """Guards grad_clip beside a frozen backbone, whose gradients nobody follows: they may not shorten those of the rest."""
+    found = []
+    for cls in (DecoderOnly, Frozen):
+        torch.manual_seed(0)
+        model = cls(DecoderOnlyConfig(n_layer=1, n_embd=16, block_size=12)).double()
+        make_trainer(tiny_data, model, batch_size=4).gradients(4)
+        norms = {name: p.grad.norm() for name, p in model.named_parameters()}
+        table = norms.pop("transformer.wte.weight") if cls is Frozen else torch.tensor(0.0)
+        model.zero_grad()
+        sums = make_trainer(tiny_data, model, batch_size=4, grad_clip=1e-3).update()
+        assert abs(sums["grad_norm"] - torch.stack(list(norms.values())).norm()) < 1e-12
+        found.append(torch.hypot(sums["grad_norm"], table))
+    assert table > 0 and abs(found[0] - found[1]) < 1e-12
+
+
 class SmallMemory(DecoderOnly):
     """Runs out of memory beyond `limit` sequences, halfway through: it has collected something by then."""
 
@@ -551,8 +619,11 @@ def test_out_of_memory_repeats_the_step(tiny_data, capsys):
         make_trainer(tiny_data, SmallMemory(limit=0).double(), micro_batch_size="auto", **settings).update()
 
 
-def test_probe(tiny_data):
-    """Guards the search for a size: divisors from the whole step down, and afterwards model and gradients are as before."""
+def test_probe(tiny_data, monkeypatch):
+    """
+    Guards the search for a size: divisors from the whole step down, and afterwards model and gradients are as before. Of several
+    processes all take what fits in the fullest.
+    """
     torch.manual_seed(0)
     model = SmallMemory(limit=6).double()
     model.calls = [24, 12, 6, 3]  # so that the first call of a size fails already
@@ -563,9 +634,15 @@ def test_probe(tiny_data):
     assert same(before, model.state_dict()) and not gradients(model) and not trainer.optimizer.state
     trainer.sequences = 50
     assert [trainer.smaller(size) for size in (50, 25, 10, 5, 2)] == [25, 10, 5, 2, 1]
+    for theirs, taken in ((3.0, 3), (12.0, 6)):
+        both = lambda machine, mine, theirs=theirs: mine + torch.tensor([0.0, theirs])  # noqa: E731
+        monkeypatch.setattr(runtime.Runtime, "sum_over_processes", both)
+        shared = make_trainer(tiny_data, model, 2, 0, batch_size=8, gradient_accumulation_steps=3, micro_batch_size="auto")
+        shared.find_micro_batch_size()
+        assert shared.micro_batch_size == taken
 
 
-def test_micro_batch_size_through_the_front_door(tiny_data, tmp_path, capsys, reference):
+def test_micro_batch_size_through_the_front_door(tiny_data, tmp_path, capsys, monkeypatch, reference):
     """Guards the setting: the default size gives the run without it bit for bit; `auto` says its size and is resumed with it."""
     run(tiny_data, tmp_path / "same", *REFERENCE, "--micro_batch_size=4")
     assert same(weights(tmp_path / "same"), weights(reference))
@@ -575,7 +652,10 @@ def test_micro_batch_size_through_the_front_door(tiny_data, tmp_path, capsys, re
     state = checkpoint.read_json(out / "last" / "trainer.json")
     assert state["micro_batch_size"] == 4
     checkpoint.write_json(out / "last" / "trainer.json", state | {"micro_batch_size": 2})  # as if it had been halved
+    checkpointed = []
+    monkeypatch.setattr(runtime, "checkpoint_activations", lambda model, kinds: checkpointed.append(kinds))
     run(tiny_data, out, *REFERENCE, "--micro_batch_size=auto", "--lr_decay_iters=6", "--resume", "--activation_checkpointing")
+    assert checkpointed == [(Block, DecoderBlock)]
     assert "micro_batch_size=auto: 2 of the 8 sequences" in capsys.readouterr().out
     with pytest.raises(ValueError, match="micro_batch_size=0"):
         TrainConfig(micro_batch_size=0)
@@ -670,6 +750,32 @@ def test_two_processes_equal_one(tiny_data, tmp_path, model):
             assert np.allclose([r[key] for r in a], [r[key] for r in b], atol=1e-5, rtol=0), key
 
 
+def test_what_auto_means(monkeypatch):
+    """Guards the choices of a machine that is not this one: a GPU of its own for each process, bfloat16 only where it is fast."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [runtime.choose_device(word, 2)[0].index for word in ("auto", "cuda", "cuda:0", "cuda:1")] == [2, 2, 0, 1]
+    with pytest.raises(ValueError, match="device=cuda:4: this machine has 4"):
+        runtime.choose_device("cuda", 4)
+    for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert runtime.choose_dtype("auto", gpu)[0] == dtype and runtime.choose_dtype("float16", gpu)[0] == torch.float16
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(runtime, "cpu_has_bfloat16", lambda fast=fast: fast)
+        assert runtime.choose_dtype("auto", cpu)[0] == dtype and runtime.choose_dtype("float32", cpu)[0] == torch.float32
+    assert not runtime.choose_compile("auto", cpu)[0] and runtime.choose_compile("on", cpu)[0]
+    assert runtime.choose_compile("auto", gpu)[0] == sys.platform.startswith("linux")
+    assert not runtime.choose_compile("off", gpu)[0]
+
+
+def test_the_run_directory_is_named_after_the_config_file():
+    """Guards runs of two config files in one folder, and of a checkout that itself lies below a folder called config."""
+    names = ("config/stdlib/baseline.py", "/home/me/config/code/config/stdlib/baseline.py", "mine/baseline.py")
+    assert [str(train.default_out_dir(Path(name), "gpt")) for name in names] == ["out/stdlib/baseline"] * 2 + ["out/baseline"]
+    assert str(train.default_out_dir(None, "decoder_only")) == "out/decoder_only"
+
+
 def test_accumulation_must_be_divisible_by_processes(tiny_data):
     machine = runtime.Runtime(torch.device("cpu"), torch.float32, False, "", rank=0, world_size=2)
     with pytest.raises(ValueError, match="gradient_accumulation_steps=3 cannot be shared by 2 processes"):
@@ -738,7 +844,7 @@ def test_init_from_what_is_no_checkpoint(tiny_data, tmp_path, capsys, content):
 # what is written, and what is touched
 
 
-def test_run_directory(reference):
+def test_run_directory(reference, tiny_data):
     """Guards the contract of DESIGN: which files, which keys; everything loads without pickle."""
     assert {p.name for p in reference.iterdir()} == {
         "config.json",
@@ -768,7 +874,11 @@ def test_run_directory(reference):
     for record in records(reference, "train"):
         assert {"loss", "token_loss", "embedding_loss", "lr", "tokens_per_second", "seconds", "grad_norm"} <= record.keys()
         assert abs(record["loss"] - record["token_loss"] - record["embedding_loss"]) < 1e-6
+        assert record["lr"] == learning_rate(TrainConfig(max_iters=6, warmup_iters=2), record["step"] - 1)
+        assert record["tokens"] == record["step"] * 2 * 4 * 32
     summary = json.loads((reference / "summary.json").read_text())
+    assert summary["tokens"] == 6 * 2 * 4 * 32
+    assert summary["data_hash"] == dataloader.TokenData(tiny_data, 32).hash, "that of what the loss was measured on"
     for key in ("val_loss", "val_bits_per_byte", "parameters", "flops_per_token", "tokens", "seconds", "tokens_per_second",
                 "peak_memory_bytes", "seed", "commit", "data_hash", "torch", "device", "embedding_loss"):  # fmt: skip
         assert summary[key] is not None, key
@@ -911,8 +1021,10 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
     assert code == 2 and "holds what the run reads as its dataset" in line and snapshot(tmp_path / "set") == snapshot(tiny_data)
     code, line = complaint(train, arguments(tiny_data, out / "config.json", "--overwrite"), capsys)
     assert code == 1 and "is a file" in line and snapshot(out) == before
-    code, line = complaint(train, arguments(tiny_data, out, *REFERENCE, "--resume", "--learning_rate=0.5"), capsys)
-    assert code == 2 and "learning_rate=0.5 (was 0.002)" in line and snapshot(out) == before
+    for other in ("learning_rate=0.5 (was 0.002)", "seed=5 (was 1337)", "beta1=0.5 (was 0.9)", "batch_size=2 (was 4)"):
+        words = arguments(tiny_data, out, *REFERENCE, "--resume", f"--{other.split()[0]}")
+        code, line = complaint(train, words, capsys)
+        assert code == 2 and other in line and snapshot(out) == before
     code, line = complaint(train, arguments(tiny_data, tmp_path / "none", "--resume"), capsys)
     assert code == 1 and "not a directory" in line and not (tmp_path / "none").exists()
     shutil.rmtree(out / "last")
@@ -924,14 +1036,20 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
     (out / "notes.txt").write_text("mine")
     run(tiny_data, out, "--overwrite")
     assert (out / "notes.txt").read_text() == "mine" and not same(weights(out), weights(reference))
+    call_at(monkeypatch, 2, crash)
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        run(tiny_data, out, "--overwrite")
+    assert not (out / "summary.json").exists() and [record["step"] for record in records(out, "eval")] == [0]
 
 
-def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny_data, tmp_path, capsys):
+@pytest.mark.parametrize("seldom", ["--eval_interval=1000", "--log_interval=1000"])
+def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny_data, tmp_path, capsys, seldom):
+    """Guards both places that notice it: a log line, and an evaluation before it writes its checkpoint."""
     out = tmp_path / "run"
     code, line = complaint(
-        train, arguments(tiny_data, out, "--learning_rate=1e30", "--max_iters=30", "--warmup_iters=0"), capsys
+        train, arguments(tiny_data, out, "--learning_rate=1e30", "--max_iters=30", "--warmup_iters=0", seldom), capsys
     )
-    assert code == 1 and "last good checkpoint" in line
+    assert code == 1 and "last good checkpoint" in line and "step 30" not in line
     assert all(torch.isfinite(w).all() for w in weights(out).values())
 
 
