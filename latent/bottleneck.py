@@ -26,7 +26,6 @@ from torch.nn import functional as F
 from latent.quantize import QuantizerConfig, ResidualQuantizer
 from model import require
 
-KINDS = ("vq", "rq", "dvq", "gumbel", "semhash")
 NOISE_OF_HASHING = 0.5  # standard deviation of n, as in tensor2tensor
 
 

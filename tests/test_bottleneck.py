@@ -249,7 +249,6 @@ def test_every_bottleneck_carries_a_message(kind):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"bottleneck": "vae"}, "bottleneck=vae: choose one of vq, rq, dvq, gumbel, semhash"),
         ({"bottleneck": "gumbel", "codebook_levels": 2}, "bottleneck=gumbel has one level"),
         ({"bottleneck": "dvq", "codebook_levels": 3}, "latent_dim=64 cannot be cut into codebook_levels=3"),
         ({"bottleneck": "semhash", "codebook_size": 12}, "choose a power of two"),

@@ -589,6 +589,23 @@ def test_the_end_is_a_tenth_of_training(tmp_path):
     assert end.change == -12.0 and end.share == pytest.approx(0.12)  # from step 88, the last one at 90 or before
     (run,) = compare.read_runs([write_run(tmp_path / "b", evals=evals[:1])])
     assert compare.ending(run) is None  # a run of no steps
+    evals[5]["val_loss"] = math.nan  # for a while
+    (run,) = compare.read_runs([write_run(tmp_path / "c", evals=evals)])
+    assert compare.ending(run) == end
+
+
+def test_flat_is_a_share_of_the_loss_and_memory_the_most_of_all_seeds(tmp_path, capsys):
+    """Guards a verdict in nats, which would call every small loss flat, and a peak that is that of the luckiest seed."""
+    for name, last in (("large", 100.0), ("small", 1.0)):
+        for seed, gib in ((1, 2), (2, 5), (3, 4)):
+            evals = [{"step": 10 * i, "val_loss": last + fall, "train_loss": 0.0} for i, fall in enumerate((last, 0.1, 0.0))]
+            summary = {"peak_memory_bytes": gib * 2**30}
+            write_run(tmp_path / f"{name}_s{seed}", seed, evals=evals, model={"name": name}, summary=summary)
+    compare.main([str(tmp_path), "--plot=none"])
+    text = capsys.readouterr().out
+    assert {line[0]: line[5] for line in table_after(text, "run", 1)[2:]} == {"large": "flat", "small": "still falling"}
+    header, *lines = table_after(text, "run")
+    assert {line[header.index("peak memory")] for line in lines[1:]} == {"5.00 GiB"}
 
 
 def test_a_curve_that_ends_in_nan_has_diverged(tmp_path, capsys):
