@@ -41,6 +41,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import types
 import typing
 from pathlib import Path
@@ -457,8 +458,10 @@ def exit_on_user_error():
     def end(number: int, frame) -> None:
         raise SystemExit(128 + number)
 
-    with contextlib.suppress(ValueError):  # outside the main thread
-        signal.signal(signal.SIGTERM, end)  # a cluster's warning: what is half written is removed, as by Ctrl-C
+    # a cluster's warning: what is half written is removed, as by Ctrl-C; torchrun's finds a process that waits for another, where
+    # Python would not hear it
+    if "WORLD_SIZE" not in os.environ and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character is no reason to lose a text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
