@@ -127,6 +127,9 @@ def read_run(settings: dict, data_hash: str, out: Path) -> dict:
         )
     if (length := settings["train"]["max_iters"]) < trainer["step"]:
         raise ValueError(f"max_iters={length}, but {out} has come to step {trainer['step']}: it can only go on from there")
+    before = old["train"]  # of runs that did not note at which step their learning rate would end
+    end = (before.get("lr_decay_iters") or before.get("max_iters")) if before.get("decay_lr", True) else None
+    trainer.setdefault("decay_ends", [end] if trainer["step"] > 0 else [])
     if trainer["data_hash"] != data_hash:
         raise ValueError(f"{out} was made with other data (sha256 {trainer['data_hash'][:12]}..., now {data_hash[:12]}...)")
     return trainer
@@ -146,8 +149,9 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer 
         if optimizer is not None:
             safetensors.torch.save_file(optimizer_tensors(model, optimizer), str(temporary / "optimizer.safetensors"))
         write_json(temporary / "trainer.json", trainer)
-        for file in temporary.glob("*.safetensors"):  # which safetensors lets nobody else read, whatever the umask
-            file.chmod((temporary / "trainer.json").stat().st_mode)
+        with contextlib.suppress(OSError):  # some file systems have no modes
+            for file in temporary.glob("*.safetensors"):  # which safetensors lets nobody else read, whatever the umask
+                file.chmod((temporary / "trainer.json").stat().st_mode)
     except (safetensors.SafetensorError, OSError) as error:  # the disk is full
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{folder} could not be written, what was there before still is: {error}") from None
@@ -251,7 +255,7 @@ def load_run(run: str | Path, which: str = "best", device: str | torch.device = 
     folder = find(run, which)
     settings, name, config = read_config(run)
     model, text, trainer = build(name, config), tokenizer.load(run), read_json(folder / "trainer.json")
-    if settings.get("dtype") == "float64":  # whose weights are, too
+    if settings.get("dtype") == "float64" and torch.device(device).type != "mps":  # then weights are, too; Apple GPUs have none
         model.double()
     if text.vocab_size > config.vocab_size:
         raise ValueError(
@@ -312,7 +316,7 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
         raise FileNotFoundError(f"init_from={source}: there is no such file")
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
-        weights, arguments = content["model"], dict(content.get("model_args", {}))
+        weights, arguments = content["model"], dict(content.get("model_args") or {})
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
         raise ValueError(f"init_from={source} is no checkpoint of nanoGPT: {' '.join(str(error).split())[:200]}") from None
     # torch.compile's prefix; `attn.bias` is the causal mask that older versions stored as a buffer

@@ -460,7 +460,8 @@ def exit_on_user_error():
 
     # a cluster's warning: what is half written is removed, as by Ctrl-C; torchrun's finds a process that waits for another, where
     # Python would not hear it
-    if "WORLD_SIZE" not in os.environ and threading.current_thread() is threading.main_thread():
+    ours = "WORLD_SIZE" not in os.environ and threading.current_thread() is threading.main_thread()
+    if ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, end)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character is no reason to lose a text
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -144,8 +144,9 @@ CHUNK = {"cpu": 2**24, "cuda": 2**29}
 
 def head_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Logits (..., V) of states x (..., C), from which something is chosen: x weight^T + bias in float32 at least, autocast or not. In
-    bfloat16 the two largest are often equal, and rounding, which depends on the batch and the cache, would choose.
+    Logits (..., V) of states x (..., C), from which something is chosen: x weight^T + bias in float32 at least (on a GPU that may be
+    TF32, see runtime.start), autocast or not. In bfloat16 the two largest are often equal, and rounding, which depends on the batch
+    and the cache, would choose.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = at_least_float32(x)

@@ -168,7 +168,7 @@ def cpu_has_bfloat16() -> bool:
 def choose_compile(word: str, device: torch.device) -> tuple[bool, str]:
     missing = missing_compiler(device)
     if word == "on" and missing:
-        raise ValueError(f"compile=on: torch.compile needs {missing}, which is not there; install it, or leave compilation off")
+        raise ValueError(f"torch.compile needs {missing}, which is not there; install it, or do without compilation")
     if word != "auto":
         return word == "on", "as asked"
     if device.type != "cuda":

@@ -127,11 +127,15 @@ class TiktokenTokenizer(_Tokenizer):
 Tokenizer = ByteTokenizer | CharTokenizer | TiktokenTokenizer
 
 
+class Unavailable(ValueError):
+    """Nothing is wrong with what was read, but this machine or this version does not know its tokenizer."""
+
+
 def _tiktoken():
     try:
         import tiktoken
     except ModuleNotFoundError:
-        raise ValueError("a byte-pair tokenizer needs tiktoken: pip install tiktoken, or use --tokenizer byte") from None
+        raise Unavailable("a byte-pair tokenizer needs tiktoken: pip install tiktoken, or use --tokenizer byte") from None
     return tiktoken
 
 
@@ -162,7 +166,7 @@ def get(name: str, chars: str | None = None) -> Tokenizer:
         return CharTokenizer(chars)
     known = _tiktoken().list_encoding_names()
     if name not in known:
-        raise ValueError(f"unknown tokenizer {name!r}; known: {', '.join(['byte', 'char', *sorted(known)])}")
+        raise Unavailable(f"unknown tokenizer {name!r}; known: {', '.join(['byte', 'char', *sorted(known)])}")
     return TiktokenTokenizer(name)
 
 
@@ -191,6 +195,8 @@ def load(folder: str | Path) -> Tokenizer:
     damage = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
     try:
         return from_state(json.loads(path.read_text(encoding="utf-8")))
+    except Unavailable:
+        raise
     except damage as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is damaged ({reason}); copy it again from the data set's folder") from error

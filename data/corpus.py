@@ -341,7 +341,7 @@ def write_dataset(
     if len(first) == 1:
         first = list(cut_lines(first[0], chars=max(1, len(first[0]) // FEW_PIECES)))
         if len(first) == 1:
-            raise ValueError("there is only one document, without line ends to cut it at, so nothing can validate; give more text")
+            raise ValueError("there is only one line of text, which cannot be cut, so nothing can validate; give more text")
     documents = take_bytes(chain(first, documents), max_bytes)
     sided = ((is_validation(document, val_fraction), document) for document in documents)
     if tokenizer.eos is None:  # nothing marks the end of a document: let it be an empty line

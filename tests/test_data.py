@@ -643,7 +643,7 @@ def test_script_errors_are_one_line(tmp_path):
     for arguments, code, message in (
         (["--input", str(tmp_path / "no.txt")], 1, "no.txt does not exist"),
         (["--input", script, "--val_fraction", "2"], 2, "val_fraction=2.0"),
-        (["--input", str(one)], 2, "only one document, without line ends"),
+        (["--input", str(one)], 2, "only one line of text"),
     ):
         command = [sys.executable, script, "--out_dir", str(tmp_path / "set"), *arguments]
         run = subprocess.run(command, capture_output=True, text=True, check=False)

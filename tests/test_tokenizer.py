@@ -126,6 +126,14 @@ def test_load_errors(tmp_path):
             tokenizer.load(tmp_path)
 
 
+def test_a_tokenizer_that_is_not_installed_is_no_damage(tiny, tmp_path, monkeypatch):
+    """Guards advice to copy a file again that is fine."""
+    tokenizer.save(tiny, tmp_path)
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(ValueError, match="^a byte-pair tokenizer needs tiktoken"):
+        tokenizer.load(tmp_path)
+
+
 def test_unknown_name_lists_the_known_ones():
     """Guards against a bare KeyError for a typing mistake."""
     pytest.importorskip("tiktoken")

@@ -176,6 +176,13 @@ def test_a_run_resumed_with_another_schedule_says_so(tiny_data, tmp_path, capsys
     assert sorted(len(row.runs) for row in rows) == [1, 2] and any("decay_ends=[4, 6]" in row.label for row in rows)
     with pytest.raises(ValueError, match="max_iters=5, but .* has come to step 6"):
         run(tiny_data, out, "--seed=3", "--max_iters=5", "--resume")
+    old, path = tmp_path / "old", tmp_path / "old" / "last" / "trainer.json"
+    run(tiny_data, old, "--max_iters=4")
+    state = checkpoint.read_json(path)
+    del state["decay_ends"]  # as it was before it was noted
+    path.write_text(json.dumps(state))
+    assert run(tiny_data, old, "--max_iters=4", "--resume")["decay_ends"] == [4], "no step was made under another schedule"
+    assert run(tiny_data, old, "--resume")["decay_ends"] == [4, 6]
 
 
 def test_a_log_that_was_cut_off_loses_one_record(tiny_data, tmp_path):

@@ -39,6 +39,7 @@ class Teacher:
     def __init__(self, run: str, which: str, temperature: float, seed: int, batch: int, device: str):
         self.machine = runtime.start(device, "float32", "off")
         self.model, self.tokenizer, trainer = checkpoint.load_run(run, which, self.machine.device)
+        self.model.to(self.machine.weight_dtype)
         if getattr(self.model, "predicts", "next") == "itself":
             raise ValueError(f"--run {run} is an autoencoder, which writes nothing new; give the run of a language model")
         generate.lay_out_for_decoding(self.model)
