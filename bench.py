@@ -37,7 +37,7 @@ COMMANDS = {  # word -> its keys, and what takes them and returns rows
     "train": (TrainBench, bench_train),
     "data": (DataBench, bench_data),
 }
-QUICK = {"tokens": 24, "megabytes": 2, "steps": 1, "repeats": 1}  # with --quick at most so much
+AT_MOST = {"tokens": 24, "megabytes": 2, "steps": 1, "repeats": 1}  # with --quick
 POSITIONAL = f"{'|'.join(COMMANDS)}|compare FILE_A FILE_B ..."
 
 
@@ -60,9 +60,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
         raise ValueError(f"unexpected word {settings.words[1]!r}: values are written --key=value")
     config = settings.sections[0]
     if config.quick:
-        config = dataclasses.replace(
-            config, **{key: min(most, getattr(config, key)) for key, most in QUICK.items() if hasattr(config, key)}
-        )
+        less = {key: min(most, getattr(config, key)) for key, most in AT_MOST.items() if hasattr(config, key)}
+        less |= {"dtypes": config.dtypes[:1], "compile": ("off",)} if word == "train" else {}
+        config = dataclasses.replace(config, **less)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(config.threads or threads)

@@ -127,8 +127,8 @@ def read_run(settings: dict, data_hash: str, out: Path) -> dict:
         )
     if (length := settings["train"]["max_iters"]) < trainer["step"]:
         raise ValueError(f"max_iters={length}, but {out} has come to step {trainer['step']}: it can only go on from there")
-    before = old["train"]  # of runs that did not note at which step their learning rate would end
-    end = (before.get("lr_decay_iters") or before.get("max_iters")) if before.get("decay_lr", True) else None
+    was = old["train"]  # runs that did not note at which step their learning rate would end: TrainConfig.decay_end
+    end = (was.get("lr_decay_iters") or was.get("max_iters")) if was.get("decay_lr", True) else None
     trainer.setdefault("decay_ends", [end] if trainer["step"] > 0 else [])
     if trainer["data_hash"] != data_hash:
         raise ValueError(f"{out} was made with other data (sha256 {trainer['data_hash'][:12]}..., now {data_hash[:12]}...)")

@@ -317,7 +317,8 @@ def choice_text(value: object, options) -> str:
 def type_text(kind: object) -> str:
     if typing.get_origin(kind) is tuple:
         of = typing.get_args(kind)[0]
-        return f"a list of {of.__name__} such as {({str: 'this,that', int: '4,4,2', float: '0.9,0.7'}[of])}"
+        example = {str: "this,that", int: "4,4,2", float: "0.9,0.7"}[of]
+        return f"a list of {of.__name__} such as {example}"
     return {int: "an integer", float: "a float", bool: "true or false", str: "a string", types.NoneType: "none"}[kind]
 
 

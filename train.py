@@ -183,7 +183,6 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         settings["separator"] = data.separator  # sample.py has no other way to know that a prompt is a question
     # `seconds` is everything since the start, `train_seconds` only the updates; both go on in a resumed run
     state = {"best_val_loss": None, "best_step": 0, "seconds": 0.0, "train_seconds": 0.0, "wandb_id": None}
-    decay_end = (config.lr_decay_iters or config.max_iters) if config.decay_lr else None
     state |= {"data_hash": data.data_hash, "micro_batch_size": None, "decay_ends": []}
     resumed = checkpoint.read_run(settings, data.data_hash, out) if config.resume else None
     machine.barrier()  # everybody has read before anybody writes
@@ -287,14 +286,14 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                 machine.barrier()  # half a minute after one process has left torchrun ends the others, writing or not
                 say(f"stopped at step {trainer.step}; {out}/last is saved: the same command with --resume goes on")
                 raise KeyboardInterrupt
-            if state["decay_ends"][-1:] != [decay_end]:
+            if state["decay_ends"][-1:] != [config.decay_end]:
                 if state["decay_ends"]:
                     say(
-                        f"note: the learning rate decays until step {decay_end} from now on, until here it was "
+                        f"note: the learning rate decays until step {config.decay_end} from now on, until here it was "
                         f"{state['decay_ends'][-1]}: not the run that it would have been in one piece; give --lr_decay_iters from "
                         "the start to go on later"
                     )
-                state["decay_ends"].append(decay_end)
+                state["decay_ends"].append(config.decay_end)
             sums = trainer.update()
             rate_tokens += tokens_per_step
             if trainer.step % config.log_interval == 0 or trainer.step == config.max_iters:

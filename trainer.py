@@ -88,6 +88,12 @@ class TrainConfig:
     def lowest_lr(self) -> float:
         return self.learning_rate / 10 if self.min_lr is None else self.min_lr
 
+    @property
+    def decay_end(self) -> int | None:
+        """Step at which the cosine ends; None where the rate stays as it is after warm-up."""
+        end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+        return end if self.decay_lr else None
+
 
 FULL_EVAL_TOKENS = 8192  # in a batch of the full evaluation: fixed, so that its sum is the same whatever batch_size is
 
@@ -100,9 +106,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """Rate of step 0, 1, ...: linear warm-up, then a cosine from learning_rate to lowest_lr, then constant."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    if not config.decay_lr:
+    if (end := config.decay_end) is None:
         return config.learning_rate
-    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
     if step > end:
         return config.lowest_lr
     progress = (step - config.warmup_iters) / max(1, end - config.warmup_iters)

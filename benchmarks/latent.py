@@ -80,7 +80,6 @@ def answering(
 def bench_latent(config: LatentBench) -> list[dict]:
     machine = runtime.start(config.device, config.dtype, "off")
     sampling = generate.Sampling(config.temperature, seed=config.seed)
-    tokens, repeats = config.tokens, config.repeats
     variants, texts, batches = [], {}, sorted({1, config.batch})
     for name, model, prompt, end in latent_models(config):
         model.to(machine.device, machine.weight_dtype).eval()
@@ -91,9 +90,9 @@ def bench_latent(config: LatentBench) -> list[dict]:
             variants.append(Variant(f"{name}, batch {batch}", work, model))
             texts[variants[-1].name] = batch
     with machine.autocast():
-        found = sampled(variants, tokens, repeats, texts)
+        found = sampled(variants, config.tokens, config.repeats, texts)
     plain = {texts[row.variant]: row.tokens_per_second for row in found[: len(batches)]}
-    length = f"{tokens} tokens a text" if end is None else "whole answers"
+    length = f"{config.tokens} tokens a text" if end is None else "whole answers"
     print(f"{length}, temperature {config.temperature:g}; {machine.reasons}")
     print(f"\n{'| variant':42} | tokens/s | x plain cached | tokens/step |")
     print(f"| {'-' * 40} | -------: | -------------: | ----------: |")
@@ -102,5 +101,5 @@ def bench_latent(config: LatentBench) -> list[dict]:
         values = {"variant": row.variant, "batch": texts[row.variant], "tokens_per_second": row.tokens_per_second,
                   "tokens_per_step": row.tokens_per_step, "ratio": row.tokens_per_second / plain[texts[row.variant]]}  # fmt: skip
         print(f"| {row.variant:40} | {row.tokens_per_second:8.1f} | {values['ratio']:14.2f} | {row.tokens_per_step:11.2f} |")
-        rows.append(values | {"new_tokens": tokens})
+        rows.append(values | {"new_tokens": config.tokens})
     return rows

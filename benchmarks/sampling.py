@@ -174,16 +174,16 @@ def bench_sample(config: SampleBench) -> list[dict]:
         prompts = [text.encode(config.prompt)]
         if config.val_prompts:
             prompts = validation_prompts(config.run, config.val_prompts, model.config.block_size)
-    tokens, repeats = config.tokens, config.repeats
     rows = []
     for name, model in models.items():
         model.to(machine.device, machine.weight_dtype).eval()
         generate.lay_out_for_decoding(model)
         variants = sample_variants(model, prompts, config)
         with machine.autocast():
-            found = sampled(variants, tokens, repeats, {f"plain cached, batch {config.batch}": config.batch})
+            found = sampled(variants, config.tokens, config.repeats, {f"plain cached, batch {config.batch}": config.batch})
         print(
-            f"\n{name}, {model.get_num_params():,} parameters, {tokens} tokens, temperature {config.temperature:g}; {machine.reasons}"
+            f"\n{name}, {model.get_num_params():,} parameters, {config.tokens} tokens, temperature {config.temperature:g}; "
+            f"{machine.reasons}"
         )
         print(f"\n{'| variant':32} | tokens/s | x plain cached | tokens/step | GB/s of weights |")
         print(f"| {'-' * 30} | -------: | -------------: | ----------: | --------------: |")
@@ -193,5 +193,5 @@ def bench_sample(config: SampleBench) -> list[dict]:
                 f"| {row.variant:30} | {row.tokens_per_second:8.1f} | {ratio:14.2f} | {row.tokens_per_step:11.2f} "
                 f"| {row.gigabytes_per_second:15.2f} |"
             )
-            rows.append({"model": name, "new_tokens": tokens} | row._asdict() | {"ratio": ratio})
+            rows.append({"model": name, "new_tokens": config.tokens} | row._asdict() | {"ratio": ratio})
     return rows

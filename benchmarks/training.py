@@ -107,10 +107,9 @@ def matrix_peak(machine: runtime.Runtime, n: int) -> float:
 def bench_train(config: TrainBench) -> list[dict]:
     base = runtime.start(config.device, "float32", "off")
     vocab_size, block_size, batch, shapes = SIZES[config.size]
-    dtypes, compiles = (config.dtypes[:1], ("off",)) if config.quick else (config.dtypes, config.compile)
     torch.manual_seed(config.seed)
     tokens = torch.randint(vocab_size, (config.batch or batch, block_size + 1), device=base.device)
-    machines = {dtype: dataclasses.replace(base, dtype=runtime.DTYPES[dtype]) for dtype in dtypes}
+    machines = {dtype: dataclasses.replace(base, dtype=runtime.DTYPES[dtype]) for dtype in config.dtypes}
     works, chosen = {}, {}
     for name in config.measured:
         kind = "decoder_only" if name == THEIRS else name
@@ -122,7 +121,7 @@ def bench_train(config: TrainBench) -> list[dict]:
         model.to(base.device).train()
         # one model for all its variants: how fast it trains does not depend on what it has learned
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=base.device.type in ("cuda", "cpu"))
-        for dtype, compile in itertools.product(dtypes, compiles):
+        for dtype, compile in itertools.product(config.dtypes, config.compile):
             called = torch.compile(model, dynamic=False) if compile == "on" else model
             variant = f"{name} {dtype}{' compiled' if compile == 'on' else ''}"
             works[variant] = optimizer_steps(called, optimizer, tokens, machines[dtype])
@@ -153,9 +152,7 @@ def bench_train(config: TrainBench) -> list[dict]:
 
 def memory_alone(config: TrainBench, name: str, dtype: str, compile: str) -> int:
     """Peak memory, bytes, of one variant: of a process that does nothing else, as a process only knows the highest it ever had."""
-    only = dataclasses.replace(
-        config, models=(name,), dtypes=(dtype,), compile=(compile,), steps=1, repeats=1, memory=False, quick=False
-    )
+    only = dataclasses.replace(config, models=(name,), dtypes=(dtype,), compile=(compile,), steps=1, repeats=1, memory=False)
     flags = [f"--{key}={configurator.as_text(value)}" for key, value in configurator.to_dict(only).items()]
     script = Path(__file__).parents[1] / "bench.py"
     done = subprocess.run([sys.executable, script, "train", *flags], capture_output=True, text=True, check=False)
