@@ -4,6 +4,7 @@ position = "rope"
 batch_size = 4
 learning_rate = 3e-3
 min_lr = 3e-4
+grad_clip = 1.0
 max_iters = 2000
 eval_interval = 500
 log_interval = 100
