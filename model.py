@@ -279,6 +279,7 @@ class CausalModel(nn.Module):
     """
 
     window = 0  # positions that self-attention sees, its own included; 0 = all
+    side_by_side = True  # whether training passes may run at once: False where, dropout aside, they draw numbers or collect statistics
 
     def make_cache(self, capacity: int | None = None, static: bool = False) -> Cache:
         """An empty cache for `capacity` tokens (default: block_size), to be passed to forward()."""
@@ -401,7 +402,7 @@ class EncoderDecoder(CausalModel):
         if config.latent_factor > 0:
             from latent.compression import CompressionHead
 
-            self.compression = CompressionHead(config)
+            self.compression, self.side_by_side = CompressionHead(config), False
             self.after_step, self.summarize = self.compression.quantizer.step, self.compression.summarize  # hooks of train.py
             self.measure = functools.partial(self.compression.measure, self)
         self.initialize([self.encoder, self.decoder])

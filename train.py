@@ -10,7 +10,8 @@ One *step* is one optimizer update on batch_size * gradient_accumulation_steps s
 processes share them. Which sequences those are, and every dropout mask, is a function of (seed, step) alone; that is why
 resuming, evaluating more often, or adding processes does not change a run. micro_batch_size, how many of them are computed at
 a time, changes rounding and, because each micro-batch draws its own, the dropout masks; of pairs, whose answers differ in length,
-also losses that are no means over tokens (of the embeddings, of codes) a little.
+also losses that are no means over tokens (of the embeddings, of codes) a little. lanes, into how many parts a CPU cuts those,
+does the same but for the masks: it is 1 where there are any.
 """
 
 import contextlib
@@ -328,7 +329,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         "peak_memory_bytes": machine.peak_memory_bytes(), "seed": config.seed, "commit": commit,
         "data_hash": data.hash, "train_hash": data.meta["train"]["sha256"],  # of the validation and of the training file
         "torch": torch.__version__, "device": device_name(machine), "dtype": str(machine.dtype).removeprefix("torch."),
-        "compiled": machine.compile, "world_size": machine.world_size,
+        "compiled": machine.compile, "world_size": machine.world_size, "lanes": trainer.lanes.count,
     }  # fmt: skip
     if reconstructs:  # a loss that no language model's may be compared with
         summary["reconstruction"] = True

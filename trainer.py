@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -58,11 +59,13 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products; weights stay float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
     micro_batch_size: int | Literal["auto"] | None = None  # sequences at a time; none: batch_size; auto: what a GPU holds
+    lanes: int | None = None  # parts of a micro-batch at once on a CPU, each on its share of threads; none: as many as pay
     activation_checkpointing: bool = False  # compute blocks again for their gradients: slower, with far less memory
 
     def __post_init__(self):
         configurator.refuse_empty(self, "model", "dataset", "out_dir", "init_from", "wandb_project", "wandb_run_name")
-        for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "final_eval_tokens"):
+        counts = ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "final_eval_tokens")
+        for key in (*counts, "lanes"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
         require(
             self.micro_batch_size in (None, "auto") or self.micro_batch_size >= 1,
@@ -95,6 +98,7 @@ class TrainConfig:
         return end if self.decay_lr else None
 
 
+LANE_TOKENS = 512  # of a lane, at least: with fewer, Python, which serves one lane at a time, would hold them up
 FULL_EVAL_TOKENS = 8192  # in a batch of the full evaluation: fixed, so that its sum is the same whatever batch_size is
 
 
@@ -131,6 +135,11 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, device: torch.de
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=device.type in ("cuda", "cpu"))
 
 
+def lanes_that_pay(sequences: int, block_size: int) -> int:
+    """Lanes for a micro-batch of so many sequences on this CPU."""
+    return max(1, min(torch.get_num_threads(), sequences, sequences * block_size // LANE_TOKENS))
+
+
 class Trainer:
     """A model, its optimizer and the data they see. `step` counts finished updates."""
 
@@ -158,9 +167,28 @@ class Trainer:
         if machine.world_size > 1:
             ids = [machine.device.index] if machine.device.type == "cuda" else None
             self.train_model = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+        self.parameters = [p for p in raw_model.parameters() if p.requires_grad]
+        self.lanes = runtime.Lanes(self.lane_count())
         self.step = 0
         self.ahead = (None, None)  # a micro-batch loaded before it is needed: which one, and its tokens
         self.full_rows = max(1, FULL_EVAL_TOKENS // data.block_size)
+
+    def lane_count(self) -> int:
+        """config.lanes, or as many as pay. Raises ValueError for lanes where there can be none."""
+        config, machine, model = self.config, self.machine, self.raw_model
+        hindrances = {
+            f"the device is {machine.device.type}": machine.device.type != "cpu",
+            "several processes share the work": machine.world_size > 1,
+            f"dtype={config.dtype} scales the loss": self.scaler.is_enabled(),
+            "torch.compile is on, which is not safe in several threads": machine.compile,
+            f"dropout={model.config.dropout}, and its masks are drawn one after the other": model.config.dropout > 0.0,
+            f"{config.model} draws random numbers or collects statistics in training": not model.side_by_side,
+        }
+        why_not = [why for why, true in hindrances.items() if true]
+        if config.lanes is None:
+            return 1 if why_not else lanes_that_pay(self.micro_batch_size, model.config.block_size)
+        require(config.lanes == 1 or not why_not, f"lanes={config.lanes} is not possible: {'; '.join(why_not)}; leave it out")
+        return config.lanes
 
     def load_batch(self, split: str, starts, data=None) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = (data or self.data).gather(split, starts)
@@ -186,6 +214,10 @@ class Trainer:
         starts = self.train_data.batch_starts(self.config.seed, step, self.sequences)
         return self.load_batch("train", starts[first : first + count], self.train_data)
 
+    def losses(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        with self.machine.autocast():
+            return self.train_model(x, y)[1]
+
     def gradients(self, size: int) -> dict[str, torch.Tensor]:
         """Gradients of the next step, in micro-batches of `size` sequences. Returns the losses as update() does."""
         config, machine = self.config, self.machine
@@ -199,14 +231,19 @@ class Trainer:
             runtime.seed_everything(config.seed, self.step, number)
             if machine.world_size > 1:  # exchange gradients once a step, not once a micro-batch
                 self.train_model.require_backward_grad_sync = i == len(mine) - 1
-            with machine.autocast():
-                _, losses = self.train_model(x, y)
             # the token loss is a mean over targets: one counts the same in whatever micro-batch, and DDP averages over processes.
             # So do other losses where all sequences have as many; of pairs, theirs depend a little on how they are cut.
-            here = targets[first : first + count].sum()
-            self.scaler.scale(losses["total"] / float(every / (here * machine.world_size))).backward()
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + loss.detach() / float(every / here)
+            lanes = min(self.lanes.count, count)
+            shares = [float(part.sum() / every) for part in np.array_split(targets[first : first + count], lanes)]
+            if lanes == 1:
+                found = [self.losses(x, y)]
+                self.scaler.scale(found[0]["total"] * (shares[0] * machine.world_size)).backward()
+            else:
+                parts = list(zip(x.tensor_split(lanes), y.tensor_split(lanes)))
+                found = self.lanes.backward(self.losses, parts, shares, self.parameters)
+            for losses, share in zip(found, shares):
+                for name, loss in losses.items():
+                    sums[name] = sums.get(name, 0.0) + share * loss.detach()
             # the device still works on all that; meanwhile the host loads what comes next
             upcoming = (self.step, *mine[i + 1][1:]) if i + 1 < len(mine) else (self.step + 1, *mine[0][1:])
             self.ahead = (upcoming, self.load_micro_batch(*upcoming))
@@ -218,21 +255,22 @@ class Trainer:
         rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * (self.raw_model.backbone_rate(self.step) if group["backbone"] else 1.0)
-        if config.micro_batch_size == "auto" and machine.world_size == 1:  # one of several cannot repeat a step alone
-            sums = self.if_it_fits(self.gradients, self.micro_batch_size)
-            while sums is None:
-                self.micro_batch_size = self.smaller(self.micro_batch_size)
-                print(f"note: out of memory in step {self.step}: again with micro_batch_size={self.micro_batch_size}", flush=True)
+        with self.lanes.shared_threads():
+            if config.micro_batch_size == "auto" and machine.world_size == 1:  # one of several cannot repeat a step alone
                 sums = self.if_it_fits(self.gradients, self.micro_batch_size)
-        else:
-            sums = self.gradients(self.micro_batch_size)
-        if config.grad_clip > 0:
-            self.scaler.unscale_(self.optimizer)
-            moving = [p for group in self.optimizer.param_groups if group["lr"] > 0 for p in group["params"]]
-            sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(moving, config.grad_clip) / machine.world_size
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+                while sums is None:
+                    self.micro_batch_size = self.smaller(self.micro_batch_size)
+                    print(f"note: out of memory in step {self.step}: again with micro_batch_size={self.micro_batch_size}", flush=True)
+                    sums = self.if_it_fits(self.gradients, self.micro_batch_size)
+            else:
+                sums = self.gradients(self.micro_batch_size)
+            if config.grad_clip > 0:
+                self.scaler.unscale_(self.optimizer)
+                moving = [p for group in self.optimizer.param_groups if group["lr"] > 0 for p in group["params"]]
+                sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(moving, config.grad_clip) / machine.world_size
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
         if hasattr(self.raw_model, "after_step"):
             self.raw_model.after_step()
         self.step += 1
@@ -310,13 +348,13 @@ class Trainer:
 
     def estimate(self, split: str) -> float:
         """Mean loss, nats per token, over the evaluation windows of a split."""
-        total, count = summed_loss(self.model, self.eval_batches(split), self.machine)
+        total, count = summed_loss(self.model, self.eval_batches(split), self.machine, self.lanes)
         return (self.sum_up(total) / self.sum_up(count)).item()
 
     def final_loss(self) -> tuple[float, int]:
         """Mean loss, nats per token, over the validation file, and the number of tokens. Every process does its share."""
         rows, first = self.full_rows, self.config.final_eval_tokens
-        total, count = evaluate_all(self.model, self.data, "val", rows, self.machine, first)
+        total, count = evaluate_all(self.model, self.data, "val", rows, self.machine, first, self.lanes)
         count = self.sum_up(count)
         return (self.sum_up(total) / count).item(), int(count)
 
@@ -341,23 +379,30 @@ class Trainer:
         return self.machine.sum_over_processes(value.to(self.machine.device)).cpu()  # NCCL wants it on the GPU
 
 
-@torch.no_grad()
 def summed_loss(
-    model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], machine: runtime.Runtime
+    model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], machine: runtime.Runtime, lanes: runtime.Lanes
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    (sum of token losses in nats, number of tokens), float64 scalars, over batches (x, y). Weighted by tokens, so how they are cut
-    into batches does not matter.
+    (sum of token losses in nats, number of tokens), float64 scalars, over batches (x, y), one in each lane. Weighted by tokens, so how
+    they are cut into batches does not matter.
     """
     model.eval()
-    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for x, y in batches:
-        x, y = x.to(machine.device), y.to(machine.device)
+    batches = iter(batches)
+
+    @torch.no_grad()
+    def one(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = (part.to(machine.device) for part in batch)
         with machine.autocast():
             mean = model(x, y)[1]["token"]
         tokens = (y >= 0).sum().cpu()
-        total += mean.double().cpu() * tokens
-        count += tokens
+        return mean.double().cpu() * tokens, tokens
+
+    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    with lanes.shared_threads():
+        while some := list(itertools.islice(batches, lanes.count)):
+            for nats, tokens in lanes.map(one, some):
+                total += nats
+                count += tokens
     return total, count
 
 
@@ -368,10 +413,11 @@ def evaluate_all(
     rows: int,
     machine: runtime.Runtime,
     first_targets: int | None = None,
+    lanes: runtime.Lanes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """summed_loss over this process's share of a whole split, which is read in fixed order in windows of block_size."""
     windows = data.full_windows(split, rows, machine.rank, machine.world_size, first_targets)
-    return summed_loss(model, windows, machine)
+    return summed_loss(model, windows, machine, lanes or runtime.Lanes(1))
 
 
 EXACT_PAIRS = 1000  # unseen pairs to answer after training

@@ -22,6 +22,7 @@ import configurator
 import runtime
 from benchmarks.shapes import PUBLISHED, STDLIB
 from benchmarks.timing import at_least_one, in_turns, rate
+from trainer import lanes_that_pay
 
 SIZES = {  # vocabulary, tokens of a sequence, sequences of a step, shapes of the models
     "published": (50257, 200, 8, PUBLISHED),
@@ -38,6 +39,7 @@ class TrainBench:
     compare_with: str | None = None  # path to a nanoGPT's model.py, whose GPT gets the shape of our decoder_only
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of matrix products
     compile: tuple[str, ...] = ("off", "on")  # torch.compile
+    lanes: tuple[int, ...] = ()  # parts of a batch at once on a CPU, of our models not compiled; none: as many as train.py takes
     steps: int = 2  # in a repeat
     repeats: int = 5  # of each variant
     memory: bool = False  # also the peak memory of each variant, alone in another process
@@ -48,6 +50,8 @@ class TrainBench:
 
     def __post_init__(self):
         at_least_one(self, "batch", "steps", "repeats", "threads")
+        if any(count < 1 for count in self.lanes):
+            raise ValueError(f"lanes={','.join(map(str, self.lanes))}: at least 1 is needed")
         for key, known in (("models", (THEIRS, *PUBLISHED)), ("dtypes", ("float32", "bfloat16")), ("compile", ("off", "on"))):
             for word in getattr(self, key):
                 if word not in known:
@@ -74,19 +78,28 @@ def their_model(path: Path, **shape) -> torch.nn.Module:
 
 
 def optimizer_steps(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, machine: runtime.Runtime
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, machine: runtime.Runtime, lanes: int = 1
 ) -> Callable[[int], int]:
     """Work for in_turns: so many optimizer steps on tokens (B, T + 1), and how many tokens they learn from."""
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    parts, side_by_side = list(zip(x.tensor_split(lanes), y.tensor_split(lanes))), runtime.Lanes(lanes)
+    shares, parameters = [len(part) / len(x) for part, _ in parts], list(model.parameters())
+
+    def losses(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        with machine.autocast():
+            loss = model(x, y)[1]
+        return loss if isinstance(loss, dict) else {"total": loss}  # theirs comes without a name
 
     def work(steps: int) -> int:
-        for _ in range(steps):
-            with machine.autocast():
-                loss = model(x, y)[1]
-            (loss["total"] if isinstance(loss, dict) else loss).backward()  # theirs comes without a name
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        machine.wait()
+        with side_by_side.shared_threads():
+            for _ in range(steps):
+                if lanes == 1:
+                    losses(x, y)["total"].backward()
+                else:
+                    side_by_side.backward(losses, parts, shares, parameters)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            machine.wait()
         return steps * x.numel()
 
     return work
@@ -121,11 +134,13 @@ def bench_train(config: TrainBench) -> list[dict]:
         model.to(base.device).train()
         # one model for all its variants: how fast it trains does not depend on what it has learned
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=base.device.type in ("cuda", "cpu"))
+        several = (1,) if name == THEIRS or base.device.type != "cpu" else config.lanes or (lanes_that_pay(len(tokens), block_size),)
         for dtype, compile in itertools.product(config.dtypes, config.compile):
-            called = torch.compile(model, dynamic=False) if compile == "on" else model
-            variant = f"{name} {dtype}{' compiled' if compile == 'on' else ''}"
-            works[variant] = optimizer_steps(called, optimizer, tokens, machines[dtype])
-            chosen[variant] = name, dtype, compile, flops
+            for lanes in (1,) if compile == "on" else several:
+                called = torch.compile(model, dynamic=False) if compile == "on" else model
+                variant = f"{name} {dtype}{' compiled' if compile == 'on' else ''}{f', {lanes} lanes' if lanes > 1 else ''}"
+                works[variant] = optimizer_steps(called, optimizer, tokens, machines[dtype], lanes)
+                chosen[variant] = dict(models=(name,), dtypes=(dtype,), compile=(compile,), lanes=(lanes,)), flops
     timed = in_turns(works, config.steps, config.repeats, warm_up=2)
     alone = base.peak_memory_bytes() if len(works) == 1 else None  # before matrix_peak adds to it
     peaks = {dtype: matrix_peak(machine, 2048 if base.device.type == "cpu" else 8192) for dtype, machine in machines.items()}
@@ -135,12 +150,12 @@ def bench_train(config: TrainBench) -> list[dict]:
     print(f"\n{'| variant':44} | tokens/s | x first | TFLOP/s | of peak | peak memory, MiB |")
     print(f"| {'-' * 42} | -------: | ------: | ------: | ------: | ---------------: |")
     rows = []
-    for variant, (name, dtype, compile, flops) in chosen.items():
-        speed = rate(timed[variant])
-        memory = memory_alone(config, name, dtype, compile) if config.memory else alone
+    for variant, (only, flops) in chosen.items():
+        speed, peak = rate(timed[variant]), peaks[only["dtypes"][0]]
+        memory = memory_alone(config, **only) if config.memory else alone
         rows.append(
             {"variant": variant, "tokens_per_second": speed, "ratio": speed / rate(next(iter(timed.values()))),
-             "flops_per_second": speed * flops, "share_of_peak": speed * flops / peaks[dtype], "peak_memory_bytes": memory}
+             "flops_per_second": speed * flops, "share_of_peak": speed * flops / peak, "peak_memory_bytes": memory}
         )  # fmt: skip
         row, shown = rows[-1], "" if memory is None else f"{memory / 2**20:,.0f}"
         print(
@@ -150,12 +165,12 @@ def bench_train(config: TrainBench) -> list[dict]:
     return rows
 
 
-def memory_alone(config: TrainBench, name: str, dtype: str, compile: str) -> int:
+def memory_alone(config: TrainBench, **only: tuple) -> int:
     """Peak memory, bytes, of one variant: of a process that does nothing else, as a process only knows the highest it ever had."""
-    only = dataclasses.replace(config, models=(name,), dtypes=(dtype,), compile=(compile,), steps=1, repeats=1, memory=False)
-    flags = [f"--{key}={configurator.as_text(value)}" for key, value in configurator.to_dict(only).items()]
+    alone = dataclasses.replace(config, **only, steps=1, repeats=1, memory=False)
+    flags = [f"--{key}={configurator.as_text(value)}" for key, value in configurator.to_dict(alone).items()]
     script = Path(__file__).parents[1] / "bench.py"
     done = subprocess.run([sys.executable, script, "train", *flags], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {name} {dtype} failed: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(f"measuring the memory of {only} failed: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])["rows"][0]["peak_memory_bytes"]

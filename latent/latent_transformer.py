@@ -115,7 +115,7 @@ class LatentTransformer(CausalModel):
 
     def __init__(self, config: LatentTransformerConfig):
         super().__init__()
-        self.config = config
+        self.config, self.side_by_side = config, False
         C, Z, S, D, K = config.n_embd, config.latent_dim, config.latent_factor, config.codebook_levels, config.codebook_size
         self.n_layer_cache = config.n_layer
         self.head_width = C // config.n_head

@@ -141,7 +141,7 @@ class RQTransformer(CausalModel):
 
     def __init__(self, config: RQTransformerConfig):
         super().__init__()
-        self.config = config
+        self.config, self.side_by_side = config, config.soft_labels == 0.0
         C, D, K, Z = config.n_embd, config.codebook_levels, config.codebook_size, config.latent_dim
         self.project = nn.Parameter(torch.empty(D, Z, C))  # P
         self.start = nn.Parameter(torch.empty(C))  # in front of the first stack

@@ -221,7 +221,7 @@ def test_memory_is_that_of_a_process_of_its_own():
     fill = torch.ones(2**28)  # 1 GiB
     del fill
     config = training.TrainBench(size="stdlib", batch=1, memory=True, device="cpu", threads=1)
-    peak = training.memory_alone(config, "decoder_only", "float32", "off")
+    peak = training.memory_alone(config, models=("decoder_only",), dtypes=("float32",), compile=("off",))
     assert 50 * 2**20 < peak < min(2**30, runtime.start("cpu", "float32", "off").peak_memory_bytes())
 
 
