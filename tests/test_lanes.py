@@ -13,6 +13,7 @@ import train
 import trainer
 from conftest import make_model
 from data.pairs import prepare as pairs
+from model import Block, DecoderBlock
 from trainer import TrainConfig, Trainer
 
 FLOAT64 = runtime.Runtime(torch.device("cpu"), torch.float64, False, "")
@@ -36,13 +37,18 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor], within: float) -> bool:
     return len(a) == len(b) and all((x - y).abs().max() <= within for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize("lanes", [2, 3, 7, 9])
-def test_lanes_do_not_change_the_gradient(tiny_data, lanes):
-    """Guards the weights of parts: seven sequences, also as 3 + 2 + 2, twice a step, have one gradient and one loss by name."""
+@pytest.mark.parametrize("lanes, checkpointed", [(2, False), (3, False), (7, False), (9, False), (2, True)])
+def test_lanes_do_not_change_the_gradient(tiny_data, lanes, checkpointed):
+    """
+    Guards the weights of parts: seven sequences, also as 3 + 2 + 2, twice a step, have one gradient and one loss by name, also
+    where lanes compute their activations again.
+    """
     options, settings = {"embedding_loss": "mse", "pos_sub": "plain"}, dict(batch_size=7, gradient_accumulation_steps=2)
     found = []
     for count in (1, lanes, lanes):
         model = make_model("encoder_decoder", options, vocab_size=256)
+        if checkpointed and count > 1:
+            runtime.checkpoint_activations(model, (Block, DecoderBlock))
         found.append(step(model, dataloader.TokenData(tiny_data, 12), lanes=count, **settings))
     assert equal(found[0], found[1], 1e-12) and equal(found[1], found[2], 0.0)
 
