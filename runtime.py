@@ -199,9 +199,9 @@ def seed_everything(*parts: int) -> None:
 
 class Lanes:
     """
-    Parts of a batch, or several batches, computed side by side on a CPU, each by a thread that has its share of torch's threads.
-    All of these on one part wait for the slowest of them after every operation, which costs a tenth of the time where nothing else
-    runs, and nearly all of it beside other work (dev/LOG.md).
+    Parts of a batch computed side by side on a CPU, each by a thread that has its share of torch's threads. All of these on one part
+    would wait for the slowest of them after every operation, which costs a tenth of the time where nothing else runs, and nearly
+    all of it beside other work (dev/LOG.md).
     """
 
     def __init__(self, count: int):
@@ -217,10 +217,6 @@ class Lanes:
         finally:
             torch.set_num_threads(threads)
 
-    def map(self, work: Callable, *arguments: list) -> list:
-        """work(*those of the first part), of the second, ...: side by side, the results in order. Gradients are on in each."""
-        return list(map(work, *arguments)) if self.count == 1 else list(self.pool.map(work, *arguments))
-
     def backward(
         self, losses_of: Callable[..., dict[str, torch.Tensor]], parts: list[tuple[torch.Tensor, ...]], shares: list[float],
         parameters: list[torch.nn.Parameter],
@@ -234,7 +230,7 @@ class Lanes:
             losses = losses_of(*part)
             return losses, torch.autograd.grad(share * losses["total"], parameters, allow_unused=True)
 
-        done = self.map(one, parts, shares)
+        done = list(self.pool.map(one, parts, shares))
         for parameter, *grads in zip(parameters, *(grads for _, grads in done)):
             for grad in grads:
                 if grad is not None:

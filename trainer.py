@@ -348,13 +348,13 @@ class Trainer:
 
     def estimate(self, split: str) -> float:
         """Mean loss, nats per token, over the evaluation windows of a split."""
-        total, count = summed_loss(self.model, self.eval_batches(split), self.machine, self.lanes)
+        total, count = summed_loss(self.model, self.eval_batches(split), self.machine)
         return (self.sum_up(total) / self.sum_up(count)).item()
 
     def final_loss(self) -> tuple[float, int]:
         """Mean loss, nats per token, over the validation file, and the number of tokens. Every process does its share."""
         rows, first = self.full_rows, self.config.final_eval_tokens
-        total, count = evaluate_all(self.model, self.data, "val", rows, self.machine, first, self.lanes)
+        total, count = evaluate_all(self.model, self.data, "val", rows, self.machine, first)
         count = self.sum_up(count)
         return (self.sum_up(total) / count).item(), int(count)
 
@@ -379,30 +379,23 @@ class Trainer:
         return self.machine.sum_over_processes(value.to(self.machine.device)).cpu()  # NCCL wants it on the GPU
 
 
+@torch.no_grad()
 def summed_loss(
-    model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], machine: runtime.Runtime, lanes: runtime.Lanes
+    model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], machine: runtime.Runtime
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    (sum of token losses in nats, number of tokens), float64 scalars, over batches (x, y), one in each lane. Weighted by tokens, so how
-    they are cut into batches does not matter.
+    (sum of token losses in nats, number of tokens), float64 scalars, over batches (x, y). Weighted by tokens, so how they are cut
+    into batches does not matter.
     """
     model.eval()
-    batches = iter(batches)
-
-    @torch.no_grad()
-    def one(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = (part.to(machine.device) for part in batch)
+    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for x, y in batches:
+        x, y = x.to(machine.device), y.to(machine.device)
         with machine.autocast():
             mean = model(x, y)[1]["token"]
         tokens = (y >= 0).sum().cpu()
-        return mean.double().cpu() * tokens, tokens
-
-    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    with lanes.shared_threads():
-        while some := list(itertools.islice(batches, lanes.count)):
-            for nats, tokens in lanes.map(one, some):
-                total += nats
-                count += tokens
+        total += mean.double().cpu() * tokens
+        count += tokens
     return total, count
 
 
@@ -413,11 +406,10 @@ def evaluate_all(
     rows: int,
     machine: runtime.Runtime,
     first_targets: int | None = None,
-    lanes: runtime.Lanes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """summed_loss over this process's share of a whole split, which is read in fixed order in windows of block_size."""
     windows = data.full_windows(split, rows, machine.rank, machine.world_size, first_targets)
-    return summed_loss(model, windows, machine, lanes or runtime.Lanes(1))
+    return summed_loss(model, windows, machine)
 
 
 EXACT_PAIRS = 1000  # unseen pairs to answer after training
