@@ -211,10 +211,11 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         elif machine.device.type == "cuda":
             trainer.find_micro_batch_size()
         say(f"micro_batch_size=auto: {trainer.micro_batch_size} of the {trainer.sequences} sequences of a step at once")
-    tokens_per_step = trainer.sequences * model_config.block_size
+    tokens_per_step = trainer.sequences * model_config.block_size  # of pairs padding counts: it is computed, too
     say(
         f"{config.model}: {model.get_num_params():,} parameters, {model.flops_per_token() / 1e6:.1f} MFLOP per token; "
         f"{config.dataset}: {len(data.train):,} training and {len(data.val):,} validation tokens; {tokens_per_step:,} tokens a step"
+        f"{', padding included' if isinstance(data, dataloader.PairData) else ''}"
     )
     wandb_run = open_wandb(wandb, config, settings, out, state["wandb_id"]) if wandb else None
     state["wandb_id"] = wandb_run.id if wandb_run else None
