@@ -174,7 +174,7 @@ def choose_compile(word: str, device: torch.device) -> tuple[bool, str]:
     if word != "auto":
         return word == "on", "as asked"
     if device.type != "cuda":
-        return False, "on a CPU it starts in minutes and pays from about 10 M parameters; compile=on asks for it"
+        return False, "on a CPU it takes long to start and pays for larger models only; compile=on asks for it"
     if not sys.platform.startswith("linux"):
         return False, "torch.compile for GPUs needs Linux"
     if missing:

@@ -12,3 +12,4 @@ latent_dim = 64
 codebook_size = 512
 codebook_levels = 4
 max_iters = 4000
+grad_clip = 0.0  # as its results were made
