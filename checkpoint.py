@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict:
 FREE_ON_RESUME = {
     "resume", "overwrite", "out_dir", "max_iters", "eval_interval", "log_interval", "eval_sample_tokens", "eval_sample_prompt",
     "wandb", "wandb_project", "wandb_run_name", "device", "compile", "dataset", "init_from", "final_eval_tokens",
-    "micro_batch_size", "activation_checkpointing",  # the former draws dropout's masks anew
+    "micro_batch_size", "activation_checkpointing", "lanes",  # the first draws dropout's masks anew
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,7 +201,7 @@ class Lanes:
     """
     Parts of a batch computed side by side on a CPU, each by a thread that has its share of torch's threads. All of these on one part
     would wait for the slowest of them after every operation, which costs a tenth of the time where nothing else runs, and nearly
-    all of it beside other work (dev/LOG.md).
+    all of it beside other work (dev/LOG.md). Every lane holds gradients of its own until they are added up.
     """
 
     def __init__(self, count: int):
@@ -211,11 +211,13 @@ class Lanes:
     def shared_threads(self):
         """Inside, a lane has its share of torch's threads, and so has whoever works between two uses of them."""
         threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads // self.count))
+        if self.count > 1:
+            torch.set_num_threads(max(1, threads // self.count))
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
+            if self.count > 1:
+                torch.set_num_threads(threads)
 
     def backward(
         self, losses_of: Callable[..., dict[str, torch.Tensor]], parts: list[tuple[torch.Tensor, ...]], shares: list[float],
@@ -225,16 +227,22 @@ class Lanes:
         losses_of(*part) for each part; adds the gradients of the sum of share * `total` to those of the parameters, as backward() in
         each lane would do, but always in the same order.
         """
+        threads = torch.get_num_threads()
 
         def one(part: tuple[torch.Tensor, ...], share: float):
+            torch.set_num_threads(threads)  # a new thread would take what was set when it was first used
             losses = losses_of(*part)
             return losses, torch.autograd.grad(share * losses["total"], parameters, allow_unused=True)
 
-        done = list(self.pool.map(one, parts, shares))
+        lanes = [self.pool.submit(one, part, share) for part, share in zip(parts, shares)]
+        wait(lanes)  # for all of them, whatever went wrong in one
+        done = [lane.result() for lane in lanes]
         for parameter, *grads in zip(parameters, *(grads for _, grads in done)):
             for grad in grads:
                 if grad is not None:
-                    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)  # not `grad`, whose strides are its own
+                    parameter.grad.add_(grad)
         return [losses for losses, _ in done]
 
 

@@ -11,7 +11,8 @@ processes share them. Which sequences those are, and every dropout mask, is a fu
 resuming, evaluating more often, or adding processes does not change a run. micro_batch_size, how many of them are computed at
 a time, changes rounding and, because each micro-batch draws its own, the dropout masks; of pairs, whose answers differ in length,
 also losses that are no means over tokens (of the embeddings, of codes) a little. lanes, into how many parts a CPU cuts those,
-does the same but for the masks: it is 1 where there are any.
+does the same but for the masks: it is 1 where there are any. How many there are is settled when a run starts, by the threads
+that torch has then.
 """
 
 import contextlib
@@ -184,7 +185,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         settings["separator"] = data.separator  # sample.py has no other way to know that a prompt is a question
     # `seconds` is everything since the start, `train_seconds` only the updates; both go on in a resumed run
     state = {"best_val_loss": None, "best_step": 0, "seconds": 0.0, "train_seconds": 0.0, "wandb_id": None}
-    state |= {"data_hash": data.data_hash, "micro_batch_size": None, "decay_ends": []}
+    state |= {"data_hash": data.data_hash, "micro_batch_size": None, "lanes": 1, "decay_ends": []}
     resumed = checkpoint.read_run(settings, data.data_hash, out) if config.resume else None
     machine.barrier()  # everybody has read before anybody writes
     if resumed:
@@ -197,12 +198,15 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
             checkpoint.end_last_line(out / "metrics.jsonl")
         trainer.step = resumed["step"]
         state = {key: resumed.get(key, value) for key, value in state.items()}  # older runs have not all of them
+        if config.lanes is None and not trainer.no_lanes_because():  # whatever the number of threads is now
+            trainer.lanes = runtime.Lanes(state["lanes"])
         say(f"resuming {out} at step {trainer.step}")
     elif machine.is_main:
         checkpoint.start_run(settings, data.folder, out, config.overwrite)
         if autoencoder is not None:
             checkpoint.copy_autoencoder(Path(model_config.autoencoder), out)
 
+    state["lanes"] = trainer.lanes.count
     if hasattr(model, "training_data"):
         trainer.train_data = model.training_data(data)
     if config.micro_batch_size == "auto":
@@ -216,6 +220,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         f"{config.model}: {model.get_num_params():,} parameters, {model.flops_per_token() / 1e6:.1f} MFLOP per token; "
         f"{config.dataset}: {len(data.train):,} training and {len(data.val):,} validation tokens; {tokens_per_step:,} tokens a step"
         f"{', padding included' if isinstance(data, dataloader.PairData) else ''}"
+        f"{f', in {trainer.lanes.count} lanes' if trainer.lanes.count > 1 else ''}"
     )
     wandb_run = open_wandb(wandb, config, settings, out, state["wandb_id"]) if wandb else None
     state["wandb_id"] = wandb_run.id if wandb_run else None
@@ -372,8 +377,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
 def interruptible():
     """
     Inside, Ctrl-C and SIGTERM (a cluster's warning) do not stop the program between two halves of an update, but append to
-    the yielded list, which is to be looked at between steps. A second Ctrl-C stops at once; a second SIGTERM does not: a cluster
-    and torchrun may both send one.
+    the yielded list, which is to be looked at between steps. A second Ctrl-C stops at once (lanes when they have computed their
+    gradients); a second SIGTERM does not: a cluster and torchrun may both send one.
     """
     received: list[int] = []
 

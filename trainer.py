@@ -99,6 +99,7 @@ class TrainConfig:
 
 
 LANE_TOKENS = 512  # of a lane, at least: with fewer, Python, which serves one lane at a time, would hold them up
+LANE_GRADIENTS = 2**28  # that all lanes hold together, at most: 1 GiB in float32
 FULL_EVAL_TOKENS = 8192  # in a batch of the full evaluation: fixed, so that its sum is the same whatever batch_size is
 
 
@@ -135,9 +136,11 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, device: torch.de
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=device.type in ("cuda", "cpu"))
 
 
-def lanes_that_pay(sequences: int, block_size: int) -> int:
-    """Lanes for a micro-batch of so many sequences on this CPU."""
-    return max(1, min(torch.get_num_threads(), sequences, sequences * block_size // LANE_TOKENS))
+def lanes_that_pay(model: torch.nn.Module, sequences: int) -> int:
+    """Lanes for a micro-batch of so many sequences on this CPU: all with equally many of them and of torch's threads."""
+    threads, tokens, size = torch.get_num_threads(), sequences * model.config.block_size, sum(p.numel() for p in model.parameters())
+    most = min(threads, sequences, tokens // LANE_TOKENS, LANE_GRADIENTS // size)
+    return max([n for n in range(2, most + 1) if threads % n == 0 and sequences % n == 0], default=1)
 
 
 class Trainer:
@@ -173,10 +176,10 @@ class Trainer:
         self.ahead = (None, None)  # a micro-batch loaded before it is needed: which one, and its tokens
         self.full_rows = max(1, FULL_EVAL_TOKENS // data.block_size)
 
-    def lane_count(self) -> int:
-        """config.lanes, or as many as pay. Raises ValueError for lanes where there can be none."""
+    def no_lanes_because(self) -> list[str]:
+        """What forbids lanes, in words; empty where they are possible."""
         config, machine, model = self.config, self.machine, self.raw_model
-        hindrances = {
+        reasons = {
             f"the device is {machine.device.type}": machine.device.type != "cpu",
             "several processes share the work": machine.world_size > 1,
             f"dtype={config.dtype} scales the loss": self.scaler.is_enabled(),
@@ -184,11 +187,15 @@ class Trainer:
             f"dropout={model.config.dropout}, and its masks are drawn one after the other": model.config.dropout > 0.0,
             f"{config.model} draws random numbers or collects statistics in training": not model.side_by_side,
         }
-        why_not = [why for why, true in hindrances.items() if true]
-        if config.lanes is None:
-            return 1 if why_not else lanes_that_pay(self.micro_batch_size, model.config.block_size)
-        require(config.lanes == 1 or not why_not, f"lanes={config.lanes} is not possible: {'; '.join(why_not)}; leave it out")
-        return config.lanes
+        return [reason for reason, true in reasons.items() if true]
+
+    def lane_count(self) -> int:
+        """config.lanes, or as many as pay. Raises ValueError for lanes where there can be none."""
+        lanes, why_not = self.config.lanes, self.no_lanes_because()
+        if lanes is None:
+            return 1 if why_not else lanes_that_pay(self.raw_model, self.micro_batch_size)
+        require(lanes == 1 or not why_not, f"lanes={lanes} is not possible: {'; '.join(why_not)}; leave it out")
+        return min(lanes, self.micro_batch_size)
 
     def load_batch(self, split: str, starts, data=None) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = (data or self.data).gather(split, starts)
@@ -233,17 +240,17 @@ class Trainer:
                 self.train_model.require_backward_grad_sync = i == len(mine) - 1
             # the token loss is a mean over targets: one counts the same in whatever micro-batch, and DDP averages over processes.
             # So do other losses where all sequences have as many; of pairs, theirs depend a little on how they are cut.
-            lanes = min(self.lanes.count, count)
-            shares = [float(part.sum() / every) for part in np.array_split(targets[first : first + count], lanes)]
+            lanes, here = min(self.lanes.count, count), targets[first : first + count]
+            shares = [float(part.sum() / every) for part in np.array_split(here, lanes)]
             if lanes == 1:
                 found = [self.losses(x, y)]
-                self.scaler.scale(found[0]["total"] * (shares[0] * machine.world_size)).backward()
+                self.scaler.scale(found[0]["total"] / float(every / (here.sum() * machine.world_size))).backward()
             else:
                 parts = list(zip(x.tensor_split(lanes), y.tensor_split(lanes)))
                 found = self.lanes.backward(self.losses, parts, shares, self.parameters)
             for losses, share in zip(found, shares):
                 for name, loss in losses.items():
-                    sums[name] = sums.get(name, 0.0) + share * loss.detach()
+                    sums[name] = sums.get(name, 0.0) + loss.detach() * share
             # the device still works on all that; meanwhile the host loads what comes next
             upcoming = (self.step, *mine[i + 1][1:]) if i + 1 < len(mine) else (self.step + 1, *mine[0][1:])
             self.ahead = (upcoming, self.load_micro_batch(*upcoming))

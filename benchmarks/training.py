@@ -52,12 +52,18 @@ class TrainBench:
         at_least_one(self, "batch", "steps", "repeats", "threads")
         if any(count < 1 for count in self.lanes):
             raise ValueError(f"lanes={','.join(map(str, self.lanes))}: at least 1 is needed")
+        if any(count > self.sequences for count in self.lanes):
+            raise ValueError(f"lanes={','.join(map(str, self.lanes))}: a lane needs one of the {self.sequences} sequences, at least")
         for key, known in (("models", (THEIRS, *PUBLISHED)), ("dtypes", ("float32", "bfloat16")), ("compile", ("off", "on"))):
             for word in getattr(self, key):
                 if word not in known:
                     raise ValueError(f"{key}={word}: {configurator.choice_text(word, known)} was expected")
         if not (self.measured and self.dtypes and self.compile):
             raise ValueError("nothing to measure: models, dtypes and compile need a word each, and models=nanogpt compare_with")
+
+    @property
+    def sequences(self) -> int:
+        return self.batch or SIZES[self.size][2]
 
     @property
     def measured(self) -> list[str]:
@@ -119,9 +125,9 @@ def matrix_peak(machine: runtime.Runtime, n: int) -> float:
 
 def bench_train(config: TrainBench) -> list[dict]:
     base = runtime.start(config.device, "float32", "off")
-    vocab_size, block_size, batch, shapes = SIZES[config.size]
+    vocab_size, block_size, _, shapes = SIZES[config.size]
     torch.manual_seed(config.seed)
-    tokens = torch.randint(vocab_size, (config.batch or batch, block_size + 1), device=base.device)
+    tokens = torch.randint(vocab_size, (config.sequences, block_size + 1), device=base.device)
     machines = {dtype: dataclasses.replace(base, dtype=runtime.DTYPES[dtype]) for dtype in config.dtypes}
     works, chosen = {}, {}
     for name in config.measured:
@@ -134,7 +140,7 @@ def bench_train(config: TrainBench) -> list[dict]:
         model.to(base.device).train()
         # one model for all its variants: how fast it trains does not depend on what it has learned
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=base.device.type in ("cuda", "cpu"))
-        several = (1,) if name == THEIRS or base.device.type != "cpu" else config.lanes or (lanes_that_pay(len(tokens), block_size),)
+        several = (1,) if name == THEIRS or base.device.type != "cpu" else config.lanes or (lanes_that_pay(model, len(tokens)),)
         for dtype, compile in itertools.product(config.dtypes, config.compile):
             for lanes in (1,) if compile == "on" else several:
                 called = torch.compile(model, dynamic=False) if compile == "on" else model
