@@ -122,8 +122,8 @@ def read_run(settings: dict, data_hash: str, out: Path) -> dict:
     ]
     if changed:
         raise ValueError(
-            f"{out} was made with other settings: {', '.join(changed)}; resume with the config file and the flags that started it, "
-            "or start a new run"
+            f"{out} was made with other settings: {', '.join(changed)}; leave that out, --resume keeps what they were, or "
+            "start a new run"
         )
     if (length := settings["train"]["max_iters"]) < trainer["step"]:
         raise ValueError(f"max_iters={length}, but {out} has come to step {trainer['step']}: it can only go on from there")
@@ -328,18 +328,14 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
     check_meaning(arguments)
 
 
-def fit_backbone(config, given: dict[str, object], out: Path | None):
+def fit_backbone(config, given: dict[str, object]):
     """
-    The config with the sizes and the description of its Hugging Face backbone, if it has one; `out` is the run that goes on,
-    which has the description. Raises ValueError where there is no such model, or it fits neither `given` nor the data.
+    The config with the sizes and the description of its Hugging Face backbone, if it has one; a run that goes on has the
+    description. Raises ValueError where there is no such model, or it fits neither `given` nor the data.
     """
     if getattr(config, "pretrained", None) is None:
         return config
-    stored = None
-    if out is not None:
-        find(out, "last")
-        stored = read_json(out / "config.json")["model"].get("backbone_config")
-    return huggingface.fit(config, stored or huggingface.describe(config.pretrained), given)
+    return huggingface.fit(config, config.backbone_config or huggingface.describe(config.pretrained), given)
 
 
 def load_backbone(model: torch.nn.Module, config) -> None:

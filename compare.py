@@ -43,12 +43,13 @@ class CompareConfig:
 NOT_OF_A_ROW = {
     "seed", "out_dir", "resume", "overwrite", "eval_interval", "log_interval", "eval_sample_tokens", "eval_sample_prompt",
     "wandb", "wandb_project", "wandb_run_name", "device", "compile", "final_eval_tokens",
-    "micro_batch_size", "activation_checkpointing",
+    "micro_batch_size", "activation_checkpointing", "lanes",
 }  # fmt: skip
 NUMBERS = (  # that every summary.json has
     "val_loss", "val_bits_per_byte", "train_loss", "parameters", "flops_per_token", "tokens", "tokens_per_second", "seed", "val_tokens",
 )  # fmt: skip
 TEXTS = ("commit", "dataset", "data_hash")
+CODES = "code_bits_per_byte"  # that summaries of models over codes have, too
 
 # README of the original encoder-decoder code: name, embedding loss, its weight, pos_sub, train loss, validation loss
 PUBLISHED = [
@@ -394,6 +395,10 @@ def table(rows: list[Row]) -> str:
                 " ".join(sorted({short_commit(run) for run in row.runs})),
             ]
         )
+    if any(CODES in run.summary for row in rows for run in row.runs):  # the rest of the bits: of tokens given their codes
+        header.insert(8, "of codes")
+        for row, line in zip(rows, lines, strict=True):
+            line.insert(8, f"{row.mean(CODES):.4f}" if all(CODES in run.summary for run in row.runs) else "–")
     return markdown_table(header, lines)
 
 

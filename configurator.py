@@ -66,7 +66,7 @@ class Arguments(typing.NamedTuple):
 
 class Settings(typing.NamedTuple):
     sections: list  # an instance for each class given to `configure`, and last the one picked by `choose`
-    given: dict[str, object]  # the keys that the config file or a flag set, with their final values
+    given: dict[str, object]  # the keys that the config file, `stored` or a flag set, with their final values
     words: list[str]  # positional words, without the config file
     config_file: Path | None
 
@@ -78,12 +78,15 @@ def configure(
     description: str = "",
     positional: str = "",
     choose: tuple[str, dict[str, type]] | None = None,
+    stored: typing.Callable[[object, Path | None], dict[str, object]] | None = None,
 ) -> Settings:
     """
     Build the sections from the command line (`None`: sys.argv). `positional` is shown in the usage line and read by it:
     "" none, "RUN" exactly one, "RUN ..." one or more, in brackets also zero; the word CONFIG means a config file.
-    `choose=(key, classes)` adds `classes[value of key]`. `--help` prints every key and exits 0. A key that stands in
-    several sections is set in all of them. Raises ValueError (keys, values, words) or FileNotFoundError (config file).
+    `choose=(key, classes)` adds `classes[value of key]`. `stored(first section, config file)` returns values that count more than
+    the config file's and less than flags, those of keys that there no longer are left out. `--help` prints every key and exits 0.
+    A key that stands in several sections is set in all of them. Raises ValueError (keys, values, words) or FileNotFoundError
+    (config file).
     """
     arguments = read_arguments(sys.argv[1:] if argv is None else argv)
     chooser, variants = choose or ("", {})
@@ -112,6 +115,10 @@ def configure(
         if key not in known:
             near = nearest(key, known)
             raise ValueError(f"unknown key {key!r}{place}; " + (f"did you mean {near!r}?" if near else "--help lists all keys"))
+    if stored:
+        kept = stored(resolve(sections[0], file_values, flags, config_file), config_file)
+        file_values |= {key: value for key, value in kept.items() if key in known}
+        places = dict.fromkeys(file_values, " (stored)") | places
     classes = list(sections)
     if choose:
         owner = next(cls for cls in sections if chooser in annotations(cls))

@@ -3,7 +3,7 @@ Train any model of the project: one loop for all.
 
     python train.py config/quickstart.py                             # a config file
     python train.py config/stdlib/baseline.py --seed=2               # flags override it
-    python train.py config/stdlib/baseline.py --resume               # go on where it stopped, bit for bit
+    python train.py config/stdlib/baseline.py --resume               # go on where it stopped, bit for bit, with the same settings
     torchrun --standalone --nproc_per_node=4 train.py config/wikipedia/encdec_mse_possub.py
 
 One *step* is one optimizer update on batch_size * gradient_accumulation_steps sequences of block_size tokens, however many
@@ -50,6 +50,25 @@ def default_out_dir(config_file: Path | None, model: str) -> Path:
     folders = config_file.parent.parts
     below = folders[len(folders) - folders[::-1].index("config") :] if "config" in folders else ()
     return Path("out", *below, config_file.stem)
+
+
+def settings_of_run(config: TrainConfig, config_file: Path | None) -> dict[str, object]:
+    """
+    What --resume keeps: the settings of the run that goes on, flags included, so that it need not be told them again; a config
+    file that says something else by now is overruled. Empty for a new run. Raises as checkpoint.read_config does.
+    """
+    if not config.resume:
+        return {}
+    out = Path(config.out_dir) if config.out_dir else default_out_dir(config_file, config.model)
+    checkpoint.find(out, "last")
+    settings, _, model_config = checkpoint.read_config(out)
+    kept = settings | configurator.to_dict(model_config)
+    for key in ("resume", "overwrite", "out_dir", "init_from"):  # of the command, not of the run
+        kept.pop(key, None)
+    said = configurator.read_config_file(config_file) if config_file else {}
+    if others := [f"{key}={configurator.as_text(kept[key])}" for key in said.keys() & kept.keys() if said[key] != kept[key]]:
+        print(f"note: {out} keeps {', '.join(sorted(others))}, where {config_file} differs; flags count more", file=sys.stderr)
+    return kept
 
 
 def import_wandb(config: TrainConfig):
@@ -100,7 +119,12 @@ def duration(seconds: float) -> str:
 def main(argv: list[str] | None = None) -> dict:
     """Train as the command line says; returns the summary that is also written to summary.json."""
     parsed = configurator.configure(
-        argv, [TrainConfig], description=__doc__, positional="[CONFIG]", choose=("model", checkpoint.CONFIGS)
+        argv,
+        [TrainConfig],
+        description=__doc__,
+        positional="[CONFIG]",
+        choose=("model", checkpoint.CONFIGS),
+        stored=settings_of_run,
     )
     config, model_config = parsed.sections
     if 0 < config.max_iters < config.warmup_iters:
@@ -142,7 +166,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     if model_config.vocab_size < data.vocab_size:
         raise ValueError(f"vocab_size={model_config.vocab_size} is too small for {config.dataset}: it needs {data.vocab_size}")
     out = Path(config.out_dir) if config.out_dir else default_out_dir(parsed.config_file, config.model)
-    model_config = checkpoint.fit_backbone(model_config, parsed.given, out if config.resume else None)
+    model_config = checkpoint.fit_backbone(model_config, parsed.given)
     config = dataclasses.replace(config, out_dir=str(out))
     if machine.is_main:
         configurator.print_differences(config, model_config)
@@ -291,7 +315,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                 state["train_seconds"] += now - train_clock
                 save_last()
                 machine.barrier()  # half a minute after one process has left torchrun ends the others, writing or not
-                say(f"stopped at step {trainer.step}; {out}/last is saved: the same command with --resume goes on")
+                say(f"stopped at step {trainer.step}; {out}/last is saved: train.py --resume --out_dir={out} goes on")
                 raise KeyboardInterrupt
             if state["decay_ends"][-1:] != [config.decay_end]:
                 if state["decay_ends"]:

@@ -242,7 +242,8 @@ def test_equal_losses_are_not_a_finding(tmp_path):
 def test_runs_are_grouped_over_seeds_and_nothing_else(tmp_path):
     """Guards averaging runs of different settings because their directories have similar names."""
     a = [
-        write_run(tmp_path / f"a-seed{s}", s, 3.0 + s / 100, train={"device": f"cuda:{s}", "resume": s == 2}) for s in (3, 1, 2)
+        write_run(tmp_path / f"a-seed{s}", s, 3.0 + s / 100, train={"device": f"cuda:{s}", "resume": s == 2, "lanes": s})
+        for s in (3, 1, 2)
     ]
     b = [write_run(tmp_path / "b_13", 1, 3.5, train={"learning_rate": 1e-3})]
     c = [write_run(tmp_path / f"c_s{s}", s, 3.6, train={"learning_rate": s}) for s in (1, 2)]
@@ -332,6 +333,19 @@ def test_table_numbers_equal_a_slow_computation(tmp_path, capsys):
     losses = [float(line[header.index("validation loss")].split()[0]) for line in lines[2:]]
     assert losses == sorted(losses)
     assert text.count("clear of the noise") + text.count("inside the noise") == 7 and "p is not corrected" in text
+
+
+def test_bits_of_codes_stand_beside_the_bound_that_holds_them(tmp_path, capsys):
+    """Guards models over codes, whose loss is two: a column of its own, of the right rows, and none where no run has codes."""
+    for seed, bits in ((1, 3.0), (2, 3.5)):
+        write_run(tmp_path / f"codes_s{seed}", seed, 3.0, summary={"code_bits_per_byte": bits})
+        write_run(tmp_path / f"plain_s{seed}", seed, 2.0, model={"n_layer": 2})
+    compare.main([str(tmp_path), "--plot=none"])
+    header, _, plain, codes = table_after(capsys.readouterr().out, "run")
+    at = header.index("of codes")
+    assert header[at - 1] == "bits per byte" and (plain[0], plain[at], codes[0], codes[at]) == ("plain", "–", "codes", "3.2500")
+    compare.main([str(tmp_path / "plain*"), "--plot=none"])
+    assert "of codes" not in capsys.readouterr().out
 
 
 def test_what_makes_rows_unequal_is_said(tmp_path, capsys):

@@ -142,14 +142,17 @@ def test_weight_decay_spares_gains_and_biases():
 
 
 def test_resume_equals_an_uninterrupted_run(tiny_data, tmp_path, reference):
-    """Guards exact resumption: N steps = N/2 + resume + N/2, bit for bit: weights, optimizer, losses, best checkpoint."""
+    """
+    Guards exact resumption: N steps = N/2 + resume + N/2, bit for bit: weights, optimizer, losses, best checkpoint; and that a run
+    has to be told nothing again, not its data, model or flags.
+    """
     out = tmp_path / "halves"
     run(tiny_data, out, *REFERENCE, "--max_iters=3", "--lr_decay_iters=6")
-    with pytest.raises(ValueError, match="lr_decay_iters=None .was 6"):
-        run(tiny_data, out, *REFERENCE, "--resume")
+    with pytest.raises(ValueError, match="lr_decay_iters=5 .was 6"):
+        run(tiny_data, out, *REFERENCE, "--lr_decay_iters=5", "--resume")
     full = tmp_path / "full"
     run(tiny_data, full, *REFERENCE, "--lr_decay_iters=6")
-    run(tiny_data, out, *REFERENCE, "--lr_decay_iters=6", "--resume")
+    train.main([f"--out_dir={out}", "--resume", "--max_iters=6"])
     for which in ("last", "best"):
         assert same(weights(out, which), weights(full, which))
     a, b = (safetensors.torch.load_file(o / "last" / "optimizer.safetensors") for o in (out, full))
@@ -161,6 +164,25 @@ def test_resume_equals_an_uninterrupted_run(tiny_data, tmp_path, reference):
     read = lambda o: json.loads((o / "summary.json").read_text())["val_loss"]  # noqa: E731
     assert read(out) == read(full)
     assert checkpoint.read_json(out / "config.json")["train"]["max_iters"] == 6, "a finished run would look unfinished"
+
+
+def test_a_run_keeps_its_settings_whatever_its_config_file_says_by_now(tiny_data, tmp_path, capsys, monkeypatch):
+    """Guards --resume CONFIG: flags of the first command hold, what the file says else is named, and a flag counts more than both."""
+    monkeypatch.chdir(tmp_path)
+    for name, steps in (("a", 6), ("b", 4)):
+        config = tmp_path / "config" / f"{name}.py"
+        config.parent.mkdir(exist_ok=True)
+        words = arguments(tiny_data, tmp_path, model="decoder_only")
+        lines = [f"{key} = {value}" for key, value in (word[2:].split("=") for word in words) if value.isdigit()]
+        config.write_text("\n".join([*lines, "model = 'decoder_only'", "dtype = 'float32'", "seed = 1"]))
+        train.main([str(config), f"--dataset={tiny_data}", "--seed=2", f"--max_iters={steps}", "--lr_decay_iters=6"])
+    config.write_text(config.read_text().replace("n_embd = 16", "n_embd = 32"))
+    assert "note" not in capsys.readouterr().err
+    train.main([str(config), "--resume"])
+    noted = capsys.readouterr().err
+    assert "keeps max_iters=4, n_embd=16, seed=2, where" in noted, noted
+    summary = train.main([str(config), "--resume", "--max_iters=6"])
+    assert summary["steps"] == 6 and same(weights(Path("out/a")), weights(Path("out/b")))
 
 
 def test_a_run_resumed_with_another_schedule_says_so(tiny_data, tmp_path, capsys):
