@@ -99,6 +99,14 @@ def copy_autoencoder(run: Path, out: Path) -> None:
         shutil.copyfile(run / name, out / "autoencoder" / name)
 
 
+def read_trainer(folder: Path, needed: tuple[str, ...], advice: str) -> dict:
+    """The trainer state of a checkpoint folder. Raises ValueError where it lacks what is needed, with what to do."""
+    trainer = read_json(folder / "trainer.json")
+    if missing := [key for key in needed if not isinstance(trainer, dict) or key not in trainer]:
+        raise ValueError(f"{folder / 'trainer.json'} is damaged: it lacks {', '.join(missing)}; {advice}")
+    return trainer
+
+
 def end_last_line(path: Path) -> None:
     """Put a line end behind a record that a crash has cut off, or the next one would be lost with it."""
     with open(path, "ab+") as file:
@@ -110,10 +118,9 @@ def end_last_line(path: Path) -> None:
 
 def read_run(settings: dict, data_hash: str, out: Path) -> dict:
     """The trainer state to resume from. Raises FileNotFoundError where there is none, ValueError if the run is another one."""
-    path = find(out, "last") / "trainer.json"
-    trainer, old = read_json(path), read_json(out / "config.json")
-    if missing := {"step", "scaler", "data_hash", "best_val_loss", "seconds", "train_seconds"} - trainer.keys():
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}; start the run again")
+    old = read_json(out / "config.json")
+    needed = ("step", "scaler", "data_hash", "best_val_loss", "seconds", "train_seconds")
+    trainer = read_trainer(find(out, "last"), needed, "start the run again")
     changed = [
         f"{key}={new.get(key)!r} (was {before.get(key)!r})"
         for before, new, free in ((old["train"], settings["train"], FREE_ON_RESUME), (old["model"], settings["model"], set()))
@@ -130,6 +137,7 @@ def read_run(settings: dict, data_hash: str, out: Path) -> dict:
     was = old["train"]  # runs that did not note at which step their learning rate would end: TrainConfig.decay_end
     end = (was.get("lr_decay_iters") or was.get("max_iters")) if was.get("decay_lr", True) else None
     trainer.setdefault("decay_ends", [end] if trainer["step"] > 0 else [])
+    trainer.setdefault("evaluated", trainer["step"])
     if trainer["data_hash"] != data_hash:
         raise ValueError(f"{out} was made with other data (sha256 {trainer['data_hash'][:12]}..., now {data_hash[:12]}...)")
     return trainer
@@ -254,15 +262,14 @@ def load_run(run: str | Path, which: str = "best", device: str | torch.device = 
         which = "last"
     folder = find(run, which)
     settings, name, config = read_config(run)
-    model, text, trainer = build(name, config), tokenizer.load(run), read_json(folder / "trainer.json")
+    trainer = read_trainer(folder, ("step",), "use another checkpoint")
+    model, text = build(name, config), tokenizer.load(run)
     if settings.get("dtype") == "float64" and torch.device(device).type != "mps":  # then weights are, too; Apple GPUs have none
         model.double()
     if text.vocab_size > config.vocab_size:
         raise ValueError(
             f"{run / tokenizer.FILE_NAME} has {text.vocab_size} tokens, but the model {config.vocab_size}: it is of another run"
         )
-    if not isinstance(trainer, dict) or "step" not in trainer:
-        raise ValueError(f"{folder / 'trainer.json'} is damaged: it lacks the step; use another checkpoint")
     load_weights(model, folder)
     if hasattr(config, "autoencoder"):
         model.attach(load_autoencoder(run / "autoencoder"))

@@ -336,6 +336,13 @@ def refuse_empty(config: object, *keys: str) -> None:
             raise ValueError(f"--{key}= is empty: give it a value, or leave it out")
 
 
+def at_least_one(config: object, *keys: str) -> None:
+    """Raise ValueError for settings of a dataclass that are numbers below 1."""
+    for key in keys:
+        if getattr(config, key) is not None and getattr(config, key) < 1:
+            raise ValueError(f"{key}={getattr(config, key)}: at least 1 is needed")
+
+
 def as_text(value: object) -> str:
     """A value as it would be written on the command line; of white space, which would not be seen, the repr."""
     if isinstance(value, (list, tuple)):

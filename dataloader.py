@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import io
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,11 +91,12 @@ def prepare_command(folder: Path) -> str:
         return "the script that made it, which may be data/text/prepare.py, data/pairs/prepare.py or data/distill/prepare.py"
     name, pairs, teacher = meta.get("dataset"), meta.get("kind") == "pairs", meta.get("teacher")
     if isinstance(teacher, dict):
-        return f"python data/distill/prepare.py --run {teacher.get('run')} --out_dir {folder} (remove {folder}/meta.json first)"
+        run, out = shlex.quote(str(teacher.get("run"))), shlex.quote(str(folder))
+        return f"python data/distill/prepare.py --run {run} --out_dir {out} (remove {out}/meta.json first)"
     script = f"data/{'pairs' if pairs else 'text'}/prepare.py --input YOUR_{'PAIRS' if pairs else 'TEXT'}"
     if name in known_sets() and pairs == (name == "numbers"):
         script = OFFLINE_SETS.get(name, f"data/{name}/prepare.py")
-    return f"python {script} --out_dir {folder}"
+    return f"python {script} --out_dir {shlex.quote(str(folder))}"
 
 
 def read_meta(folder: Path) -> dict:
@@ -119,36 +121,36 @@ def read_meta(folder: Path) -> dict:
 
 
 class TokenData:
-    """The two splits of a data set, checked once at the start.
+    """The two splits of a data set, or the `only` one that is asked for, checked once at the start.
 
-    Attributes: meta (contents of meta.json), vocab_size, hash (sha256 of val.bin: what a loss was measured on), data_hash
-    (sha256 over both splits), bytes_per_token (of val: nats per token / ln 2 / bytes_per_token = bits per byte), and the
-    token arrays train and val (np.memmap).
+    Attributes: meta (contents of meta.json), vocab_size, val_hash (sha256 of val.bin, what a loss was measured on: data_hash in
+    summary.json), both_hash (sha256 over both splits: data_hash in trainer.json), bytes_per_token (of val: nats per token /
+    ln 2 / bytes_per_token = bits per byte), and the token arrays train and val (np.memmap).
     """
 
-    def __init__(self, folder: str | Path, block_size: int):
+    def __init__(self, folder: str | Path, block_size: int, only: str | None = None):
         self.folder, self.block_size = Path(folder), block_size
         if block_size < 1:
             raise ValueError(f"block_size={block_size}: at least 1 is needed")
         self.meta = read_meta(self.folder)
         self.vocab_size: int = self.meta["vocab_size"]
         self.dtype = DTYPES[self.meta["dtype"]]
-        for split in SPLITS:
-            self._check(split)
-        paths = {split: self.folder / f"{split}.bin" for split in SPLITS}
+        paths = {split: self.folder / f"{split}.bin" for split in SPLITS if only in (None, split)}
+        for split in paths:
+            self._check(split, block_size + 1 if only is None else 2)  # all of a split is read in windows that may be short
         self._maps = {split: np.memmap(path, dtype=self.dtype, mode="r") for split, path in paths.items()}
         # Batches are read through these handles, not through the maps: every page that is touched in a map, and up to 2 MB
         # around it, counts as resident memory of the process until it is as large as the file. A read costs 2 us a window.
         self._files = {split: io.FileIO(path) for split, path in paths.items()}
-        self.hash: str = self.meta["val"]["sha256"]
-        self.data_hash = hashlib.sha256((self.meta["train"]["sha256"] + self.hash).encode()).hexdigest()
+        self.val_hash: str = self.meta["val"]["sha256"]
+        self.both_hash = hashlib.sha256((self.meta["train"]["sha256"] + self.val_hash).encode()).hexdigest()
         self.bytes_per_token: float = self.meta["val"]["bytes"] / self.meta["val"]["tokens"]
 
     train = property(lambda self: self._maps["train"])
     val = property(lambda self: self._maps["val"])
 
-    def _check(self, split: str) -> None:
-        """Raise ValueError unless the file is what meta.json says, long enough, and within the vocabulary."""
+    def _check(self, split: str, least: int) -> None:
+        """Raise ValueError unless the file is what meta.json says, has `least` tokens, and is within the vocabulary."""
         path, tokens = self.folder / f"{split}.bin", self.meta[split]["tokens"]
         again = f"run again: {prepare_command(self.folder)}"
         if not path.is_file():
@@ -163,10 +165,10 @@ class TokenData:
                 f"{path} has {size:,} bytes, but meta.json says {tokens:,} tokens of {self.dtype.itemsize} bytes: "
                 f"it is {'empty' if size == 0 else 'truncated or of another data set'}; {again}"
             )
-        if tokens <= self.block_size:
+        if tokens < least:
             shorter = f"set --block_size to {tokens - 1} or less, or " if tokens > 1 else ""
             raise ValueError(
-                f"{path} has {tokens:,} tokens, too few for block_size={self.block_size}, which needs one more than that; "
+                f"{path} has {tokens:,} tokens, too few for block_size={self.block_size}, which needs {least:,}; "
                 f"{shorter}prepare more text"
             )
         highest, digest = -1, hashlib.sha256()
@@ -242,8 +244,8 @@ class PairData(TokenData):
     bytes_per_token is that of the second sides.
     """
 
-    def __init__(self, folder: str | Path, block_size: int):
-        super().__init__(folder, 1)
+    def __init__(self, folder: str | Path, block_size: int, only: str | None = None):
+        super().__init__(folder, 1, only)
         self.block_size, self.separator = block_size, self.meta["separator"]
         self.bytes_per_token = self.meta["val"]["target_bytes"] / self.meta["val"]["target_tokens"]
         self.bounds: dict[str, np.ndarray] = {}  # (pairs, 3): where each begins, has its SEP, and has its EOS
@@ -304,6 +306,9 @@ class PairData(TokenData):
             yield ids[: separator + 1 - begin], ids[separator + 1 - begin :]
 
 
-def open_data(folder: str | Path, block_size: int) -> TokenData:
-    """A data set, by what its meta.json says of it. Raises ValueError or FileNotFoundError for one that cannot be used."""
-    return (PairData if read_meta(Path(folder)).get("kind") == "pairs" else TokenData)(folder, block_size)
+def open_data(folder: str | Path, block_size: int, only: str | None = None) -> TokenData:
+    """
+    A data set, or `only` one of its splits, by what its meta.json says of it. Raises ValueError or FileNotFoundError for one that
+    cannot be used.
+    """
+    return (PairData if read_meta(Path(folder)).get("kind") == "pairs" else TokenData)(folder, block_size, only)

@@ -38,8 +38,7 @@ class EvaluateConfig:
     json: str | None = None  # also write the numbers to this file
 
     def __post_init__(self):
-        if self.final_eval_tokens is not None and self.final_eval_tokens < 1:
-            raise ValueError(f"final_eval_tokens={self.final_eval_tokens}: at least 1 is needed")
+        configurator.at_least_one(self, "final_eval_tokens")
         configurator.refuse_empty(self, "json", "dataset")
 
 
@@ -66,7 +65,7 @@ def evaluate(run: Path, config: EvaluateConfig, machine: runtime.Runtime) -> dic
         raise ValueError(f"{run} holds an autoencoder: it sees what it predicts, so its loss is not a language model's")
     model.to(machine.weight_dtype)
     name = config.dataset or checkpoint.read_config(run)[0]["dataset"]
-    data = dataloader.open_data(dataloader.prepare_if_missing(name), model.config.block_size)
+    data = dataloader.open_data(dataloader.prepare_if_missing(name), model.config.block_size, "val")
     checkpoint.check_tokenizers(data.folder, run)
     if hasattr(model, "check"):
         model.check(data, 0)
@@ -74,10 +73,10 @@ def evaluate(run: Path, config: EvaluateConfig, machine: runtime.Runtime) -> dic
         keep_attention_dropout(model, run)
         runtime.seed_everything(config.seed)
     rows = max(1, FULL_EVAL_TOKENS // data.block_size)
-    total, count = evaluate_all(model, data, "val", rows, machine, config.final_eval_tokens)
+    total, count = evaluate_all(model, data, rows, machine, config.final_eval_tokens)
     loss = (total / count).item()
     return {
-        "run": str(run), "step": state["step"], "dataset": name, "data_hash": data.hash, "val_tokens": int(count),
+        "run": str(run), "step": state["step"], "dataset": name, "data_hash": data.val_hash, "val_tokens": int(count),
         "attention_dropout": model.config.dropout if config.attention_dropout else 0.0,
         "val_loss": loss, "val_bits_per_byte": loss / math.log(2) / data.bytes_per_token,
     }  # fmt: skip

@@ -104,11 +104,13 @@ def pick(logits: torch.Tensor, noise: torch.Tensor | None, sampling: Sampling) -
     The chosen token (B,) for logits (B, V) and Gumbel noise (B, V): argmax(filtered logits + temperature * noise), the lowest
     id among equals. Temperature 0 is greedy and needs no noise. A pure function, in float64.
     """
+    device = logits.device
+    logits = logits.cpu() if device.type == "mps" else logits  # Apple GPUs have no float64
     score = logits
     if sampling.temperature > 0:
         score = filter_logits(logits.double(), sampling) + sampling.temperature * noise.to(logits.device)
     if score.device.type == "cpu":
-        return score.argmax(dim=-1)
+        return score.argmax(dim=-1).to(device)
     return first_true(score == score.max(dim=-1, keepdim=True).values)
 
 
@@ -240,14 +242,13 @@ class Noise:
 
 def check_prompts(model: torch.nn.Module, prompts: list[list[int]]) -> None:
     """Raise ValueError for prompts that the model cannot start from."""
-    block_size, V = model.config.block_size, model.config.vocab_size
+    V = model.config.vocab_size
+    longest = getattr(model.config, "prefix_size", model.config.block_size)  # a latent transformer keeps room for its answer
     for prompt in prompts:
         if not prompt:
             raise ValueError("the prompt is empty: at least one token is needed to predict the next")
-        if len(prompt) > block_size:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens, but the model's context has {block_size}; shorten the prompt"
-            )
+        if len(prompt) > longest:
+            raise ValueError(f"the prompt has {len(prompt)} tokens, but the model's context has {longest}; shorten the prompt")
         if len(prompt) != len(prompts[0]):
             raise ValueError("prompts that are sampled together must have the same number of tokens")
         if not 0 <= min(prompt) <= max(prompt) < V:

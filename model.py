@@ -441,7 +441,7 @@ class EncoderDecoder(CausalModel):
         With a cache, idx are the tokens after those already in it, and they are appended to it.
         """
         assert self.compression is None or (positions is None and mask is None), "latents are made of consecutive tokens"
-        seen = self.place(idx, cache, positions, mask, windowed=False)[1] if self.window > 0 else None
+        seen = self.place(idx, cache, positions, mask, windowed=False)[1] if self.window > 0 and self.compression is None else None
         positions, context = self.place(idx, cache, positions, mask)
         layers = iter(cache.layers if cache is not None else [None] * self.n_layer_cache)
         e, h = self.encode(idx, positions, context, layers)

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -72,15 +71,19 @@ class Runtime:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
-    def peak_memory_bytes(self) -> int:
-        """Peak memory of this process: allocated on the GPU, or resident on the CPU (Linux counts KiB, macOS bytes)."""
+    def peak_memory_bytes(self) -> int | None:
+        """Peak memory of this process: allocated on the GPU, or resident on the CPU. None where nobody counts it: Windows."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         with contextlib.suppress(FileNotFoundError, StopIteration):  # Linux; there getrusage counts what the parent held, too
             lines = Path("/proc/self/status").read_text().splitlines()
             return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+        try:
+            import resource
+        except ImportError:
+            return None
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def start(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> Runtime:
@@ -129,7 +132,7 @@ def choose_device(word: str, local_rank: int) -> tuple[torch.device, str]:
     why = "as asked"
     if word == "auto":
         word = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        why = "the first GPU found" if word == "cuda" else "Apple GPU" if word == "mps" else "no GPU found"
+        why = "a GPU found" if word == "cuda" else "Apple GPU" if word == "mps" else "no GPU found"
     try:
         device = torch.device(word)
     except RuntimeError:
@@ -142,7 +145,7 @@ def choose_device(word: str, local_rank: int) -> tuple[torch.device, str]:
             raise ValueError(f"device={device}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device=mps: no Apple GPU here; use device=cpu or auto")
-    elif device.type not in ("cpu", "mps"):
+    elif device.type not in ("cpu", "mps") or device.index is not None:
         raise ValueError(f"device={word}: not supported; use auto, cpu, cuda, cuda:N or mps")
     return device, f"{torch.get_num_threads()} threads, {why}" if device.type == "cpu" else why
 

@@ -54,16 +54,13 @@ class SampleConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products; auto on a CPU: float32
 
     def __post_init__(self):
-        for key, least in (("max_new_tokens", 1), ("num_samples", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}={getattr(self, key)}: at least {least} is needed")
+        configurator.at_least_one(self, "max_new_tokens", "num_samples")
         if self.stream and self.num_samples > 1:
             raise ValueError("stream=true prints one text as it grows; use num_samples=1")
         if self.stop == "":
             raise ValueError("stop='' would end every text at once; use none to have no stop string")
-        for key, text in (("prompt", self.prompt), ("stop", self.stop or "")):
-            if any("\ud800" <= c <= "\udfff" for c in text):  # how Python hands on bytes that are none
-                raise ValueError(f"{key}={text!r} is not UTF-8; convert it")
+        check_utf8("prompt", self.prompt)
+        check_utf8("stop", self.stop or "")
         configurator.refuse_empty(self, "temperature", "top_k", "top_p")
         if self.lookahead is not None:
             if self.num_samples > 1:
@@ -117,12 +114,20 @@ class SampleConfig:
         return levels[0]
 
 
+def check_utf8(key: str, text: str) -> None:
+    """Raise ValueError for a text with bytes in it that are no UTF-8, which Python hands on as surrogates."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"{key}={text!r} is not UTF-8; convert it")
+
+
 def read_prompt(word: str) -> str:
     try:
         if word == "-":
             if sys.stdin is None:
                 raise ValueError("prompt=-: there is no standard input; give the prompt itself, or FILE:path")
-            return sys.stdin.read()
+            text = sys.stdin.read()
+            check_utf8("prompt", text)
+            return text
         if word.startswith("FILE:"):
             path = Path(word.removeprefix("FILE:"))
             if not path.is_file():
@@ -210,6 +215,7 @@ def main(argv: list[str] | None = None) -> list[str]:
         return time.perf_counter() - began
 
     samples = start((lambda piece: print(piece, end="", flush=True)) if config.stream else None)
+    generate.check_prompts(model, [prompt])  # before anything is printed
     if config.stream:
         print(written, end="", flush=True)
     counts = {}

@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -67,8 +68,14 @@ def settings_of_run(config: TrainConfig, config_file: Path | None) -> dict[str, 
         kept.pop(key, None)
     said = configurator.read_config_file(config_file) if config_file else {}
     if others := [f"{key}={configurator.as_text(kept[key])}" for key in said.keys() & kept.keys() if said[key] != kept[key]]:
-        print(f"note: {out} keeps {', '.join(sorted(others))}, where {config_file} differs; flags count more", file=sys.stderr)
+        note(f"{out} keeps {', '.join(sorted(others))}, where {config_file} differs; flags count more")
     return kept
+
+
+def note(text: str) -> None:
+    """Say something, once also where torchrun has started several processes that do not know of each other yet."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
 
 
 def import_wandb(config: TrainConfig):
@@ -113,6 +120,43 @@ def duration(seconds: float) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# everything that can be wrong with the settings has to show before the run directory is touched
+
+
+def check_inputs(config: TrainConfig, model: torch.nn.Module, data: dataloader.TokenData, out: Path) -> None:
+    """Raise ValueError for what does not go together: a model and its data, or the run directory and what the run reads."""
+    if config.eval_sample_tokens and reconstructs(model):
+        raise ValueError(f"eval_sample_tokens={config.eval_sample_tokens}: {config.model} continues no text; leave it 0")
+    if isinstance(data, dataloader.PairData) and (reconstructs(model) or hasattr(model.config, "autoencoder")):
+        raise ValueError(
+            f"{config.dataset} is a set of pairs, but {config.model} is made for whole texts; choose another model"
+        )
+    if hasattr(model, "check"):
+        model.check(data, config.max_iters)
+    inputs = {"dataset": data.folder} | {key: getattr(model.config, key, None) for key in ("autoencoder", "backbone")}
+    for key, folder in inputs.items():
+        if folder is not None and Path(folder).resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"out_dir={out} is or holds what the run reads as its {key}, {folder}; write to another folder")
+
+
+def reconstructs(model: torch.nn.Module) -> bool:
+    """Whether the model predicts what it sees, so that its loss is no language model's."""
+    return getattr(model, "predicts", "next") == "itself"
+
+
+def make_sampler(config: TrainConfig, model: torch.nn.Module, data: dataloader.TokenData) -> Callable[[], str] | None:
+    """What writes the sample of an evaluation, None without. Raises ValueError for a prompt or a seed that it cannot begin with."""
+    if config.eval_sample_tokens == 0:
+        return None
+    text, sampling = tokenizer.load(data.folder), generate.Sampling(seed=config.seed)
+    prompt = text.encode(config.eval_sample_prompt)
+    if isinstance(data, dataloader.PairData):  # a question ends where its answer begins
+        prompt.append(data.separator)
+    generate.check_prompts(model, [prompt])
+    return lambda: text.decode(generate.generate(model, [prompt], config.eval_sample_tokens, sampling, text.eos)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # the loop
 
 
@@ -127,17 +171,14 @@ def main(argv: list[str] | None = None) -> dict:
         stored=settings_of_run,
     )
     config, model_config = parsed.sections
-    if 0 < config.max_iters < config.warmup_iters:
+    if 0 < config.max_iters < config.warmup_iters and not config.resume:
         flags = configurator.read_arguments(sys.argv[1:] if argv is None else argv).flags
         if "warmup_iters" in flags or "max_iters" not in flags:
             raise ValueError(
                 f"warmup_iters={config.warmup_iters} is beyond max_iters={config.max_iters}: the warm-up would never end; lower it"
             )
         # somebody tries a few steps of a long run: that is what they get
-        print(
-            f"note: max_iters={config.max_iters} ends the run inside its warm-up of {config.warmup_iters} steps",
-            file=sys.stderr,
-        )
+        note(f"max_iters={config.max_iters} ends the run inside its warm-up of {config.warmup_iters} steps")
     machine = runtime.start(config.device, config.dtype, config.compile)
     try:
         summary = train(config, model_config, machine, parsed)
@@ -171,33 +212,15 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     if machine.is_main:
         configurator.print_differences(config, model_config)
 
-    # everything that can be wrong with the settings has to show before the run directory is touched
     runtime.seed_everything(config.seed)
     model = checkpoint.build(config.model, model_config)
     if config.init_from:
         checkpoint.init_from(model, Path(config.init_from))
     if getattr(model_config, "backbone", None) and not config.resume:  # a resumed run has it among its own weights
         checkpoint.load_backbone(model, model_config)
-    reconstructs = getattr(model, "predicts", "next") == "itself"
-    what = "reconstruction loss" if reconstructs else "loss"
-    if reconstructs and config.eval_sample_tokens:
-        raise ValueError(f"eval_sample_tokens={config.eval_sample_tokens}: {config.model} continues no text; leave it 0")
-    if isinstance(data, dataloader.PairData) and (reconstructs or autoencoder is not None):
-        raise ValueError(
-            f"{config.dataset} is a set of pairs, but {config.model} is made for whole texts; choose another model"
-        )
-    if hasattr(model, "check"):
-        model.check(data, config.max_iters)
-    inputs = {"dataset": data.folder} | {key: getattr(model_config, key, None) for key in ("autoencoder", "backbone")}
-    for key, folder in inputs.items():
-        if folder is not None and Path(folder).resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"out_dir={out} is or holds what the run reads as its {key}, {folder}; write to another folder")
+    check_inputs(config, model, data, out)
     wandb = import_wandb(config) if machine.is_main else None
-    text = prompt = None
-    if config.eval_sample_tokens:
-        text = tokenizer.load(data.folder)
-        prompt = text.encode(config.eval_sample_prompt)
-        generate.check_prompts(model, [prompt])
+    write_sample = make_sampler(config, model, data)
     model.to(device=machine.device, dtype=machine.weight_dtype)
     if autoencoder is not None:
         model.attach(autoencoder)
@@ -208,9 +231,9 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     if isinstance(data, dataloader.PairData):
         settings["separator"] = data.separator  # sample.py has no other way to know that a prompt is a question
     # `seconds` is everything since the start, `train_seconds` only the updates; both go on in a resumed run
-    state = {"best_val_loss": None, "best_step": 0, "seconds": 0.0, "train_seconds": 0.0, "wandb_id": None}
-    state |= {"data_hash": data.data_hash, "micro_batch_size": None, "lanes": 1, "decay_ends": []}
-    resumed = checkpoint.read_run(settings, data.data_hash, out) if config.resume else None
+    state = {"best_val_loss": None, "best_step": 0, "evaluated": None, "seconds": 0.0, "train_seconds": 0.0, "wandb_id": None}
+    state |= {"data_hash": data.both_hash, "micro_batch_size": None, "lanes": 1, "decay_ends": []}
+    resumed = checkpoint.read_run(settings, data.both_hash, out) if config.resume else None
     machine.barrier()  # everybody has read before anybody writes
     if resumed:
         folder = checkpoint.find(out, "last")
@@ -266,43 +289,41 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
             trainer_state = {"step": trainer.step, "scaler": trainer.scaler.state_dict(), **state}
             checkpoint.save(out / "last", model, trainer.optimizer, trainer_state)
 
-    def evaluate() -> None:
-        """Estimate both losses, log, keep the checkpoints."""
-        record = {"step": trainer.step, "tokens": trainer.step * tokens_per_step, "kind": "eval"}
-        record |= {f"{split}_loss": trainer.estimate(split) for split in ("train", "val")}
-        if getattr(model, "embedding_loss", None) is not None:
-            starts = data.eval_starts("train", config.batch_size)
-            with machine.autocast():
-                record |= model.embedding_loss_report(trainer.load_batch("train", starts)[0])
+    what = "reconstruction loss" if reconstructs(model) else "loss"
+
+    def evaluate() -> dict:
+        """Estimate both losses, log, keep the checkpoints. Returns the estimates."""
+        record = {"step": trainer.step, "tokens": trainer.step * tokens_per_step, "kind": "eval", **trainer.estimates()}
         stop_if_not_finite(record["val_loss"], trainer.step, out)
         if trainer.step > 0:  # of an untrained model there is nothing to say
             record |= trainer.measure(trainer.eval_batches("val"))
         accuracy = f", accuracy {record['token_accuracy']:.2%}" if "token_accuracy" in record else ""
         say(f"step {trainer.step}: train {what} {record['train_loss']:.4f}, val {what} {record['val_loss']:.4f}{accuracy}")
         log(record)
-        if text is not None and machine.is_main:
-            ids = generate.generate(model, [prompt], config.eval_sample_tokens, generate.Sampling(seed=config.seed))[0]
-            say(f"sample: {text.decode(ids)!r}")
+        if write_sample and machine.is_main:
+            say(f"sample: {write_sample()!r}")
+        state["evaluated"] = trainer.step
         if state["best_val_loss"] is None or record["val_loss"] < state["best_val_loss"]:
             state.update(best_val_loss=record["val_loss"], best_step=trainer.step)
             if machine.is_main:
                 checkpoint.save(out / "best", model, None, {"step": trainer.step, **state})
         save_last()
+        return record
 
     sums, rate_clock, rate_tokens = {}, time.perf_counter(), 0
     session_clock, seconds_before, train_clock = time.perf_counter(), state["seconds"], time.perf_counter()
-    fresh = not resumed  # a resumed run was evaluated at this step before it stopped
+    estimates = None
     with interruptible() as interrupted:
         while True:
-            if fresh and (trainer.step % config.eval_interval == 0 or trainer.step >= config.max_iters):
+            due = trainer.step % config.eval_interval == 0 or trainer.step >= config.max_iters
+            if due and state["evaluated"] != trainer.step:
                 machine.wait()
                 paused = time.perf_counter()
                 state["seconds"] = seconds_before + paused - session_clock
                 state["train_seconds"] += paused - train_clock
-                evaluate()
+                estimates = evaluate()
                 train_clock = time.perf_counter()
                 rate_clock += train_clock - paused  # tokens/s is the speed of training alone
-            fresh = True
             if trainer.step >= config.max_iters:
                 break
             # several processes have to stop at one step; they ask each other where they wait for the device anyway
@@ -347,21 +368,41 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
 
     state["seconds"] = seconds_before + time.perf_counter() - session_clock
     say(f"evaluating on {'the whole validation file' if config.final_eval_tokens is None else 'part of the validation file'}")
+    summary = {"run": out.name, "commit": commit, **summarize(trainer, state, estimates or trainer.estimates())}
+    if machine.is_main:
+        checkpoint.write_json(out / "summary.json", summary)
+    if wandb_run:
+        wandb_run.summary.update(summary)
+        wandb_run.finish()
+    if "exact_pairs" in summary:
+        say(f"{summary['exact_pairs']:.2%} of {summary['pairs']:,} unseen pairs answered exactly")
+    found = f"{summary['token_accuracy']:.2%} right" if reconstructs(model) else f"{summary['val_bits_per_byte']:.4f} bits per byte"
+    say(
+        f"done: validation {what} {summary['val_loss']:.4f} nats per token, {found} over {summary['val_tokens']:,} tokens; "
+        f"{duration(state['seconds'])}; {out}/summary.json"
+    )
+    return summary
+
+
+def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
+    """What summary.json says of a trained model, the loss on the whole validation file first of all."""
+    config, model, data, machine = trainer.config, trainer.raw_model, trainer.data, trainer.machine
+    tokens = trainer.step * trainer.sequences * data.block_size
     val_loss, val_tokens = trainer.final_loss()
     summary = {
-        "run": out.name, "model": config.model, "dataset": config.dataset,
+        "model": config.model, "dataset": config.dataset,
         "parameters": model.get_num_params(), "flops_per_token": model.flops_per_token(),
-        "steps": trainer.step, "tokens": trainer.step * tokens_per_step,
-        "train_loss": trainer.estimate("train"), "val_loss": val_loss, "val_tokens": val_tokens,
+        "steps": trainer.step, "tokens": tokens,
+        "train_loss": estimates["train_loss"], "val_loss": val_loss, "val_tokens": val_tokens,
         "best_val_loss": state["best_val_loss"], "best_step": state["best_step"],
         "decay_ends": state["decay_ends"],  # step at which the learning rate is lowest; several: it was resumed with another
-        "seconds": state["seconds"], "tokens_per_second": trainer.step * tokens_per_step / max(state["train_seconds"], 1e-9),
-        "peak_memory_bytes": machine.peak_memory_bytes(), "seed": config.seed, "commit": commit,
-        "data_hash": data.hash, "train_hash": data.meta["train"]["sha256"],  # of the validation and of the training file
+        "seconds": state["seconds"], "tokens_per_second": tokens / max(state["train_seconds"], 1e-9),
+        "peak_memory_bytes": machine.peak_memory_bytes(), "seed": config.seed,
+        "data_hash": data.val_hash, "train_hash": data.meta["train"]["sha256"],  # of the validation and of the training file
         "torch": torch.__version__, "device": device_name(machine), "dtype": str(machine.dtype).removeprefix("torch."),
         "compiled": machine.compile, "world_size": machine.world_size, "lanes": trainer.lanes.count,
     }  # fmt: skip
-    if reconstructs:  # a loss that no language model's may be compared with
+    if reconstructs(model):  # a loss that no language model's may be compared with
         summary["reconstruction"] = True
     else:
         summary["val_bits_per_byte"] = val_loss / math.log(2) / data.bytes_per_token
@@ -376,24 +417,11 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
             "quantize_after steps if the model has them; train longer, or lower quantize_after or codebook_size",
             stacklevel=1,
         )
-    if getattr(model, "embedding_loss", None) is not None:
-        with machine.autocast():
-            batch = trainer.load_batch("train", data.eval_starts("train", config.batch_size))[0]
-            summary["embedding_loss"] = model.embedding_loss_report(batch)["embedding_loss"]
+    if "embedding_loss" in estimates:
+        summary["embedding_loss"] = estimates["embedding_loss"]
     if isinstance(data, dataloader.PairData) and machine.is_main:
         with machine.autocast():
             summary["exact_pairs"], summary["pairs"] = exact_pairs(model, data)
-        say(f"{summary['exact_pairs']:.2%} of {summary['pairs']:,} unseen pairs answered exactly")
-    found = f"{summary['token_accuracy']:.2%} right" if reconstructs else f"{summary['val_bits_per_byte']:.4f} bits per byte"
-    if machine.is_main:
-        checkpoint.write_json(out / "summary.json", summary)
-    if wandb_run:
-        wandb_run.summary.update(summary)
-        wandb_run.finish()
-    say(
-        f"done: validation {what} {val_loss:.4f} nats per token, {found} over {val_tokens:,} tokens; "
-        f"{duration(state['seconds'])}; {out}/summary.json"
-    )
     return summary
 
 
@@ -425,8 +453,9 @@ def interruptible():
 def stop_if_not_finite(loss: float, step: int, out: Path) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"the loss became {loss} at step {step}; {out}/last holds the last good checkpoint; "
-            "try a lower learning_rate, grad_clip=1.0, or another dtype"
+            f"the loss became {loss} at step {step}; "
+            + (f"{out}/last holds the last good checkpoint; " if (out / "last").is_dir() else "")
+            + "try a lower learning_rate, grad_clip=1.0, or another dtype"
         )
 
 

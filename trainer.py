@@ -46,7 +46,7 @@ class TrainConfig:
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
     # evaluation and logging
     eval_interval: int = 250  # steps between evaluations; each writes the last/ checkpoint
-    eval_iters: int = 20  # batches of an evaluation, the same windows every time and in every run
+    eval_iters: int = 20  # batches of an evaluation: the same windows every time, and in every run with as many sequences
     final_eval_tokens: int | None = None  # validation tokens that the final evaluation predicts; none: the whole file
     log_interval: int = 10  # steps between progress lines
     eval_sample_tokens: int = 0  # length of a sample printed at evaluations; 0: none
@@ -65,8 +65,7 @@ class TrainConfig:
     def __post_init__(self):
         configurator.refuse_empty(self, "model", "dataset", "out_dir", "init_from", "wandb_project", "wandb_run_name")
         counts = ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "final_eval_tokens")
-        for key in (*counts, "lanes"):
-            require(getattr(self, key) is None or getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
+        configurator.at_least_one(self, *counts, "lanes")
         require(
             self.micro_batch_size in (None, "auto") or self.micro_batch_size >= 1,
             f"micro_batch_size={self.micro_batch_size}: at least 1 is needed, or none, or auto",
@@ -358,10 +357,19 @@ class Trainer:
         total, count = summed_loss(self.model, self.eval_batches(split), self.machine)
         return (self.sum_up(total) / self.sum_up(count)).item()
 
+    def estimates(self) -> dict[str, float]:
+        """train_loss and val_loss over the evaluation windows, and what there is to say of an embedding loss."""
+        found = {f"{split}_loss": self.estimate(split) for split in ("train", "val")}
+        if getattr(self.raw_model, "embedding_loss", None) is not None:
+            starts = self.data.eval_starts("train", self.config.batch_size)
+            with self.machine.autocast():
+                found |= self.raw_model.embedding_loss_report(self.load_batch("train", starts)[0])
+        return found
+
     def final_loss(self) -> tuple[float, int]:
         """Mean loss, nats per token, over the validation file, and the number of tokens. Every process does its share."""
         rows, first = self.full_rows, self.config.final_eval_tokens
-        total, count = evaluate_all(self.model, self.data, "val", rows, self.machine, first)
+        total, count = evaluate_all(self.model, self.data, rows, self.machine, first)
         count = self.sum_up(count)
         return (self.sum_up(total) / count).item(), int(count)
 
@@ -401,7 +409,7 @@ def summed_loss(
         with machine.autocast():
             mean = model(x, y)[1]["token"]
         tokens = (y >= 0).sum().cpu()
-        total += mean.double().cpu() * tokens
+        total += mean.cpu().double() * tokens  # in this order: Apple GPUs have no float64
         count += tokens
     return total, count
 
@@ -409,27 +417,26 @@ def summed_loss(
 def evaluate_all(
     model: torch.nn.Module,
     data: dataloader.TokenData,
-    split: str,
     rows: int,
     machine: runtime.Runtime,
     first_targets: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """summed_loss over this process's share of a whole split, which is read in fixed order in windows of block_size."""
-    windows = data.full_windows(split, rows, machine.rank, machine.world_size, first_targets)
+    """summed_loss over this process's share of the validation file, which is read in fixed order in windows of block_size."""
+    windows = data.full_windows("val", rows, machine.rank, machine.world_size, first_targets)
     return summed_loss(model, windows, machine)
 
 
 EXACT_PAIRS = 1000  # unseen pairs to answer after training
 
 
-def exact_pairs(model: torch.nn.Module, data: dataloader.PairData, count: int = EXACT_PAIRS) -> tuple[float, int]:
+def exact_pairs(model: torch.nn.Module, data: dataloader.PairData) -> tuple[float, int]:
     """
-    The share of the first `count` validation pairs that the model answers exactly, greedily, its end included; and how many
+    The share of the first EXACT_PAIRS validation pairs that the model answers exactly, greedily, its end included; and how many
     there were.
     """
     model.eval()
     by_length: dict[int, list[tuple[list[int], list[int]]]] = {}  # prompts sampled together have one length
-    for question, answer in data.questions("val", count):
+    for question, answer in data.questions("val", EXACT_PAIRS):
         by_length.setdefault(len(question), []).append((question, answer))
     right, total = 0, 0
     for pairs in by_length.values():

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from kernels import Dropout, head_logits, head_loss
-from model import Block, Cache, CausalModel, LayerNorm, check_fields
+from kernels import Dropout, LayerNorm, head_logits, head_loss
+from model import Block, Cache, CausalModel, check_fields
 
 
 @dataclass(frozen=True)

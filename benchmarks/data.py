@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+import configurator
 import dataloader
 import tokenizer
-from benchmarks.timing import at_least_one, in_turns, rate
+from benchmarks.timing import in_turns, rate
 from data import corpus
 
 
@@ -29,7 +30,7 @@ class DataBench:
     threads: int | None = None  # of the tokenizers; none: as many as torch takes
 
     def __post_init__(self):
-        at_least_one(self, "megabytes", "batch", "block_size", "batches", "repeats", "threads")
+        configurator.at_least_one(self, "megabytes", "batch", "block_size", "batches", "repeats", "threads")
 
 
 def library_sources() -> Iterator[str]:

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 
 import checkpoint
+import configurator
 import generate
 import runtime
 from benchmarks.sampling import Variant, plainly, sampled
 from benchmarks.shapes import STDLIB
-from benchmarks.timing import at_least_one
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LatentBench:
     seed: int = 1337  # of random weights and of the noise
 
     def __post_init__(self):
-        at_least_one(self, "tokens", "batch", "repeats", "threads")
+        configurator.at_least_one(self, "tokens", "batch", "repeats", "threads")
 
 
 def latent_models(config: LatentBench) -> list[tuple[str, torch.nn.Module, list[int], int | None]]:
@@ -40,7 +40,7 @@ def latent_models(config: LatentBench) -> list[tuple[str, torch.nn.Module, list[
     Raises ValueError for runs of another kind.
     """
     found, prompt = [], list(range(8))
-    torch.manual_seed(config.seed)
+    runtime.seed_everything(config.seed)
     for run, is_baseline in ((config.baseline, True), (config.run, False)):
         if run is not None:
             model, text, _ = checkpoint.load_run(run, "best")

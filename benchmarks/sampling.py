@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 
 import checkpoint
+import configurator
 import dataloader
 import generate
 import lookahead
@@ -21,7 +22,7 @@ import runtime
 import stepper
 from baseline_transformer.model import DecoderOnly
 from benchmarks.shapes import PUBLISHED
-from benchmarks.timing import at_least_one, in_turns
+from benchmarks.timing import in_turns
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SampleBench:
     seed: int = 1337  # of random weights and of the noise
 
     def __post_init__(self):
-        at_least_one(self, "tokens", "batch", "repeats", "threads")
+        configurator.at_least_one(self, "tokens", "batch", "repeats", "threads")
         if self.val_prompts and (self.val_prompts < 0 or self.run is None):
             raise ValueError(f"val_prompts={self.val_prompts}: give a positive number, and run=... with validation data")
 
@@ -89,7 +90,7 @@ def plainly(
 def validation_prompts(run: str, count: int, block_size: int) -> list[list[int]]:
     """So many pieces of half a context, evenly spaced over the validation data of a run."""
     folder = dataloader.resolve(checkpoint.read_json(Path(run) / "config.json")["train"]["dataset"])
-    val, length = dataloader.open_data(folder, block_size).val, block_size // 2
+    val, length = dataloader.open_data(folder, block_size, "val").val, block_size // 2
     starts = [i * (len(val) - length) // count for i in range(count)]
     return [val[start : start + length].tolist() for start in starts]
 
@@ -162,7 +163,7 @@ def bench_sample(config: SampleBench) -> list[dict]:
     if config.run is None:
         models, prompts = {}, [list(range(10))]
         for name, shape in PUBLISHED.items():
-            torch.manual_seed(config.seed)
+            runtime.seed_everything(config.seed)
             models[name] = checkpoint.build(name, checkpoint.CONFIGS[name](vocab_size=50257, block_size=200, **shape))
     else:
         model, text, _ = checkpoint.load_run(config.run, "best", machine.device)

@@ -24,9 +24,3 @@ def in_turns(works: dict[str, Callable[[int], T]], amount: int, repeats: int, wa
 def rate(runs: list[tuple[float, T]]) -> float:
     """Median of the results per second."""
     return statistics.median(amount / seconds for seconds, amount in runs)
-
-
-def at_least_one(config, *keys: str) -> None:
-    for key in keys:
-        if getattr(config, key) is not None and getattr(config, key) < 1:
-            raise ValueError(f"{key}={getattr(config, key)}: at least 1 is needed")

@@ -21,7 +21,7 @@ import checkpoint
 import configurator
 import runtime
 from benchmarks.shapes import PUBLISHED, STDLIB
-from benchmarks.timing import at_least_one, in_turns, rate
+from benchmarks.timing import in_turns, rate
 from trainer import lanes_that_pay
 
 SIZES = {  # vocabulary, tokens of a sequence, sequences of a step, shapes of the models
@@ -49,7 +49,7 @@ class TrainBench:
     seed: int = 1337  # of weights and tokens
 
     def __post_init__(self):
-        at_least_one(self, "batch", "steps", "repeats", "threads")
+        configurator.at_least_one(self, "batch", "steps", "repeats", "threads")
         if any(count < 1 for count in self.lanes):
             raise ValueError(f"lanes={','.join(map(str, self.lanes))}: at least 1 is needed")
         if any(count > self.sequences for count in self.lanes):
@@ -126,7 +126,7 @@ def matrix_peak(machine: runtime.Runtime, n: int) -> float:
 def bench_train(config: TrainBench) -> list[dict]:
     base = runtime.start(config.device, "float32", "off")
     vocab_size, block_size, _, shapes = SIZES[config.size]
-    torch.manual_seed(config.seed)
+    runtime.seed_everything(config.seed)
     tokens = torch.randint(vocab_size, (config.sequences, block_size + 1), device=base.device)
     machines = {dtype: dataclasses.replace(base, dtype=runtime.DTYPES[dtype]) for dtype in config.dtypes}
     works, chosen = {}, {}

@@ -44,9 +44,11 @@ def tables(run: Path) -> dict[str, torch.Tensor]:
     """`tokens` (N, C) and, if the run has a table of them, `positions` (T, C), float64, of the last weights, or of the best."""
     weights = safetensors.torch.load_file(str(checkpoint.find_first(run, "last", "best") / "model.safetensors"))
     named = {key.removeprefix("transformer.").removesuffix(".weight"): value.double() for key, value in weights.items()}
-    tokens = named["wte"] if "wte" in named else named["lm_head"]  # tied: stored once
+    tokens = named["wte"] if "wte" in named else named.get("lm_head")  # tied: stored once
+    if tokens is None:
+        raise ValueError(f"{run} has no table of tokens, as a model over codes has none; leave it out")
     settings, _, config = checkpoint.read_config(run)
-    data = dataloader.open_data(dataloader.prepare_if_missing(settings["dataset"]), config.block_size)
+    data = dataloader.open_data(dataloader.prepare_if_missing(settings["dataset"]), config.block_size, "val")
     found = {"tokens": tokens[torch.from_numpy(np.unique(data.val).astype(np.int64))]}
     positions = named.get("wpe", named.get("wpe_next"))
     return found if positions is None else found | {"positions": positions}

@@ -23,11 +23,11 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import Dropout, head_logits, head_loss
+from kernels import Dropout, LayerNorm, head_logits, head_loss
 from latent.huggingface import PretrainedCache, PretrainedTrunk
 from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer
 from latent.resample import CausalDownsample, Upsample, doublings
-from model import Block, Cache, CausalModel, LayerNorm, check_fields, require
+from model import Block, Cache, CausalModel, check_fields, require
 
 
 @dataclass(frozen=True)

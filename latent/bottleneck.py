@@ -59,13 +59,17 @@ def check(config) -> None:
     quantizer_config(config)  # raises as well
 
 
+def slices(config) -> int:
+    """Parts of a latent that are quantized by themselves."""
+    return config.codebook_levels if config.bottleneck == "dvq" else 1
+
+
 def quantizer_config(config) -> QuantizerConfig:
     """Settings of each quantizer of a vq, rq or dvq bottleneck."""
-    slices = config.codebook_levels if config.bottleneck == "dvq" else 1
     return QuantizerConfig(
-        latent_dim=config.latent_dim // slices,
+        latent_dim=config.latent_dim // slices(config),
         codebook_size=config.codebook_size,
-        codebook_levels=config.codebook_levels // slices,
+        codebook_levels=config.codebook_levels // slices(config),
         commitment_weight=config.commitment_weight,
         decay=config.codebook_decay,
     )
@@ -89,9 +93,8 @@ class VectorBottleneck(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        slices = config.codebook_levels if config.bottleneck == "dvq" else 1
         self.loss_weights = {"commitment": config.commitment_weight}
-        self.quantizers = nn.ModuleList(ResidualQuantizer(quantizer_config(config)) for _ in range(slices))
+        self.quantizers = nn.ModuleList(ResidualQuantizer(quantizer_config(config)) for _ in range(slices(config)))
 
     @property
     def ready(self) -> torch.Tensor:
@@ -100,8 +103,7 @@ class VectorBottleneck(nn.Module):
 
     def forward(self, z: torch.Tensor, mask: torch.Tensor | None = None, step: torch.Tensor | None = None) -> Bottled:
         """z (..., Z), mask (...) True = real -> see Bottled. The step has no say here."""
-        slices = z.chunk(len(self.quantizers), dim=-1)
-        parts = [quantizer(part, mask) for quantizer, part in zip(self.quantizers, slices)]
+        parts = [quantizer(part, mask) for quantizer, part in zip(self.quantizers, z.chunk(len(self.quantizers), dim=-1))]
         z_q, codes = (torch.cat([getattr(part, name) for part in parts], dim=-1) for name in ("z_q", "codes"))
         commitment = torch.stack([part.losses["commitment"] for part in parts]).mean()
         if self.training:

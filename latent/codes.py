@@ -39,7 +39,7 @@ class CodeData:
         starts = np.concatenate([np.arange(begin, tokens - T, T) for begin in begins])
         self.shape = (T // config.latent_factor, config.codebook_levels)  # M, D
         meta = {
-            "codebook_hash": autoencoder.codebook_hash(), "data_hash": data.data_hash, "block_size": T,
+            "codebook_hash": autoencoder.codebook_hash(), "data_hash": data.both_hash, "block_size": T,
             "latent_factor": config.latent_factor, "codebook_levels": config.codebook_levels,
             "codebook_size": config.codebook_size, "offsets": begins, "windows": len(starts),
         }  # fmt: skip

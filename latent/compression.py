@@ -29,7 +29,7 @@ import torch.nn as nn
 
 from kernels import rotary_angles
 from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer
-from latent.resample import CausalDownsample
+from latent.resample import CausalDownsample, doublings
 from model import require
 
 Losses = dict[str, torch.Tensor]
@@ -53,10 +53,8 @@ class StateCache:
 def quantizer_config(config) -> QuantizerConfig:
     """The quantizer's part of an EncoderDecoderConfig. Raises ValueError for settings of the head that cannot work."""
     S = config.latent_factor
-    require(
-        0 < S <= config.block_size and S & (S - 1) == 0,
-        f"latent_factor={S}: 1, 2, 4, 8 or another power of two up to block_size={config.block_size} is needed, or 0 for no head",
-    )
+    doublings(S)
+    require(config.block_size >= S, f"latent_factor={S} is more than block_size={config.block_size}; lower it, or 0 for no head")
     require(
         config.window == 0 or config.window >= S,
         f"window={config.window} is shorter than latent_factor={S}: tokens would be out of sight before their latent is in it",

@@ -34,11 +34,11 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import Dropout, at_least_float32, head_logits, head_loss, rotary_angles
+from kernels import Dropout, LayerNorm, at_least_float32, head_logits, head_loss, rotary_angles
 from latent import bottleneck as bottlenecks
 from latent.quantize import CodeUsage, QuantizerConfig
 from latent.resample import CausalDownsample, ResidualConvBlock, UpLayer, doublings
-from model import Block, Cache, CausalModel, Context, CrossAttention, DecoderBlock, LayerNorm, check_fields, require
+from model import Block, Cache, CausalModel, Context, CrossAttention, DecoderBlock, check_fields, require
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class LatentTransformer(CausalModel):
         self.wte = nn.Embedding(config.vocab_size, C)  # of x, y and the output layer
         self.dropout = Dropout(config.dropout)
         # ae
-        self.convolutions = nn.ModuleList(ResidualConvBlock(C, causal=False, bias=config.bias) for _ in range(2))
+        self.convolutions = nn.ModuleList(ResidualConvBlock(C, bias=config.bias) for _ in range(2))
         self.encoder = nn.ModuleList([Block(*block)])
         self.down = CausalDownsample(C, S, kernel=2, keep_partial=True, bias=config.bias)
         self.to_latent = nn.Linear(C, Z, bias=config.bias)
@@ -138,7 +138,7 @@ class LatentTransformer(CausalModel):
         # ad
         steps = range(doublings(S))
         self.from_latent = nn.Linear(Z, C, bias=config.bias)
-        self.up_convolutions = nn.ModuleList(ResidualConvBlock(C, causal=False, bias=config.bias) for _ in steps)
+        self.up_convolutions = nn.ModuleList(ResidualConvBlock(C, bias=config.bias) for _ in steps)
         self.up_norms = nn.ModuleList(LayerNorm(C, config.bias) for _ in steps)
         self.up_attention = nn.ModuleList(CrossAttention(*block) for _ in steps)
         self.up_layers = nn.ModuleList(UpLayer(C, "dense", config.bias) for _ in steps)

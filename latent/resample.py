@@ -21,8 +21,6 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-DownState = list[torch.Tensor]  # per layer the inputs (B, k-2 or k-1, C) that later outputs still need
-
 
 def doublings(factor: int) -> int:
     """log2 of the compression factor S. Raises ValueError unless S is a power of two."""
@@ -51,17 +49,14 @@ class DownLayer(nn.Module):
         self.conv = nn.Conv1d(width, width, kernel, stride=2, bias=bias)
         self.norm = nn.LayerNorm(width, bias=bias)
 
-    def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (B, L, C) after `state` (the inputs before it that are still needed) -> all new complete outputs, new state."""
-        x = torch.cat((state.type_as(x), x), dim=1)
-        left = self.conv.kernel_size[0] - 2
-        n = (x.size(1) - left) // 2
-        state = x[:, 2 * n :]  # k - 2 inputs, and one more if it still waits for the other half of its pair
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, L, C) -> (B, floor(L / 2), C)."""
+        n = x.size(1) // 2
         if n == 0:
-            return x[:, :0], state
-        x = x[:, : left + 2 * n]
-        shortcut = x[:, left:].unflatten(1, (n, 2)).mean(dim=2)  # (B, 2n, C) -> (B, n, 2, C) -> (B, n, C)
-        return shortcut + self.norm(convolve(self.conv, x)), state
+            return x[:, :0]
+        x = x[:, : 2 * n]
+        shortcut = x.unflatten(1, (n, 2)).mean(dim=2)  # (B, 2n, C) -> (B, n, 2, C) -> (B, n, C)
+        return shortcut + self.norm(convolve(self.conv, F.pad(x, (0, 0, self.conv.kernel_size[0] - 2, 0))))
 
 
 class CausalDownsample(nn.Module):
@@ -78,47 +73,30 @@ class CausalDownsample(nn.Module):
         super().__init__()
         if kernel < 2:
             raise ValueError(f"kernel={kernel}: a layer that joins two positions needs a kernel of at least 2")
-        self.width, self.kernel, self.keep_partial = width, kernel, keep_partial
+        self.keep_partial = keep_partial
         self.layers = nn.ModuleList(DownLayer(width, kernel, bias) for _ in range(doublings(factor)))
-
-    def initial_state(self, x: torch.Tensor) -> DownState:
-        """State before the first position, for a batch, device and dtype like those of x (B, ..., C)."""
-        return [x.new_zeros(x.size(0), self.kernel - 2, self.width) for _ in self.layers]
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x (B, T, C) of any length, mask (B, T) True = real -> latents (B, M, C), zero where masked, and their mask (B, M)."""
         x = zero_masked(x, mask)
-        for layer, state in zip(self.layers, self.initial_state(x)):
+        for layer in self.layers:
             if self.keep_partial and x.size(1) % 2:  # ceil(ceil(T/2)/2) = ceil(T/4), and so on: pad layer by layer
                 if mask is None:
                     mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
                 x, mask = F.pad(x, (0, 0, 0, 1)), F.pad(mask, (0, 1))
-            x, _ = layer(x, state)
+            x = layer(x)
             if mask is not None:
                 first, second = mask[:, 0 : 2 * x.size(1) : 2], mask[:, 1::2]
                 mask = first | second if self.keep_partial else first & second
                 x = zero_masked(x, mask)
         return x, mask
 
-    def advance(self, x: torch.Tensor, state: DownState) -> tuple[torch.Tensor, DownState]:
-        """
-        The next positions x (B, L, C), L >= 0, all real -> the latents (B, 0 or more, C) they complete, and the state to
-        pass with those after them. `state` itself is left as it is, so that one can go back to it.
-        Together the latents of all chunks are those of forward() on the whole, except that a partial block never comes out.
-        """
-        after = []
-        for layer, before in zip(self.layers, state):
-            x, left_over = layer(x, before)
-            after.append(left_over)
-        return x, after
-
 
 class ResidualConvBlock(nn.Module):
-    """x + LayerNorm(conv3(relu(x))): causal, seeing two positions back, or one to each side."""
+    """x + LayerNorm(conv3(relu(x))), seeing one position to each side."""
 
-    def __init__(self, width: int, causal: bool, bias: bool = False):
+    def __init__(self, width: int, bias: bool = False):
         super().__init__()
-        self.causal = causal
         self.conv = nn.Conv1d(width, width, 3, bias=bias)
         self.norm = nn.LayerNorm(width, bias=bias)
 
@@ -127,20 +105,7 @@ class ResidualConvBlock(nn.Module):
         x = zero_masked(x, mask)
         if x.size(1) == 0:
             return x
-        padded = F.pad(x, (0, 0, 2, 0) if self.causal else (0, 0, 1, 1))
-        return zero_masked(x + self.norm(convolve(self.conv, padded)), mask)
-
-    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
-        """State before the first position, for a batch, device and dtype like those of x (B, ..., C)."""
-        return x.new_zeros(x.size(0), 2, x.size(-1))
-
-    def advance(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Causal blocks only: the next positions x (B, L, C) -> their outputs (B, L, C), and the state for those after them."""
-        assert self.causal, "a block that sees the next position cannot run ahead of it"
-        seen = torch.cat((state.type_as(x), x), dim=1)
-        if x.size(1) > 0:
-            x = x + self.norm(convolve(self.conv, seen))
-        return x, seen[:, -2:]
+        return zero_masked(x + self.norm(convolve(self.conv, F.pad(x, (0, 0, 1, 1)))), mask)
 
 
 class UpLayer(nn.Module):

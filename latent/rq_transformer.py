@@ -34,10 +34,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from dataloader import TokenData
-from kernels import Dropout, head_logits
+from kernels import Dropout, LayerNorm, head_logits
 from latent.autoencoder import Autoencoder
 from latent.codes import CodeData
-from model import Block, Cache, CausalModel, LayerNorm, check_fields, require
+from model import Block, Cache, CausalModel, check_fields, require
 
 FROM_AUTOENCODER = ("vocab_size", "block_size", "latent_factor", "latent_dim", "codebook_size", "codebook_levels")
 

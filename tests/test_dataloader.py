@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -166,11 +167,11 @@ def test_split_shorter_than_a_window(tmp_path):
     """Guards against an endless loop or an index error for a tiny split; block_size + 1 tokens are just enough."""
     folder = counting_set(tmp_path / "set", val=33)
     assert TokenData(folder, 32).eval_starts("val", 3).tolist() == [0, 0, 0]
-    with pytest.raises(ValueError, match="val.bin has 33 tokens, too few for block_size=33.*--block_size to 32 or less"):
+    with pytest.raises(ValueError, match="val.bin has 33 tokens, too few for block_size=33, which needs 34; set --block_size to 32"):
         TokenData(folder, 33)
     with pytest.raises(ValueError, match="block_size=0: at least 1"):
         TokenData(folder, 0)
-    with pytest.raises(ValueError, match="val.bin has 1 tokens, .* needs one more than that; prepare more text$"):
+    with pytest.raises(ValueError, match="val.bin has 1 tokens, .* which needs 9; prepare more text$"):
         TokenData(counting_set(tmp_path / "one", val=1), 8)
 
 
@@ -193,8 +194,8 @@ def test_attributes(tmp_path):
     data = TokenData(folder, 8)
     other = TokenData(counting_set(tmp_path / "b", train=1001), 8)
     assert data.bytes_per_token == 3.0
-    assert data.hash == hashlib.sha256((tmp_path / "a" / "val.bin").read_bytes()).hexdigest()
-    assert data.hash == other.hash and data.data_hash != other.data_hash
+    assert data.val_hash == hashlib.sha256((tmp_path / "a" / "val.bin").read_bytes()).hexdigest()
+    assert data.val_hash == other.val_hash and data.both_hash != other.both_hash
     assert (len(data.train), len(data.val), data.vocab_size) == (1000, 100, 1000)
 
 
@@ -263,13 +264,13 @@ def test_folder_is_resolved(tmp_path, monkeypatch):
 )
 def test_advice_fits_the_kind_of_set(tmp_path, facts, command):
     """Guards against a command that overwrites pairs, or what a run wrote, with a set of text."""
-    folder = counting_set(tmp_path / "set")
+    folder = counting_set(tmp_path / "my set")
     if facts is None:
         (folder / "meta.json").write_text("{", encoding="utf-8")
     else:
         damage(folder, **facts)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=f"; run: {command.format(folder)}"):
+    with pytest.raises(FileNotFoundError, match=f"; run: {command.format(shlex.quote(str(folder)))}"):
         dataloader.prepare_if_missing(folder)
 
 

@@ -79,7 +79,7 @@ def test_pairs_keep_their_sides(pairs_run, tmp_path):
     meta, again = (distill(run, tmp_path / name, *batch) for name, batch in (("one", ()), ("two", ("--batch", "5"))))
     assert bins(tmp_path / "one") == bins(tmp_path / "two") and meta["val"] == again["val"]
     data, original = dataloader.open_data(tmp_path / "one", 16), dataloader.open_data(source, 16)
-    assert data.hash == original.hash and data.bytes_per_token == original.bytes_per_token
+    assert data.val_hash == original.val_hash and data.bytes_per_token == original.bytes_per_token
     sides = [{bytes(x) for x, _ in data.questions(split, None)} for split in ("train", "val")]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
     teacher = meta["teacher"]
@@ -94,7 +94,7 @@ def test_texts_are_prompts_and_what_sample_py_writes(text_run, tmp_path):
     run, source = text_run
     meta = distill(run, tmp_path / "set", "--count", "12", "--prompt_tokens", "6", "--seed", "3", "--batch", "5")
     data, original = dataloader.TokenData(tmp_path / "set", 1), dataloader.TokenData(source, 1)
-    assert data.hash == original.hash and meta["teacher"]["temperature"] == 1.0
+    assert data.val_hash == original.val_hash and meta["teacher"]["temperature"] == 1.0
     teacher = prepare.Teacher(str(run), "best", 1.0, 3, 5, "cpu")
     end = teacher.tokenizer.eos
     written, begin = data.train.tolist(), 0

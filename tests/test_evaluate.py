@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from test_train import arguments
@@ -13,6 +14,7 @@ import dataloader
 import evaluate
 import runtime
 import train
+from conftest import write_tokens
 from dev import embeddings
 from trainer import evaluate_all
 
@@ -38,6 +40,18 @@ def test_the_loss_is_that_of_training(finished, wide_data, tmp_path):
     assert best[0]["val_tokens"] == 320 and best[0]["val_loss"] != line["val_loss"] and best[0]["step"] == 3
 
 
+def test_a_short_text_can_be_evaluated(finished, tmp_path):
+    """Guards the loss on a text that is shorter than the context, which once was refused for the sake of its training file."""
+    text = np.frombuffer(b"import os\nimport sys", dtype=np.uint8)
+    few = write_tokens(tmp_path / "few", text[:1], text)
+    [line] = evaluate.main([str(finished), f"--dataset={few}", "--device=cpu", "--dtype=float32"])
+    ids = torch.from_numpy(text.astype(np.int64))[None]
+    with torch.no_grad():
+        logits, _ = checkpoint.load_run(finished, "last")[0](ids[:, :-1])
+    assert line["val_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits[0], ids[0, 1:]).item(), rel=1e-5)
+    assert line["val_tokens"] == len(text) - 1
+
+
 def test_attention_dropout_is_the_only_one_left_on(finished, tiny_data):
     """Guards against dropping nothing, or embeddings and residual branches as well: training mode with these at 0 says the same."""
     [line] = evaluate.main([str(finished), "--attention_dropout", "--seed=5", "--device=cpu", "--dtype=float32"])
@@ -48,7 +62,7 @@ def test_attention_dropout_is_the_only_one_left_on(finished, tiny_data):
     model.eval = lambda: model  # evaluate_all() calls it
     data = dataloader.open_data(tiny_data, model.config.block_size)
     runtime.seed_everything(5)
-    total, count = evaluate_all(model, data, "val", 8192 // 32, runtime.start("cpu", "float32", "off"))
+    total, count = evaluate_all(model, data, 8192 // 32, runtime.start("cpu", "float32", "off"))
     assert line["val_loss"] == (total / count).item()
     [plain] = evaluate.main([str(finished), "--device=cpu", "--dtype=float32"])
     assert line["val_loss"] != plain["val_loss"] and line["attention_dropout"] == 0.3

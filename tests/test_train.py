@@ -166,6 +166,28 @@ def test_resume_equals_an_uninterrupted_run(tiny_data, tmp_path, reference):
     assert checkpoint.read_json(out / "config.json")["train"]["max_iters"] == 6, "a finished run would look unfinished"
 
 
+def test_a_run_that_ends_where_it_was_stopped_is_evaluated_there(tiny_data, tmp_path, monkeypatch):
+    """Guards best/: of a run that is stopped between evaluations, and ends there when resumed, it once held untrained weights."""
+    out = tmp_path / "run"
+    call_at(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_data, out, "--eval_interval=1000")
+    monkeypatch.undo()
+    summary = train.main([f"--out_dir={out}", "--resume", "--max_iters=4"])
+    assert summary["best_step"] == 4 and same(weights(out, "best"), weights(out)), "its last evaluation is its best one"
+    again = train.main([f"--out_dir={out}", "--resume"])  # nothing is left to do
+    assert [record["step"] for record in records(out, "eval")] == [0, 4]
+    assert all(again[key] == summary[key] for key in ("train_loss", "val_loss", "best_val_loss"))
+
+
+def test_a_few_steps_of_a_long_run_can_go_on(tiny_data, tmp_path, capsys):
+    """Guards a run that ended inside its warm-up, by a note and not an error: it is no error when it is resumed either."""
+    words = [word for word in arguments(tiny_data, tmp_path / "run") if not word.startswith("--warmup_iters")]
+    train.main(words)
+    assert "ends the run inside its warm-up of 100 steps" in capsys.readouterr().err
+    assert train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_iters=8"])["steps"] == 8
+
+
 def test_a_run_keeps_its_settings_whatever_its_config_file_says_by_now(tiny_data, tmp_path, capsys, monkeypatch):
     """Guards --resume CONFIG: flags of the first command hold, what the file says else is named, and a flag counts more than both."""
     monkeypatch.chdir(tmp_path)
@@ -433,6 +455,24 @@ def test_evaluating_more_often_changes_nothing(tiny_data, tmp_path, reference):
     assert [r["loss"] for r in records(out, "train")] == [r["loss"] for r in records(reference, "train")]
 
 
+@pytest.mark.parametrize("name", ["decoder_only", "latent_transformer"])
+def test_samples_of_pairs_are_those_of_sample_py(name, tmp_path, capsys):
+    """Guards samples at evaluations: a question ends with its separator and an answer at its end; too long a one shows at once."""
+    lines = [f"q{i}\t{'yes' * (i % 3 + 1)}" for i in range(60)]
+    (tmp_path / "qa.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    pairs.main(["--input", str(tmp_path / "qa.tsv"), "--out_dir", str(tmp_path / "set"), "--val_fraction", "0.3"])
+    sizes = "--task=pairs --target_size=16 --latent_factor=4 --n_layer=1 --n_decoder_layer=1 --quantize_after=1 --startup_steps=0"
+    words = [f"--dataset={tmp_path / 'set'}", f"--model={name}", f"--out_dir={tmp_path / 'run'}", "--block_size=32", "--n_head=2"]
+    words += ["--n_embd=16", *SHORT.split(), *(sizes.split() if name == "latent_transformer" else [])]
+    train.main([*words, "--eval_sample_tokens=12", "--eval_sample_prompt=q7"])
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sample: ")]
+    command = [str(tmp_path / "run"), "--prompt=q7", "--checkpoint=last", "--max_new_tokens=12", "--temperature=1", "--device=cpu"]
+    assert shown[-1] == f"sample: {sample.main(command)[0]!r}" and len(shown) == 3
+    if name == "latent_transformer":
+        with pytest.raises(ValueError, match="the prompt has 17 tokens, but the model's context has 16"):
+            train.main([*words, "--overwrite", "--eval_sample_tokens=12", f"--eval_sample_prompt={'q' * 16}"])
+
+
 @pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
 def test_full_loss_is_exact_at_any_batch_size(tiny_data, name):
     """Guards the number in every table: the same at batch sizes 1, 7, 64, equal to a loop over single windows, each token once."""
@@ -441,7 +481,7 @@ def test_full_loss_is_exact_at_any_batch_size(tiny_data, name):
     machine = runtime.start("cpu", "float64", "off")
     losses = []
     for rows in (1, 7, 64):
-        total, count = evaluate_all(model, data, "val", rows, machine)
+        total, count = evaluate_all(model, data, rows, machine)
         losses.append((total / count).item())
         assert count == 3000
     assert np.ptp(losses) < 1e-9
@@ -454,7 +494,7 @@ def test_full_loss_is_exact_at_any_batch_size(tiny_data, name):
     log_p = torch.cat([model(val[None, i : i + 32])[0].log_softmax(-1)[0] for i in (0, 32, 64, 96)])
     part = -sum(log_p[i, val[i + 1]] for i in range(100))
     for rows in (1, 3):
-        total, count = evaluate_all(model, data, "val", rows, machine, first_targets=100)
+        total, count = evaluate_all(model, data, rows, machine, first_targets=100)
         assert count == 100 and abs(total - part) < 1e-9
 
 
@@ -798,6 +838,16 @@ def test_what_auto_means(monkeypatch):
     assert not runtime.choose_compile("off", gpu)[0]
 
 
+def test_memory_that_nobody_counts_is_unknown(monkeypatch):
+    """Guards Windows, which has neither /proc nor `resource`: a script that imported the latter at its top did not start there."""
+    cpu = runtime.start("cpu", "float32", "off")
+    counted = cpu.peak_memory_bytes()
+    monkeypatch.setattr(Path, "read_text", lambda path: (_ for _ in ()).throw(FileNotFoundError))
+    assert 0.5 < cpu.peak_memory_bytes() / counted < 2, "getrusage and /proc should agree"
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert cpu.peak_memory_bytes() is None
+
+
 def test_the_run_directory_is_named_after_the_config_file():
     """Guards runs of two config files in one folder, and of a checkout that itself lies below a folder called config."""
     names = ("config/stdlib/baseline.py", "/home/me/config/code/config/stdlib/baseline.py", "mine/baseline.py")
@@ -907,7 +957,7 @@ def test_run_directory(reference, tiny_data):
         assert record["tokens"] == record["step"] * 2 * 4 * 32
     summary = json.loads((reference / "summary.json").read_text())
     assert summary["tokens"] == 6 * 2 * 4 * 32
-    assert summary["data_hash"] == dataloader.TokenData(tiny_data, 32).hash, "that of what the loss was measured on"
+    assert summary["data_hash"] == dataloader.TokenData(tiny_data, 32).val_hash, "that of what the loss was measured on"
     for key in ("val_loss", "val_bits_per_byte", "parameters", "flops_per_token", "tokens", "seconds", "tokens_per_second",
                 "peak_memory_bytes", "seed", "commit", "data_hash", "torch", "device", "embedding_loss"):  # fmt: skip
         assert summary[key] is not None, key
@@ -1038,7 +1088,7 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
     code, line = complaint(train, arguments(tiny_data, out, "--n_embd=15", "--overwrite"), capsys)
     assert code == 2 and snapshot(out) == before, "a bad setting must show before anything is deleted"
     sample_of = "--eval_sample_tokens=3 --eval_sample_prompt="
-    for late in ("--wandb=offline", sample_of, sample_of + "x" * 40):
+    for late in ("--wandb=offline", sample_of, sample_of + "x" * 40, f"--seed={2**64} --eval_sample_tokens=3"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "wandb", None)
             code, line = complaint(train, arguments(tiny_data, out, *REFERENCE, "--overwrite", *late.split()), capsys)
@@ -1056,6 +1106,9 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
         assert code == 2 and other in line and snapshot(out) == before
     code, line = complaint(train, arguments(tiny_data, tmp_path / "none", "--resume"), capsys)
     assert code == 1 and "not a directory" in line and not (tmp_path / "none").exists()
+    (out / "last" / "trainer.json").write_text("[1]")
+    code, line = complaint(train, [f"--out_dir={out}", "--resume"], capsys)
+    assert code == 2 and "trainer.json is damaged: it lacks step" in line
     shutil.rmtree(out / "last")
     code, line = complaint(train, arguments(tiny_data, out), capsys)
     assert code == 1 and "exists; --overwrite starts it again" in line, "there is nothing to resume"
@@ -1151,6 +1204,12 @@ def test_sample_script(reference, capsys, monkeypatch, tmp_path):
     )
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert plain == streamed == several[:1] and report["tokens"] == 60 and report["samples"] == 3
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\udcff"))  # as some locales hand on a byte that is no UTF-8
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        sample.main([str(reference), "--prompt=-"])
+    with pytest.raises(ValueError, match="the prompt has 40 tokens"):
+        sample.main([str(reference), f"--prompt={'x' * 40}", "--stream"])
+    assert capsys.readouterr().out == "", "of a text that cannot be continued nothing is shown"
     monkeypatch.setattr(sys, "stdin", None)  # closed
     with pytest.raises(ValueError, match="there is no standard input"):
         sample.main([str(reference), "--prompt=-"])
