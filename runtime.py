@@ -12,15 +12,18 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+PROGRESS_SECONDS = 30.0  # between two lines of with_progress
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -198,6 +201,27 @@ def seed_everything(*parts: int) -> None:
     """Seed torch's generators with a hash of the parts, e.g. (seed, step, micro-batch): dropout is then a function of them."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+T = TypeVar("T")
+
+
+def with_progress(items: Iterable[T], total: float, what: str, size: Callable[[T], float] = lambda item: 1) -> Iterator[T]:
+    """The items, of which `total` in sizes are awaited; says every half minute how far they are, and how long the rest will take."""
+    began = said = time.perf_counter()
+    done = 0.0
+    for item in items:
+        if (now := time.perf_counter()) - said >= PROGRESS_SECONDS and done:
+            said = now
+            print(f"{what}: {done / total:.0%}, {duration((now - began) / done * (total - done))} to go", flush=True)
+        yield item
+        done += size(item)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
 class Lanes:

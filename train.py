@@ -38,7 +38,7 @@ import generate
 import runtime
 import tokenizer
 from model import Block, DecoderBlock
-from trainer import TrainConfig, Trainer, exact_pairs, learning_rate
+from trainer import TrainConfig, Trainer, exact_pairs, learning_rate, whole_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # reporting
@@ -111,12 +111,6 @@ def git_commit() -> str:
         return git("rev-parse", "--short=10", "HEAD").strip() + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -360,7 +354,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                 shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in named.items() if key != "token_loss")
                 say(
                     f"step {trainer.step}/{config.max_iters}: {shown}, lr {rate:.2e}, {speed:,.0f} tokens/s, "
-                    f"{duration(elapsed)} gone, {duration(left)} to go",
+                    f"{runtime.duration(elapsed)} gone, {runtime.duration(left)} to go",
                     flush=True,
                 )
                 log({"step": trainer.step, "tokens": trainer.step * tokens_per_step, "kind": "train", **named, "lr": rate,
@@ -379,7 +373,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     found = f"{summary['token_accuracy']:.2%} right" if reconstructs(model) else f"{summary['val_bits_per_byte']:.4f} bits per byte"
     say(
         f"done: validation {what} {summary['val_loss']:.4f} nats per token, {found} over {summary['val_tokens']:,} tokens; "
-        f"{duration(state['seconds'])}; {out}/summary.json"
+        f"{runtime.duration(state['seconds'])}; {out}/summary.json"
     )
     return summary
 
@@ -406,8 +400,7 @@ def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
         summary["reconstruction"] = True
     else:
         summary["val_bits_per_byte"] = val_loss / math.log(2) / data.bytes_per_token
-    windows = data.full_windows("val", trainer.full_rows, machine.rank, machine.world_size, config.final_eval_tokens)
-    measured = trainer.measure(windows)
+    measured = trainer.measure(whole_file(data, trainer.full_rows, machine, config.final_eval_tokens))
     for name in [name for name in measured if name.endswith("bits_per_token")]:
         measured[name.removesuffix("token") + "byte"] = measured[name] / data.bytes_per_token
     summary |= measured

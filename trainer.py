@@ -421,9 +421,23 @@ def evaluate_all(
     machine: runtime.Runtime,
     first_targets: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """summed_loss over this process's share of the validation file, which is read in fixed order in windows of block_size."""
+    """summed_loss over this process's share of the validation file."""
+    return summed_loss(model, whole_file(data, rows, machine, first_targets), machine)
+
+
+def whole_file(
+    data: dataloader.TokenData, rows: int, machine: runtime.Runtime, first_targets: int | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    This process's share of the validation file in fixed order, batches of windows, all of it or its first targets. The first
+    process says how far it is.
+    """
     windows = data.full_windows("val", rows, machine.rank, machine.world_size, first_targets)
-    return summed_loss(model, windows, machine)
+    if not machine.is_main:
+        return windows
+    targets = data.meta["val"].get("target_tokens", len(data.val) - 1)
+    share = min(targets, first_targets or targets) / machine.world_size
+    return runtime.with_progress(windows, share, "evaluated", lambda batch: int((batch[1] >= 0).sum()))
 
 
 EXACT_PAIRS = 1000  # unseen pairs to answer after training

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import runtime
 from dataloader import TokenData
 from latent.autoencoder import Autoencoder
 from latent.quantize import distributed
@@ -102,7 +103,8 @@ def extract(folder: Path, data: TokenData, autoencoder: Autoencoder, starts: np.
     codes_file, meta_file = (folder / f"{name}.{os.getpid()}.tmp" for name in ("codes.bin", "meta.json"))
     try:
         with open(codes_file, "wb") as file, torch.autocast(device.type, enabled=False):
-            for first in range(0, len(starts), rows):
+            firsts = range(0, len(starts), rows)
+            for first in runtime.with_progress(firsts, len(firsts), "encoded"):
                 text, _ = data.gather("train", starts[first : first + rows])
                 codes = autoencoder.encode(text.to(device)).cpu().numpy()
                 file.write(codes.astype("<u2").tobytes())

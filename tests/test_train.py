@@ -27,7 +27,7 @@ from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from conftest import ROOT, make_model, write_tokens
 from data.pairs import prepare as pairs
 from model import Block, DecoderBlock
-from trainer import TrainConfig, Trainer, evaluate_all, learning_rate, make_optimizer
+from trainer import TrainConfig, Trainer, evaluate_all, learning_rate, make_optimizer, whole_file
 
 TINY = {
     "encoder_decoder": "--n_encoder_layer=1 --n_decoder_layer=1 --n_head=2 --n_cross_head=2 --n_embd=16 --block_size=32",
@@ -836,6 +836,21 @@ def test_what_auto_means(monkeypatch):
     assert not runtime.choose_compile("auto", cpu)[0] and runtime.choose_compile("on", cpu)[0]
     assert runtime.choose_compile("auto", gpu)[0] == sys.platform.startswith("linux")
     assert not runtime.choose_compile("off", gpu)[0]
+
+
+def test_long_work_says_how_far_it_is(tiny_data, monkeypatch, capsys):
+    """Guards minutes of silence, and wrong shares: of two processes, of sizes that differ, of a part of the file."""
+    monkeypatch.setattr(runtime, "PROGRESS_SECONDS", 0.0)
+    data, lines = dataloader.TokenData(tiny_data, 32), []
+    for rank, world, first in ((0, 1, None), (0, 2, None), (1, 2, None), (0, 1, 640)):
+        machine = runtime.Runtime(torch.device("cpu"), torch.float32, False, "", rank, world)
+        seen = sum(int((y >= 0).sum()) for _, y in whole_file(data, 10, machine, first))
+        assert seen == sum(int((y >= 0).sum()) for _, y in data.full_windows("val", 10, rank, world, first))
+        lines.append([line.split("%")[0] for line in capsys.readouterr().out.splitlines()])
+    assert lines[0] == [f"evaluated: {round(i * 32000 / 3000)}" for i in range(1, 10)] and lines[2] == []
+    assert lines[1] == [f"evaluated: {round(i * 32000 / 1500)}" for i in range(1, 5)] and lines[3] == ["evaluated: 50"]
+    assert list(runtime.with_progress("abc", 6.0, "x", ord)) == ["a", "b", "c"]
+    assert [runtime.duration(s) for s in (0.9, 61, 3599.5, 3660)] == ["0m00s", "1m01s", "59m59s", "1h01m"]
 
 
 def test_memory_that_nobody_counts_is_unknown(monkeypatch):
