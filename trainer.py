@@ -26,7 +26,7 @@ class TrainConfig:
     model: str = "encoder_decoder"  # a name in the registry of checkpoint.py
     dataset: str = "stdlib"  # data/<dataset>/, or a path to a folder with train.bin, val.bin and meta.json
     out_dir: str | None = None  # run directory; none: out/ and the config file's path below config/
-    resume: bool = False  # go on from out_dir/last
+    resume: bool = False  # go on from out_dir/last, with the settings that the run has
     overwrite: bool = False  # start again although out_dir holds a run
     init_from: str | None = None  # start from the weights of another run directory, or of a nanoGPT ckpt.pt
     seed: int = 1337  # of the weights, the order of the data, and dropout

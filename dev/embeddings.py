@@ -29,6 +29,7 @@ import compare
 import configurator
 import curves
 import dataloader
+from runs import find_runs, group, read_runs
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     if settings.words[0].endswith(".json"):
         rows = checkpoint.read_json(Path(settings.words[0]))
     else:
-        grouped = compare.group(compare.read_runs(compare.find_runs(settings.words)))
+        grouped = group(read_runs(find_runs(settings.words)))
         rows = {row.label: [{"run": str(run.path)} | measure(run.path) for run in row.runs] for row in grouped}
     print(table(rows))
     if options.json is not None:

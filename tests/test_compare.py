@@ -15,6 +15,7 @@ import pytest
 import checkpoint
 import compare
 import curves
+from runs import NOT_OF_A_ROW, read_lines
 
 ROOT = Path(__file__).parent.parent
 BYTES_PER_TOKEN = 4.2
@@ -257,7 +258,7 @@ def test_runs_are_grouped_over_seeds_and_nothing_else(tmp_path):
 def test_settings_that_change_nothing_are_the_same_everywhere():
     """Guards two lists of one fact, which settings make no other run: --resume lets all of those change that are in one row."""
     may_change = {"max_iters", "dataset", "init_from"}  # of a run that goes on; they make another row
-    assert compare.NOT_OF_A_ROW - {"seed"} | may_change == checkpoint.FREE_ON_RESUME
+    assert NOT_OF_A_ROW - {"seed"} | may_change == checkpoint.FREE_ON_RESUME
 
 
 def test_a_run_given_twice_or_copied_counts_once(tmp_path, capsys):
@@ -551,7 +552,7 @@ def test_repeated_and_half_written_lines(tmp_path, capsys):
     text = "\n".join(map(json.dumps, lines))
 
     def evals(run: Path) -> list[tuple]:
-        records = compare.read_lines(run / "metrics.jsonl")
+        records = read_lines(run / "metrics.jsonl")
         assert [record["step"] for record in records if record["kind"] == "train"] == [15]
         return [(record["step"], record["val_loss"]) for record in records if record["kind"] == "eval"]
 
@@ -574,8 +575,8 @@ def test_lowest_and_last_point_equal_a_slow_computation(tmp_path, capsys):
         "down": ([9, 7, 6, 5, 4], [9, 8, 6, 4, 3]),
         "level": ([9, 3, 2, 2, 2],),
     }
-    for name, runs in curves_of.items():
-        for seed, losses in enumerate(runs, 1):
+    for name, seeds in curves_of.items():
+        for seed, losses in enumerate(seeds, 1):
             evals = [{"step": 10 * i, "val_loss": loss, "train_loss": loss} for i, loss in enumerate(losses)]
             write_run(tmp_path / f"{name}_s{seed}", seed, evals=evals, model={"name": name})
     compare.main([str(tmp_path / "*"), "--plot=none", f"--json={tmp_path / 't.json'}"])

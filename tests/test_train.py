@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 
 import checkpoint
-import compare
 import configurator
 import dataloader
 import generate
@@ -27,6 +26,7 @@ from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from conftest import ROOT, make_model, write_tokens
 from data.pairs import prepare as pairs
 from model import Block, DecoderBlock
+from runs import group, read_runs
 from trainer import TrainConfig, Trainer, evaluate_all, learning_rate, make_optimizer, whole_file
 
 TINY = {
@@ -216,7 +216,7 @@ def test_a_run_resumed_with_another_schedule_says_so(tiny_data, tmp_path, capsys
     assert "note" not in capsys.readouterr().out
     summary = run(tiny_data, out, "--seed=3", "--resume")
     assert "decays until step 6 from now on, until here it was 4" in capsys.readouterr().out and summary["decay_ends"] == [4, 6]
-    rows = compare.group(compare.read_runs(sorted(tmp_path.glob("a_s*"))))
+    rows = group(read_runs(sorted(tmp_path.glob("a_s*"))))
     assert sorted(len(row.runs) for row in rows) == [1, 2] and any("decay_ends=[4, 6]" in row.label for row in rows)
     with pytest.raises(ValueError, match="max_iters=5, but .* has come to step 6"):
         run(tiny_data, out, "--seed=3", "--max_iters=5", "--resume")
