@@ -43,7 +43,7 @@ class CompareConfig:
 NOT_OF_A_ROW = {
     "seed", "out_dir", "resume", "overwrite", "eval_interval", "log_interval", "eval_sample_tokens", "eval_sample_prompt",
     "wandb", "wandb_project", "wandb_run_name", "device", "compile", "final_eval_tokens",
-    "micro_batch_size", "activation_checkpointing",
+    "micro_batch_size", "lanes", "activation_checkpointing",
 }  # fmt: skip
 NUMBERS = (  # that every summary.json has
     "val_loss", "val_bits_per_byte", "train_loss", "parameters", "flops_per_token", "tokens", "tokens_per_second", "seed", "val_tokens",

@@ -246,10 +246,19 @@ def test_runs_are_grouped_over_seeds_and_nothing_else(tmp_path):
     ]
     b = [write_run(tmp_path / "b_13", 1, 3.5, train={"learning_rate": 1e-3})]
     c = [write_run(tmp_path / f"c_s{s}", s, 3.6, train={"learning_rate": s}) for s in (1, 2)]
-    rows = rows_of(tmp_path)
+    rows = rows_of(*a, *b, *c)
     assert list(rows) == ["a", "b_13", "c (learning_rate=1)", "c (learning_rate=2)"]
     assert [run.path for run in rows["a"].runs] == sorted(a) and [run.path for run in rows["b_13"].runs] == b
     assert [run.path for label in list(rows)[2:] for run in rows[label].runs] == c
+
+
+def test_how_steps_are_computed_is_no_setting_of_a_row(tmp_path):
+    """Guards seeds that are rows of their own because one machine has more cores or less memory, and a mean over batch sizes."""
+    ways = {"lanes": 2, "micro_batch_size": 4, "activation_checkpointing": True, "eval_interval": 50, "log_interval": 1}
+    a = [write_run(tmp_path / f"a_s{seed}", seed, 3.0, train={key: ways[key]}) for seed, key in enumerate(ways)]
+    others = {"batch_size": 4, "gradient_accumulation_steps": 2, "grad_clip": 1.0, "dtype": "float32"}
+    b = [write_run(tmp_path / f"b_s{seed}", seed, 3.1, train={key: others[key]}) for seed, key in enumerate(others)]
+    assert sorted(len(row.runs) for row in rows_of(*a, *b).values()) == [1] * len(b) + [len(a)]
 
 
 def test_a_run_given_twice_or_copied_counts_once(tmp_path, capsys):
@@ -395,7 +404,7 @@ def test_different_validation_data_is_refused(tmp_path):
     """Guards a table over two data sets or two tokenizers, in which the smaller number means nothing."""
     a = write_run(tmp_path / "a", 1, 3.0)
     b = write_run(tmp_path / "b", 1, 1.0, summary={"data_hash": "cd" * 32, "dataset": "stdlib"})
-    c = write_run(tmp_path / "c", 1, 3.0, summary={"val_bits_per_byte": 3.0})
+    c = write_run(tmp_path / "c", 1, 3.0, summary={"val_bits_per_byte": 3.0 / math.log(2) / (BYTES_PER_TOKEN + 0.01)})
     with pytest.raises(ValueError, match=r"a \(wikipedia, sha256 abab.*b \(stdlib, sha256 cdcd"):
         compare.main([str(a), str(b), "--plot=none"])
     part = write_run(tmp_path / "part", 1, 2.0, summary={"val_tokens": 100})
@@ -412,6 +421,7 @@ def test_unfinished_runs_are_named_and_skipped(tmp_path, capsys):
     (write_run(tmp_path / "cut") / "summary.json").write_text('{"val_loss": 3.', encoding="utf-8")
     (write_run(tmp_path / "old") / "summary.json").write_text('{"val_loss": 3.0}', encoding="utf-8")
     write_run(tmp_path / "diverged", 1, float("nan"))
+    write_run(tmp_path / "auto", 1, 0.1, summary={"reconstruction": True})
     (tmp_path / "plot.png").write_bytes(b"not a directory")
     compare.main([str(tmp_path / "*"), "--plot=none"])
     warnings = capsys.readouterr().err
@@ -420,6 +430,7 @@ def test_unfinished_runs_are_named_and_skipped(tmp_path, capsys):
         "cut: config.json or summary.json is half written",
         "old: summary.json lacks",
         "it diverged",
+        "auto is an autoencoder: it predicts tokens that it has seen",
     ):
         assert words in warnings
     with pytest.raises(ValueError, match="no finished run.*: .*going has no summary.json"):
@@ -587,6 +598,9 @@ def test_the_end_is_a_tenth_of_training(tmp_path):
     end = compare.ending(run)
     assert (end.best, end.best_step, end.last) == (0.0, 100, 0.0)
     assert end.change == -12.0 and end.share == pytest.approx(0.12)  # from step 88, the last one at 90 or before
+    tenths = [{"step": step, "val_loss": 100.0 - step, "train_loss": 0.0} for step in range(0, 101, 10)]
+    (run,) = compare.read_runs([write_run(tmp_path / "d", evals=tenths)])
+    assert compare.ending(run).change == -10.0  # from step 90 itself
     (run,) = compare.read_runs([write_run(tmp_path / "b", evals=evals[:1])])
     assert compare.ending(run) is None  # a run of no steps
     evals[5]["val_loss"] = math.nan  # for a while
