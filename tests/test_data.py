@@ -196,6 +196,7 @@ def test_text_without_separator_is_cut_at_line_ends(tmp_path, monkeypatch, longe
     assert "".join(pieces) == text
     assert all(piece.endswith("\n") for piece in pieces[:-1])
     assert all(65_536 <= len(piece) < 65_600 for piece in pieces[:-1])
+    assert list(corpus.cut_lines("ab\ncd\n\nef", 3)) == ["ab\n", "cd\n", "\nef"]
 
 
 def test_one_endless_line_is_cut_as_well(tmp_path, monkeypatch):
@@ -332,9 +333,12 @@ def test_no_document_on_both_sides(tmp_path):
 
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 0.9])
 def test_val_fraction(fraction):
-    """Guards against a fraction that is of something else (or its complement)."""
+    """Guards against a fraction that is of something else (or its complement), and sides other than those of older sets."""
     share = np.mean([corpus.is_validation(f"document {i}", fraction) for i in range(4000)])
     assert abs(share - fraction) < 0.03  # 3.8 standard deviations at 0.5
+    for document in DOCUMENTS:
+        number = int(hashlib.blake2b(document.encode(), digest_size=8).hexdigest(), 16)
+        assert corpus.is_validation(document, fraction) == (number / 2**64 < fraction)
 
 
 def test_threads_do_not_change_the_result(tmp_path, monkeypatch):

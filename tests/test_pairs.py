@@ -73,6 +73,7 @@ def test_windows_of_pairs(tmp_path):
     x, y = data.gather("train", data.batch_starts(1, 2, 5))
     again = data.gather("train", data.batch_starts(1, 2, 5))
     assert np.array_equal(x, again[0]) and np.array_equal(y, again[1])
+    assert data.target_counts(data.batch_starts(1, 2, 5)).tolist() == (y >= 0).sum(1).tolist()
     assert sum(int((y >= 0).sum()) for _, y in data.full_windows("val", 4)) == meta["val"]["target_tokens"]
     assert meta["val"]["target_bytes"] == meta["val"]["target_tokens"] and data.bytes_per_token == 1.0
     ranks = [batch for rank in range(3) for batch in data.full_windows("val", 4, rank, 3)]
@@ -217,7 +218,7 @@ def test_a_pair_that_just_fits(tmp_path):
 
 
 def test_evaluation_covers_pairs_of_the_whole_split(tmp_path):
-    """Guards against a loss estimate of one pair, and against numbers beyond the last pair or those of another run."""
+    """Guards against a loss estimate of one pair, numbers beyond the last pair or those of another run, and equal seeds or steps."""
     small_set(tmp_path)
     data, again = (dataloader.open_data(tmp_path / "set", 16) for _ in range(2))
     for split in ("train", "val"):
@@ -226,6 +227,7 @@ def test_evaluation_covers_pairs_of_the_whole_split(tmp_path):
         assert numbers.tolist() == again.eval_starts(split, 500).tolist()
     assert data.eval_starts("train", 20).tolist() != data.batch_starts(0, 0, 20).tolist()
     assert set(data.batch_starts(0, 0, 500)) == set(range(len(data.bounds["train"])))
+    assert len({tuple(data.batch_starts(seed, step, 12)) for seed in range(4) for step in range(50)}) == 200
 
 
 def test_only_whole_answers_are_exact(monkeypatch):
