@@ -352,6 +352,9 @@ def test_what_makes_rows_unequal_is_said(tmp_path, capsys):
     text = capsys.readouterr().out
     assert " 0123456+ fedcba9 |" in text and "A commit with + had uncommitted changes." in text
     assert "The runs differ in training tokens. The runs differ in commits." in text and "differ in devices" not in text
+    write_run(tmp_path / "c", 1, 3.5, model={"n_layer": 3}, summary={"device": "cpu", "dtype": "float32"})
+    compare.main([str(tmp_path), "--plot=none"])
+    assert "The runs differ in devices. The runs differ in dtypes." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -392,6 +395,8 @@ def test_reference_and_published(tmp_path, capsys):
         (3.174, 3.406),
     ):
         assert re.search(rf" {train:.3f} \| +{val:.3f} ", text)
+    ours = {line[0]: line[6] for line in table_after(text, "run")[2:]}
+    assert {line[0]: line[6] for line in table_after(text, "published run")[2:]} == ours
     assert "one seed each" in text and "attention dropout still on" in text
     with pytest.raises(ValueError, match="--reference=baselin: no such row; one of .*did you mean 'baseline'?"):
         compare.main([str(tmp_path), "--reference=baselin", "--plot=none"])
@@ -647,6 +652,7 @@ def test_a_curve_that_ends_in_nan_has_diverged(tmp_path, capsys):
 def test_a_change_inside_the_spread_over_seeds_is_unclear(tmp_path, capsys):
     """Guards "rising" for seeds of which some rise and some fall; with one seed there is no spread, and what it did is said."""
     changes = {"noise": (0.02, -0.01, 0.03), "rise": (0.02, 0.021, 0.03), "fall": (-0.02, -0.021, -0.03), "one": (0.02,)}
+    changes["spread"] = (0.02, 0.005, 0.03)  # all rise, by 1.5 standard deviations
     for name, of in changes.items():
         for seed, change in enumerate(of, 1):
             evals = [{"step": i, "val_loss": loss, "train_loss": 1.0} for i, loss in enumerate((9.0, 1.5, 1.5 + change))]
@@ -654,7 +660,7 @@ def test_a_change_inside_the_spread_over_seeds_is_unclear(tmp_path, capsys):
     compare.main([str(tmp_path), "--plot=none"])
     text = capsys.readouterr().out
     verdicts = {line[0]: line[5] for line in table_after(text, "run", 1)[2:]}
-    assert verdicts == {"noise": "unclear", "rise": "rising", "fall": "still falling", "one": "rising"}
+    assert verdicts == {"noise": "unclear", "rise": "rising", "fall": "still falling", "one": "rising", "spread": "unclear"}
     assert "unclear: more, but the 95 % interval of its mean over seeds holds 0" in text
 
 
@@ -683,6 +689,81 @@ def test_curve_takes_the_steps_that_all_seeds_have(tmp_path):
     tokens, losses = compare.curve(rows_of(tmp_path)["a"], "val_loss")
     assert tokens.tolist() == [0, 4000, 6000] and losses.tolist() == [[0, 4, 6], [0, 8, 12]]
     assert len(compare.curve(rows_of(tmp_path)["a"], "embedding_loss")[0]) == 0
+
+
+@pytest.fixture
+def saved(monkeypatch) -> list:
+    """The figures that would be written, to look into."""
+    figure, found = pytest.importorskip("matplotlib.figure"), []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **options: found.append(self))
+    return found
+
+
+def test_panels_of_losses_show_a_slow_computation(saved, tmp_path):
+    """Guards lines that are no means, bands, limits and stretches of training of other values, and exchanged axes or losses."""
+    random, tokens = np.random.default_rng(0), np.arange(0.0, 1001.0, 100.0)
+    fall = 9 * np.exp(-tokens / 200)
+    ends, levels = {"a": (3, 8), "b": (1, 11)}, {"val_loss": 4.0, "train_loss": 2.0}  # seeds, evaluations: b trained for longer
+    rows = {
+        label: {key: (tokens[:n], level + fall[:n] + random.random((seeds, n))) for key, level in levels.items()}
+        for label, (seeds, n) in ends.items()
+    }
+    rows["a"]["embedding_loss"], rows["b"]["embedding_loss"] = rows["a"]["val_loss"], (tokens[:0], np.zeros((0, 0)))
+    curves.draw_losses(rows, 0.25, str(tmp_path / "p"))
+    whole, last, against, embedding = saved[0].axes
+    val, train, since = [], [], []  # points of each row's means
+    for row in rows.values():
+        for key, points in (("val_loss", val), ("train_loss", train)):
+            points.append([(x, statistics.mean(y)) for x, y in zip(row[key][0], row[key][1].T)])
+        since.append([i for i, x in enumerate(row["val_loss"][0]) if x >= 400])
+
+    def points(line) -> list[tuple]:
+        return [pytest.approx(point) for point in line.get_xydata()]
+
+    def limits(values: list[float]):
+        margin = 0.05 * (max(values) - min(values))
+        return pytest.approx((min(values) - margin, max(values) + margin))
+
+    assert list(map(points, whole.lines)) == val + train
+    assert whole.get_ylim() == limits([y for line in val + train for _, y in line[1:]])
+    assert list(map(points, last.lines)) == [[line[i] for i in late] for line, late in zip(val, since)]
+    assert last.get_ylim() == limits([line[i][1] for line, late in zip(val, since) for i in late])
+    assert list(map(points, against.lines)) == [[(x[i][1], y[i][1]) for i in late] for x, y, late in zip(train, val, since)]
+    assert against.xaxis_inverted() and embedding.get_yscale() == "log" and points(embedding.lines[0]) == val[0]
+    (band,), values = whole.collections, rows["a"]["val_loss"][1]  # of three seeds, not of one, nor of training
+    edges = {(x, float(edge[i])) for edge in (values.min(0), values.max(0)) for i, x in enumerate(tokens[:8])}
+    assert set(map(tuple, band.get_paths()[0].vertices.tolist())) == edges
+
+
+def test_the_axis_of_bits_per_byte(saved, tmp_path):
+    """Guards bits per byte that are nats per bit, or those of another vocabulary."""
+    compare.main([str(write_run(tmp_path / "a")), f"--plot={tmp_path / 'p'}"])
+    saved[0].draw_without_rendering()
+    nats, bits = saved[0].axes[1].get_ylim(), saved[0].axes[1].child_axes[0].get_ylim()
+    assert bits == pytest.approx([y / math.log(2) / BYTES_PER_TOKEN for y in nats])
+
+
+def test_rows_part_where_they_end_apart():
+    """Guards a picture of overfitting for runs that were apart on the way, or by the noise of their windows."""
+
+    def parted(val: list[float], train: list[float], later: int = 0) -> bool:
+        row = {"val_loss": (np.arange(2.0), np.array([val])), "train_loss": (np.arange(2.0) + later, np.array([train]))}
+        return curves.has_parted(row)
+
+    assert parted([3.0, 2.12], [3.0, 2.0]) and not parted([3.0, 2.08], [3.0, 2.0]) and not parted([9.0, 2.0], [3.0, 2.0])
+    assert not parted([3.0, 2.12], [3.0, 2.0], later=1), "not logged together"
+
+
+def test_axes_of_metrics(saved, tmp_path):
+    """Guards a logarithm of what is not positive or hardly varies, and limits lost to a value that left the numbers."""
+    values = {"wide": (1.0, 100.0), "narrow": (1.0, 99.0), "zero": (0.0, 100.0), "negative": (-1.0, 100.0), "fifth": (1.0, 2.0)}
+    rows = {"a": {key: (np.arange(2.0), np.array([pair])) for key, pair in values.items()}}
+    curves.draw_metrics(rows, tuple(values), str(tmp_path / "p"))
+    assert [ax.get_yscale() for ax in saved[0].axes] == ["log", "linear", "linear", "linear", "linear"]  # and no empty sixth
+    ax = saved[0].axes[1]
+    for some, low, high in (([1.0, math.inf, 2.0, math.nan], 0.95, 2.05), ([3.0, 3.0], 2.99, 3.01)):
+        curves.set_limits(ax, np.array(some))
+        assert ax.get_ylim() == pytest.approx((low, high))
 
 
 @pytest.mark.parametrize("write, panels", [(write_published_like, 3), (write_quickstart_like, 2)])

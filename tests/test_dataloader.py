@@ -245,6 +245,10 @@ def test_folder_is_resolved(tmp_path, monkeypatch):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"not prepared yet \(no tokenizer.json\); run: python data/text/prepare.py"):
         dataloader.prepare_if_missing("mine")
+    other = counting_set(tmp_path / "other" / "stdlib")  # is not the project's stdlib, which could be made here and now
+    (other / "val.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"not prepared yet \(no val.bin\); run: python data/.* --out_dir .*other/stdlib$"):
+        dataloader.prepare_if_missing(other)
 
 
 @pytest.mark.parametrize(

@@ -181,8 +181,9 @@ def test_kind_is_read_from_meta_as_json(tmp_path):
     meta = small_set(tmp_path)
     path = write(tmp_path / "set", "meta.json", json.dumps(meta, separators=(",", ":")))
     assert isinstance(dataloader.open_data(tmp_path / "set", 16), dataloader.PairData)
-    for key in ("separator", "end"):
-        write(tmp_path / "set", path.name, json.dumps({k: v for k, v in meta.items() if k != key}))
+    for key in ("separator", "end", "target_bytes", "target_tokens"):
+        less = {k: v for k, v in meta.items() if k != key} | {"val": {k: v for k, v in meta["val"].items() if k != key}}
+        write(tmp_path / "set", path.name, json.dumps(less))
         with pytest.raises(ValueError, match=f"meta.json is damaged .*{key}.*python data/pairs/prepare.py --input YOUR_PAIRS"):
             dataloader.open_data(tmp_path / "set", 16)
 
@@ -211,6 +212,8 @@ def test_a_pair_that_just_fits(tmp_path):
     longest = len("q59\tyesyesyes")
     data = dataloader.open_data(tmp_path / "set", longest)
     rows = [(x, y) for split in ("train", "val") for x, y in data.full_windows(split, 1)]
+    sides = [side for split in ("train", "val") for side in data.questions(split, None)]
+    assert (data.longest_x, data.longest_y) == (max(len(x) for x, _ in sides), max(len(y) for _, y in sides) + 1)
     full = [(x, y) for x, y in rows if (x != 0).all()]
     assert full and all(y[0, -1] == data.meta["end"] for _, y in full)
     with pytest.raises(ValueError, match=f"a pair of {longest} tokens .* block_size={longest - 1}; raise block_size"):
