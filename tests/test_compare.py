@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import compare
+import configurator
 import curves
+import trainer
 
 ROOT = Path(__file__).parent.parent
 BYTES_PER_TOKEN = 4.2
@@ -257,8 +259,9 @@ def test_how_steps_are_computed_is_no_setting_of_a_row(tmp_path):
     ways = {"lanes": 2, "micro_batch_size": 4, "activation_checkpointing": True, "eval_interval": 50, "log_interval": 1}
     a = [write_run(tmp_path / f"a_s{seed}", seed, 3.0, train={key: ways[key]}) for seed, key in enumerate(ways)]
     others = {"batch_size": 4, "gradient_accumulation_steps": 2, "grad_clip": 1.0, "dtype": "float32"}
-    b = [write_run(tmp_path / f"b_s{seed}", seed, 3.1, train={key: others[key]}) for seed, key in enumerate(others)]
+    b = [write_run(tmp_path / f"b_s{seed}", seed, 3.1, train={key: others[key]}) for seed, key in enumerate(others, len(a))]
     assert sorted(len(row.runs) for row in rows_of(*a, *b).values()) == [1] * len(b) + [len(a)]
+    assert configurator.annotations(trainer.TrainConfig).keys() >= compare.NOT_OF_A_ROW, "a setting has another name now"
 
 
 def test_a_run_given_twice_or_copied_counts_once(tmp_path, capsys):

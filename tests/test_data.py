@@ -576,6 +576,9 @@ def test_streaming_through_datasets(tmp_path, parquet_files, monkeypatch):
     assert {k: meta[k] for k in ("train", "val")} == {k: write(tmp_path / "direct")[k] for k in ("train", "val")}
     limited = wikipedia.main([*common, "--out_dir", str(tmp_path / "limited"), "--max_bytes", "1500"])
     assert 1300 < limited["train"]["bytes"] + limited["val"]["bytes"] <= 1530
+    monkeypatch.setattr(wikipedia, "PUBLISHED_BYTES", 1500)  # of the stream; local text is read to its end
+    assert wikipedia.main([*common, "--out_dir", str(tmp_path / "default")])["train"] == limited["train"]
+    assert wikipedia.main([*common, "--out_dir", str(tmp_path / "whole"), *local])["train"] == read["train"]
     # which writes a warning for each of its retries, eleven lines before ours
     assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
 
@@ -653,6 +656,17 @@ def test_own_text(tmp_path, monkeypatch):
     inputs = ["--input", str(tmp_path / "a.txt"), "--separator", r"\t\n", "--val_fraction", "0.3"]
     meta = text_set.main([*inputs, "--out_dir", str(tmp_path / "tabs")])
     assert meta["train"]["documents"] + meta["val"]["documents"] == len(DOCUMENTS)
+
+
+@pytest.mark.parametrize("script", [text_set, fineweb, wikipedia])
+def test_limit_of_bytes(tmp_path, script):
+    """Guards against a limit that is ignored, and against a vocabulary with characters from behind it."""
+    (tmp_path / "a.txt").write_text("\n\n\n".join([*DOCUMENTS, "ß"]), encoding="utf-8")
+    taken = list(corpus.take_bytes(DOCUMENTS, 2000))
+    words = ["--input", str(tmp_path / "a.txt"), "--out_dir", str(tmp_path / "set"), "--tokenizer", "char"]
+    meta = script.main([*words, "--val_fraction", "0.3", "--max_bytes", "2000"])
+    assert meta["train"]["documents"] + meta["val"]["documents"] == len(taken) < len(DOCUMENTS)
+    assert meta["vocab_size"] == len(set("".join(taken)))
 
 
 def test_script_errors_are_one_line(tmp_path):

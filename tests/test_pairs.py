@@ -51,7 +51,7 @@ def test_numbers_in_words():
 
 def test_windows_of_pairs(tmp_path):
     """Guards the format: a window is one pair, only its answer and end are targets, and all pairs come once, padded with nothing."""
-    lines = [f"question {i}\t{'answer ' * (i % 4 + 1)}{i}" for i in range(60)]
+    lines = [f"question {i}\t{'answer ' * (i % 4 + 1)}é{i}" for i in range(60)]
     source = write(tmp_path, "qa.tsv", "\n".join(lines) + "\n\n")
     where = ["--out_dir", str(tmp_path / "set"), "--name", "questions"]
     meta = prepare.main(["--input", str(source), *where, "--val_fraction", "0.3"])
@@ -106,9 +106,11 @@ def test_jsonl_equals_tsv(tmp_path):
 
 
 def test_no_question_is_on_both_sides(tmp_path):
-    """Guards the split: a question with several answers, which belongs to one side with all of them."""
-    path = write(tmp_path, "a.tsv", "".join(f"q{i}\t{answer}\n" for i in range(40) for answer in ("yes", "no", "maybe")))
-    prepare.main(["--input", str(path), "--out_dir", str(tmp_path / "set"), "--val_fraction", "0.3"])
+    """Guards the split: a question with several answers, of several files, which belongs to one side with all of them."""
+    files = [
+        str(write(tmp_path, f"{answer}.tsv", "".join(f"q{i}\t{answer}\n" for i in range(40)))) for answer in ("yes", "no", "maybe")
+    ]
+    prepare.main(["--input", *files, "--out_dir", str(tmp_path / "set"), "--val_fraction", "0.3"])
     data = dataloader.open_data(tmp_path / "set", 16)
     train, val = ([bytes(x) for x, _ in data.questions(split, None)] for split in ("train", "val"))
     assert not set(train) & set(val) and len(train) + len(val) == 120 and val.count(val[0]) == 3
