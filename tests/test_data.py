@@ -503,6 +503,7 @@ def test_help(script, capsys):
     assert "--out_dir" in text and script.__doc__.strip() in text
     assert "default: None" not in text and "default: False" not in text
     of = {stdlib: ("byte", 0.05), wikipedia: ("gpt2", 0.1), fineweb: ("gpt2", 0.01), text_set: ("byte", 0.1), pairs: ("byte", 0.02)}
+    of[distill] = ("best",)  # the weights
     assert all(f"default: {value}" in text for value in of.get(script, ()))
 
 
