@@ -278,7 +278,7 @@ def coerce(value: object, kind: object, is_text: bool) -> object:
                 expected.append(str(error))
         raise Mismatch(" or ".join(dict.fromkeys(expected)))
     if typing.get_origin(kind) is typing.Literal:
-        if isinstance(value, str) and value in arguments:
+        if value in arguments:
             return value
         raise Mismatch(choice_text(value, arguments))
     if typing.get_origin(kind) is tuple:  # of any length, all elements of one type; as text 4,4,2
@@ -356,19 +356,13 @@ def as_text(value: object) -> str:
 
 
 def annotations(cls: type) -> dict[str, object]:
-    """Name and type of each field that the constructor takes, in order."""
+    """Name and type of each field, in order."""
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def defaults(cls: type) -> dict[str, object]:
-    values = {}
-    for field in dataclasses.fields(cls):
-        if field.default is not dataclasses.MISSING:
-            values[field.name] = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            values[field.name] = field.default_factory()
-    return values
+    return {field.name: field.default for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}
 
 
 def to_dict(instance) -> dict[str, object]:

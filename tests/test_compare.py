@@ -14,7 +14,9 @@ import pytest
 
 import checkpoint
 import compare
+import configurator
 import curves
+import trainer
 from runs import NOT_OF_A_ROW, read_lines
 
 ROOT = Path(__file__).parent.parent
@@ -249,7 +251,7 @@ def test_runs_are_grouped_over_seeds_and_nothing_else(tmp_path):
     ]
     b = [write_run(tmp_path / "b_13", 1, 3.5, train={"learning_rate": 1e-3})]
     c = [write_run(tmp_path / f"c_s{s}", s, 3.6, train={"learning_rate": s}) for s in (1, 2)]
-    rows = rows_of(tmp_path)
+    rows = rows_of(*a, *b, *c)
     assert list(rows) == ["a", "b_13", "c (learning_rate=1)", "c (learning_rate=2)"]
     assert [run.path for run in rows["a"].runs] == sorted(a) and [run.path for run in rows["b_13"].runs] == b
     assert [run.path for label in list(rows)[2:] for run in rows[label].runs] == c
@@ -259,6 +261,16 @@ def test_settings_that_change_nothing_are_the_same_everywhere():
     """Guards two lists of one fact, which settings make no other run: --resume lets all of those change that are in one row."""
     may_change = {"max_iters", "dataset", "init_from"}  # of a run that goes on; they make another row
     assert NOT_OF_A_ROW - {"seed"} | may_change == checkpoint.FREE_ON_RESUME
+
+
+def test_how_steps_are_computed_is_no_setting_of_a_row(tmp_path):
+    """Guards seeds that are rows of their own because one machine has more cores or less memory, and a mean over batch sizes."""
+    ways = {"lanes": 2, "micro_batch_size": 4, "activation_checkpointing": True, "eval_interval": 50, "log_interval": 1}
+    a = [write_run(tmp_path / f"a_s{seed}", seed, 3.0, train={key: ways[key]}) for seed, key in enumerate(ways)]
+    others = {"batch_size": 4, "gradient_accumulation_steps": 2, "grad_clip": 1.0, "dtype": "float32"}
+    b = [write_run(tmp_path / f"b_s{seed}", seed, 3.1, train={key: others[key]}) for seed, key in enumerate(others, len(a))]
+    assert sorted(len(row.runs) for row in rows_of(*a, *b).values()) == [1] * len(b) + [len(a)]
+    assert configurator.annotations(trainer.TrainConfig).keys() >= NOT_OF_A_ROW, "a setting has another name now"
 
 
 def test_a_run_given_twice_or_copied_counts_once(tmp_path, capsys):
@@ -365,6 +377,9 @@ def test_what_makes_rows_unequal_is_said(tmp_path, capsys):
     text = capsys.readouterr().out
     assert " 0123456+ fedcba9 |" in text and "A commit with + had uncommitted changes." in text
     assert "The runs differ in training tokens. The runs differ in commits." in text and "differ in devices" not in text
+    write_run(tmp_path / "c", 1, 3.5, model={"n_layer": 3}, summary={"device": "cpu", "dtype": "float32"})
+    compare.main([str(tmp_path), "--plot=none"])
+    assert "The runs differ in devices. The runs differ in dtypes." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -405,6 +420,8 @@ def test_reference_and_published(tmp_path, capsys):
         (3.174, 3.406),
     ):
         assert re.search(rf" {train:.3f} \| +{val:.3f} ", text)
+    ours = {line[0]: line[6] for line in table_after(text, "run")[2:]}
+    assert {line[0]: line[6] for line in table_after(text, "published run")[2:]} == ours
     assert "one seed each" in text and "attention dropout still on" in text
     with pytest.raises(ValueError, match="--reference=baselin: no such row; one of .*did you mean 'baseline'?"):
         compare.main([str(tmp_path), "--reference=baselin", "--plot=none"])
@@ -417,7 +434,7 @@ def test_different_validation_data_is_refused(tmp_path):
     """Guards a table over two data sets or two tokenizers, in which the smaller number means nothing."""
     a = write_run(tmp_path / "a", 1, 3.0)
     b = write_run(tmp_path / "b", 1, 1.0, summary={"data_hash": "cd" * 32, "dataset": "stdlib"})
-    c = write_run(tmp_path / "c", 1, 3.0, summary={"val_bits_per_byte": 3.0})
+    c = write_run(tmp_path / "c", 1, 3.0, summary={"val_bits_per_byte": 3.0 / math.log(2) / (BYTES_PER_TOKEN + 0.01)})
     with pytest.raises(ValueError, match=r"a \(wikipedia, sha256 abab.*b \(stdlib, sha256 cdcd"):
         compare.main([str(a), str(b), "--plot=none"])
     part = write_run(tmp_path / "part", 1, 2.0, summary={"val_tokens": 100})
@@ -434,6 +451,7 @@ def test_unfinished_runs_are_named_and_skipped(tmp_path, capsys):
     (write_run(tmp_path / "cut") / "summary.json").write_text('{"val_loss": 3.', encoding="utf-8")
     (write_run(tmp_path / "old") / "summary.json").write_text('{"val_loss": 3.0}', encoding="utf-8")
     write_run(tmp_path / "diverged", 1, float("nan"))
+    write_run(tmp_path / "auto", 1, 0.1, summary={"reconstruction": True})
     (tmp_path / "plot.png").write_bytes(b"not a directory")
     compare.main([str(tmp_path / "*"), "--plot=none"])
     warnings = capsys.readouterr().err
@@ -442,6 +460,7 @@ def test_unfinished_runs_are_named_and_skipped(tmp_path, capsys):
         "cut: config.json or summary.json is half written",
         "old: summary.json lacks",
         "it diverged",
+        "auto is an autoencoder: it predicts tokens that it has seen",
     ):
         assert words in warnings
     with pytest.raises(ValueError, match="no finished run.*: .*going has no summary.json"):
@@ -609,6 +628,9 @@ def test_the_end_is_a_tenth_of_training(tmp_path):
     end = compare.ending(run)
     assert (end.best, end.best_step, end.last) == (0.0, 100, 0.0)
     assert end.change == -12.0 and end.share == pytest.approx(0.12)  # from step 88, the last one at 90 or before
+    tenths = [{"step": step, "val_loss": 100.0 - step, "train_loss": 0.0} for step in range(0, 101, 10)]
+    (run,) = compare.read_runs([write_run(tmp_path / "d", evals=tenths)])
+    assert compare.ending(run).change == -10.0  # from step 90 itself
     (run,) = compare.read_runs([write_run(tmp_path / "b", evals=evals[:1])])
     assert compare.ending(run) is None  # a run of no steps
     evals[5]["val_loss"] = math.nan  # for a while
@@ -655,6 +677,7 @@ def test_a_curve_that_ends_in_nan_has_diverged(tmp_path, capsys):
 def test_a_change_inside_the_spread_over_seeds_is_unclear(tmp_path, capsys):
     """Guards "rising" for seeds of which some rise and some fall; with one seed there is no spread, and what it did is said."""
     changes = {"noise": (0.02, -0.01, 0.03), "rise": (0.02, 0.021, 0.03), "fall": (-0.02, -0.021, -0.03), "one": (0.02,)}
+    changes["spread"] = (0.02, 0.005, 0.03)  # all rise, by 1.5 standard deviations
     for name, of in changes.items():
         for seed, change in enumerate(of, 1):
             evals = [{"step": i, "val_loss": loss, "train_loss": 1.0} for i, loss in enumerate((9.0, 1.5, 1.5 + change))]
@@ -662,7 +685,7 @@ def test_a_change_inside_the_spread_over_seeds_is_unclear(tmp_path, capsys):
     compare.main([str(tmp_path), "--plot=none"])
     text = capsys.readouterr().out
     verdicts = {line[0]: line[5] for line in table_after(text, "run", 1)[2:]}
-    assert verdicts == {"noise": "unclear", "rise": "rising", "fall": "still falling", "one": "rising"}
+    assert verdicts == {"noise": "unclear", "rise": "rising", "fall": "still falling", "one": "rising", "spread": "unclear"}
     assert "unclear: more, but the 95 % interval of its mean over seeds holds 0" in text
 
 
@@ -691,6 +714,81 @@ def test_curve_takes_the_steps_that_all_seeds_have(tmp_path):
     tokens, losses = compare.curve(rows_of(tmp_path)["a"], "val_loss")
     assert tokens.tolist() == [0, 4000, 6000] and losses.tolist() == [[0, 4, 6], [0, 8, 12]]
     assert len(compare.curve(rows_of(tmp_path)["a"], "embedding_loss")[0]) == 0
+
+
+@pytest.fixture
+def saved(monkeypatch) -> list:
+    """The figures that would be written, to look into."""
+    figure, found = pytest.importorskip("matplotlib.figure"), []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **options: found.append(self))
+    return found
+
+
+def test_panels_of_losses_show_a_slow_computation(saved, tmp_path):
+    """Guards lines that are no means, bands, limits and stretches of training of other values, and exchanged axes or losses."""
+    random, tokens = np.random.default_rng(0), np.arange(0.0, 1001.0, 100.0)
+    fall = 9 * np.exp(-tokens / 200)
+    ends, levels = {"a": (3, 8), "b": (1, 11)}, {"val_loss": 4.0, "train_loss": 2.0}  # seeds, evaluations: b trained for longer
+    rows = {
+        label: {key: (tokens[:n], level + fall[:n] + random.random((seeds, n))) for key, level in levels.items()}
+        for label, (seeds, n) in ends.items()
+    }
+    rows["a"]["embedding_loss"], rows["b"]["embedding_loss"] = rows["a"]["val_loss"], (tokens[:0], np.zeros((0, 0)))
+    curves.draw_losses(rows, 0.25, str(tmp_path / "p"))
+    whole, last, against, embedding = saved[0].axes
+    val, train, since = [], [], []  # points of each row's means
+    for row in rows.values():
+        for key, points in (("val_loss", val), ("train_loss", train)):
+            points.append([(x, statistics.mean(y)) for x, y in zip(row[key][0], row[key][1].T)])
+        since.append([i for i, x in enumerate(row["val_loss"][0]) if x >= 400])
+
+    def points(line) -> list[tuple]:
+        return [pytest.approx(point) for point in line.get_xydata()]
+
+    def limits(values: list[float]):
+        margin = 0.05 * (max(values) - min(values))
+        return pytest.approx((min(values) - margin, max(values) + margin))
+
+    assert list(map(points, whole.lines)) == val + train
+    assert whole.get_ylim() == limits([y for line in val + train for _, y in line[1:]])
+    assert list(map(points, last.lines)) == [[line[i] for i in late] for line, late in zip(val, since)]
+    assert last.get_ylim() == limits([line[i][1] for line, late in zip(val, since) for i in late])
+    assert list(map(points, against.lines)) == [[(x[i][1], y[i][1]) for i in late] for x, y, late in zip(train, val, since)]
+    assert against.xaxis_inverted() and embedding.get_yscale() == "log" and points(embedding.lines[0]) == val[0]
+    (band,), values = whole.collections, rows["a"]["val_loss"][1]  # of three seeds, not of one, nor of training
+    edges = {(x, float(edge[i])) for edge in (values.min(0), values.max(0)) for i, x in enumerate(tokens[:8])}
+    assert set(map(tuple, band.get_paths()[0].vertices.tolist())) == edges
+
+
+def test_the_axis_of_bits_per_byte(saved, tmp_path):
+    """Guards bits per byte that are nats per bit, or those of another vocabulary."""
+    compare.main([str(write_run(tmp_path / "a")), f"--plot={tmp_path / 'p'}"])
+    saved[0].draw_without_rendering()
+    nats, bits = saved[0].axes[1].get_ylim(), saved[0].axes[1].child_axes[0].get_ylim()
+    assert bits == pytest.approx([y / math.log(2) / BYTES_PER_TOKEN for y in nats])
+
+
+def test_rows_part_where_they_end_apart():
+    """Guards a picture of overfitting for runs that were apart on the way, or by the noise of their windows."""
+
+    def parted(val: list[float], train: list[float], later: int = 0) -> bool:
+        row = {"val_loss": (np.arange(2.0), np.array([val])), "train_loss": (np.arange(2.0) + later, np.array([train]))}
+        return curves.has_parted(row)
+
+    assert parted([3.0, 2.12], [3.0, 2.0]) and not parted([3.0, 2.08], [3.0, 2.0]) and not parted([9.0, 2.0], [3.0, 2.0])
+    assert not parted([3.0, 2.12], [3.0, 2.0], later=1), "not logged together"
+
+
+def test_axes_of_metrics(saved, tmp_path):
+    """Guards a logarithm of what is not positive or hardly varies, and limits lost to a value that left the numbers."""
+    values = {"wide": (1.0, 100.0), "narrow": (1.0, 99.0), "zero": (0.0, 100.0), "negative": (-1.0, 100.0), "fifth": (1.0, 2.0)}
+    rows = {"a": {key: (np.arange(2.0), np.array([pair])) for key, pair in values.items()}}
+    curves.draw_metrics(rows, tuple(values), str(tmp_path / "p"))
+    assert [ax.get_yscale() for ax in saved[0].axes] == ["log", "linear", "linear", "linear", "linear"]  # and no empty sixth
+    ax = saved[0].axes[1]
+    for some, low, high in (([1.0, math.inf, 2.0, math.nan], 0.95, 2.05), ([3.0, 3.0], 2.99, 3.01)):
+        curves.set_limits(ax, np.array(some))
+        assert ax.get_ylim() == pytest.approx((low, high))
 
 
 @pytest.mark.parametrize("write, panels", [(write_published_like, 3), (write_quickstart_like, 2)])

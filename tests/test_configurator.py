@@ -158,6 +158,7 @@ def test_a_value_after_a_space_is_explained():
     settings = configure(["--compile", "out/a", "out/b"], [Train], positional="RUN ...")
     assert settings.words == ["out/a", "out/b"] and settings.sections[0].compile is True
     assert configure(["--compile", "out/a", "--compile=no"], [Train], positional="RUN").sections[0].compile is False
+    assert configure(["--max_iters=3", "out/a"], [Train], positional="RUN").words == ["out/a"]
 
 
 def test_positional_words():
@@ -189,12 +190,12 @@ def test_config_file_arithmetic_names_and_base(tmp_path):
     file = written(
         tmp_path / "x.py",
         '"""A docstring."""\n# a comment\nout_dir = "x"\nbase = "more/middle.py"\n'
-        "learning_rate = (6 - 2) * 1.5 / 2 ** 3\nlimit = -max_iters // 3 + 5 * 8\n"
+        "learning_rate = (6 - 2) * 1.5 / 2 ** 64\nlimit = -max_iters // 3 + 5 * 8\n"
         "betas = [0.9, 1 / 2]\nnote = None\ncompile = False\n",
     )
     assert read_config_file(file) == {
         "max_iters": 20,
-        "learning_rate": 4 * 1.5 / 8,
+        "learning_rate": 4 * 1.5 / 2**64,
         "out_dir": "x",
         "limit": -20 // 3 + 40,
         "betas": (0.9, 0.5),
@@ -204,9 +205,9 @@ def test_config_file_arithmetic_names_and_base(tmp_path):
 
 
 def test_base_cycle_is_an_error(tmp_path):
-    """Guards endless recursion."""
-    written(tmp_path / "a.py", "base = 'b.py'\n")
-    written(tmp_path / "b.py", "base = 'a.py'\n")
+    """Guards endless recursion, also where each turn writes the same file's path in another way."""
+    written(tmp_path / "a.py", "base = 'more/b.py'\n")
+    written(tmp_path / "more" / "b.py", "base = '../a.py'\n")
     with pytest.raises(ValueError, match="its own base: a.py -> b.py -> a.py"):
         read_config_file(tmp_path / "a.py")
 
@@ -271,6 +272,7 @@ def test_a_config_file_that_is_no_text_is_named(tmp_path):
         ("order = 1", "one of self_first"),
         ("betas = 0.9", "a list of float"),
         ("betas = '1,2'", "a list of float"),
+        ("betas = [0.9, '1']", "a list of float"),
         ("learning_rte = 3", r"unknown key 'learning_rte' \(in .*x.py\); did you mean"),
         ("max_iters = None", "an integer was expected"),
     ],
@@ -355,6 +357,7 @@ def test_dict_round_trip_through_json():
         (ValueError("bad key"), 2, "error: bad key\n"),
         (FileNotFoundError(2, "No such file", "a.bin"), 1, "error: a.bin: No such file\n"),
         (FileExistsError("out/a exists"), 1, "error: out/a exists\n"),
+        (FloatingPointError("the loss is nan"), 1, "error: the loss is nan\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
@@ -376,16 +379,21 @@ def test_an_output_that_is_closed_or_cannot_show_a_character():
     assert (closed.returncode, closed.stderr) == (0, b"")
 
 
-def test_a_termination_tidies_up():
-    """Guards half-written files of many megabytes: a cluster's SIGTERM runs what is in `finally`, as Ctrl-C does."""
+@pytest.mark.parametrize("more, said, status", [({}, b"tidy\n", 143), ({"WORLD_SIZE": "2"}, b"", -15)], ids=["alone", "torchrun"])
+def test_a_termination_tidies_up(more, said, status):
+    """
+    Guards half-written files of many megabytes: a cluster's SIGTERM runs what is in `finally`, as Ctrl-C does. Guards a process of
+    several that waits for another in `finally`, and outlives the SIGTERM of torchrun.
+    """
     code = (
         "import time\nfrom configurator import *\nwith exit_on_user_error():\n"
         "    try:\n        print('ready', flush=True); time.sleep(60)\n    finally:\n        print('tidy', flush=True)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    alone = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, env=alone | more)
     assert process.stdout.readline() == b"ready\n"
     process.terminate()
-    assert process.communicate(timeout=20)[0] == b"tidy\n" and process.returncode == 143
+    assert (process.communicate(timeout=20)[0], process.returncode) == (said, status)
 
 
 def test_our_own_bugs_keep_their_traceback():

@@ -177,25 +177,28 @@ def test_folder_in_order_of_paths(tmp_path):
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
 def test_documents_do_not_depend_on_the_size_of_reads(tmp_path, monkeypatch, size):
     """Guards against a separator, a line end or a character that is lost where two reads meet."""
-    text = "é\n\n\nzwei\r\n\r\n\r\ndrei 🙂\n\n\n\n\nvier\n\n\n\n\n\n\nfünf\n\n6"
+    text = "é\n\n\nzwei\r\n\r\n\r\ndrei \ufeff🙂\n\n\n\n\nvier\n\n\n\n\n\n\nfünf\n\n6"
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # with a byte order mark, and mixed line ends
     expected = [d.strip("\n") for d in re.split("\n\n\n", text.replace("\r\n", "\n")) if d.strip("\n")]
     monkeypatch.setattr(corpus, "READ_BYTES", size)
-    assert list(corpus.read_documents(tmp_path / "a.txt")) == expected == ["é", "zwei", "drei 🙂", "vier", "fünf\n\n6"]
+    assert list(corpus.read_documents(tmp_path / "a.txt")) == expected == ["é", "zwei", "drei \ufeff🙂", "vier", "fünf\n\n6"]
     (tmp_path / "b.txt").write_text("one<|end|>two<|end|><|end|>three", encoding="utf-8")
     assert list(corpus.read_documents(tmp_path / "b.txt", separator="<|end|>")) == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize("longest", [1 << 22, 100_000])
 def test_text_without_separator_is_cut_at_line_ends(tmp_path, monkeypatch, longest):
-    """Guards against a document as large as the file, and against text lost or lines broken at a cut."""
+    """Guards against a document as large as the file, text lost or lines broken at a cut, and cuts in what a separator marks."""
     monkeypatch.setattr(corpus, "LONGEST_CHARS", longest)
     text = "".join(f"{i} is a line\n" for i in range(30_000)) + "the last one has no end"
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     pieces = list(corpus.read_documents(tmp_path / "a.txt"))
     assert "".join(pieces) == text
-    assert all(piece.endswith("\n") for piece in pieces[:-1])
+    assert len(pieces) == len(text) // 65_536 + 1 and all(piece.endswith("\n") for piece in pieces[:-1])
     assert all(65_536 <= len(piece) < 65_600 for piece in pieces[:-1])
+    long = text[:90_000].strip()
+    assert list(corpus.split_documents(["short\n\n\n", long])) == ["short", long]
+    assert list(corpus.cut_lines("ab\ncd\n\nef", 3)) == ["ab\n", "cd\n", "\nef"]
 
 
 def test_one_endless_line_is_cut_as_well(tmp_path, monkeypatch):
@@ -332,9 +335,12 @@ def test_no_document_on_both_sides(tmp_path):
 
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 0.9])
 def test_val_fraction(fraction):
-    """Guards against a fraction that is of something else (or its complement)."""
+    """Guards against a fraction that is of something else (or its complement), and sides other than those of older sets."""
     share = np.mean([corpus.is_validation(f"document {i}", fraction) for i in range(4000)])
     assert abs(share - fraction) < 0.03  # 3.8 standard deviations at 0.5
+    for document in DOCUMENTS:
+        number = int(hashlib.blake2b(document.encode(), digest_size=8).hexdigest(), 16)
+        assert corpus.is_validation(document, fraction) == (number / 2**64 < fraction)
 
 
 def test_threads_do_not_change_the_result(tmp_path, monkeypatch):
@@ -486,14 +492,19 @@ def test_memory_is_bounded(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", [stdlib, wikipedia, fineweb, shakespeare, text_set, pairs, distill])
 def test_help(script, capsys):
-    """Guards against a "%" in a help text, which argparse reports only when help is asked for, and a help that explains little."""
+    """
+    Guards against a "%" in a help text, which argparse reports only when help is asked for, and a help that explains little; and
+    against other defaults than those of the sets that losses were reported on.
+    """
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--out_dir" in text and script.__doc__.strip() in text
     assert "default: None" not in text and "default: False" not in text
-    assert "default: byte" in text or script not in (stdlib, text_set, pairs)
+    of = {stdlib: ("byte", 0.05), wikipedia: ("gpt2", 0.1), fineweb: ("gpt2", 0.01), text_set: ("byte", 0.1), pairs: ("byte", 0.02)}
+    of[distill] = ("best",)  # the weights
+    assert all(f"default: {value}" in text for value in of.get(script, ()))
 
 
 @pytest.mark.parametrize("script", [stdlib, wikipedia, fineweb, shakespeare, text_set, pairs])
@@ -523,6 +534,15 @@ def test_stdlib(tmp_path):
         for path in sorted((library / left_out).glob("*.py"))[:20]:
             assert path.stat().st_size < 100 or path.read_text(encoding="utf-8", errors="replace") not in documents
     assert f"CPython {sys.version.split()[0]}" in one["source"]
+
+
+def test_stdlib_in_order_of_paths(tmp_path):
+    """Guards against an order that depends on the file system, files made for one machine, and one that is not UTF-8."""
+    names = ["b.py", "a/z.py", "a/y/b.py", "test/x.py", "a/idle_test/x.py", "a/site-packages/x.py", "_sysconfigdata_linux.py"]
+    for name in [*names, "config-3.11/x.py", "a/x.txt", "latin.py", "empty.py"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes({"latin.py": b"caf\xe9", "empty.py": b""}.get(name, name.encode()))
+    assert list(stdlib.documents(tmp_path)) == ["a/y/b.py", "a/z.py", "b.py"]
 
 
 @pytest.fixture
@@ -557,6 +577,9 @@ def test_streaming_through_datasets(tmp_path, parquet_files, monkeypatch):
     assert {k: meta[k] for k in ("train", "val")} == {k: write(tmp_path / "direct")[k] for k in ("train", "val")}
     limited = wikipedia.main([*common, "--out_dir", str(tmp_path / "limited"), "--max_bytes", "1500"])
     assert 1300 < limited["train"]["bytes"] + limited["val"]["bytes"] <= 1530
+    monkeypatch.setattr(wikipedia, "PUBLISHED_BYTES", 1500)  # of the stream; local text is read to its end
+    assert wikipedia.main([*common, "--out_dir", str(tmp_path / "default")])["train"] == limited["train"]
+    assert wikipedia.main([*common, "--out_dir", str(tmp_path / "whole"), *local])["train"] == read["train"]
     # which writes a warning for each of its retries, eleven lines before ours
     assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
 
@@ -634,6 +657,17 @@ def test_own_text(tmp_path, monkeypatch):
     inputs = ["--input", str(tmp_path / "a.txt"), "--separator", r"\t\n", "--val_fraction", "0.3"]
     meta = text_set.main([*inputs, "--out_dir", str(tmp_path / "tabs")])
     assert meta["train"]["documents"] + meta["val"]["documents"] == len(DOCUMENTS)
+
+
+@pytest.mark.parametrize("script", [text_set, fineweb, wikipedia])
+def test_limit_of_bytes(tmp_path, script):
+    """Guards against a limit that is ignored, and against a vocabulary with characters from behind it."""
+    (tmp_path / "a.txt").write_text("\n\n\n".join([*DOCUMENTS, "ß"]), encoding="utf-8")
+    taken = list(corpus.take_bytes(DOCUMENTS, 2000))
+    words = ["--input", str(tmp_path / "a.txt"), "--out_dir", str(tmp_path / "set"), "--tokenizer", "char"]
+    meta = script.main([*words, "--val_fraction", "0.3", "--max_bytes", "2000"])
+    assert meta["train"]["documents"] + meta["val"]["documents"] == len(taken) < len(DOCUMENTS)
+    assert meta["vocab_size"] == len(set("".join(taken)))
 
 
 def test_script_errors_are_one_line(tmp_path):

@@ -37,7 +37,7 @@ def counting_set(folder: Path, train: int = 1000, val: int = 100, **options) -> 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_gather_agrees_with_slices(tmp_path, dtype):
-    """Guards against targets that are not shifted by one, or by two, and against windows cut off at either end."""
+    """Guards against targets that are not shifted by one, or by two, counted wrongly, and against windows cut off at either end."""
     data = TokenData(counting_set(tmp_path / "set", dtype=dtype), block_size=16)
     starts = np.array([0, 983, 5, 5])
     x, y = data.gather("train", starts)
@@ -45,6 +45,7 @@ def test_gather_agrees_with_slices(tmp_path, dtype):
     assert x.dtype == y.dtype == torch.int64
     assert x.tolist() == [tokens[s : s + 16] for s in starts]
     assert y.tolist() == [tokens[s + 1 : s + 17] for s in starts]
+    assert data.target_counts(starts).tolist() == (y >= 0).sum(1).tolist()
 
 
 def test_every_start_can_be_drawn(tmp_path):
@@ -245,6 +246,10 @@ def test_folder_is_resolved(tmp_path, monkeypatch):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"not prepared yet \(no tokenizer.json\); run: python data/text/prepare.py"):
         dataloader.prepare_if_missing("mine")
+    other = counting_set(tmp_path / "other" / "stdlib")  # is not the project's stdlib, which could be made here and now
+    (other / "val.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"not prepared yet \(no val.bin\); run: python data/.* --out_dir .*other/stdlib$"):
+        dataloader.prepare_if_missing(other)
 
 
 @pytest.mark.parametrize(

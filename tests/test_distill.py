@@ -96,9 +96,10 @@ def test_texts_are_prompts_and_what_sample_py_writes(text_run, tmp_path):
     data, original = dataloader.TokenData(tmp_path / "set", 1), dataloader.TokenData(source, 1)
     assert data.val_hash == original.val_hash and meta["teacher"]["temperature"] == 1.0
     teacher = prepare.Teacher(str(run), "best", 1.0, 3, 5, "cpu")
-    end = teacher.tokenizer.eos
+    end, prompts = teacher.tokenizer.eos, list(teacher.prompts(original, 12, 6))
+    assert list(prepare.Teacher(str(run), "best", 1.0, 4, 5, "cpu").prompts(original, 12, 6)) != prompts
     written, begin = data.train.tolist(), 0
-    for number, prompt in enumerate(teacher.prompts(original, 12, 6)):
+    for number, prompt in enumerate(prompts):
         places = np.lib.stride_tricks.sliding_window_view(original.train, 6)
         assert (places == prompt).all(1).any() and end not in prompt
         words = f"--temperature=1 --num_samples={number + 1} --seed=3 --max_new_tokens=26 --device=cpu"
@@ -213,10 +214,12 @@ def test_answers_are_utf8(bytes_run, tmp_path):
 
 
 def test_a_teacher_without_texts(pairs_run):
-    """Guards against a training side of nothing, and a search for prompts that never ends."""
+    """Guards against a training side of nothing, answers left out that just fit, and a search for prompts that never ends."""
     run, source = pairs_run
-    teacher = prepare.Teacher(str(run), "best", 0.0, 1, 8, "cpu")
+    fitting, teacher = (prepare.Teacher(str(run), "best", 0.0, 1, 8, "cpu") for _ in range(2))
     data = dataloader.open_data(source, 16)
+    data.block_size = int(data.longest_x + data.longest_y) - 1  # room for two letters and an end
+    assert max(len(answer) for val, _, answer in fitting.pairs(data, None) if not val) == 2
     data.block_size = int(data.longest_x)  # room for one token: no answer comes to its end
     with pytest.raises(ValueError, match="nothing but empty or endless texts"):
         list(teacher.pairs(data, 10))

@@ -51,7 +51,7 @@ def test_numbers_in_words():
 
 def test_windows_of_pairs(tmp_path):
     """Guards the format: a window is one pair, only its answer and end are targets, and all pairs come once, padded with nothing."""
-    lines = [f"question {i}\t{'answer ' * (i % 4 + 1)}{i}" for i in range(60)]
+    lines = [f"question {i}\t{'answer ' * (i % 4 + 1)}é{i}" for i in range(60)]
     source = write(tmp_path, "qa.tsv", "\n".join(lines) + "\n\n")
     where = ["--out_dir", str(tmp_path / "set"), "--name", "questions"]
     meta = prepare.main(["--input", str(source), *where, "--val_fraction", "0.3"])
@@ -73,6 +73,7 @@ def test_windows_of_pairs(tmp_path):
     x, y = data.gather("train", data.batch_starts(1, 2, 5))
     again = data.gather("train", data.batch_starts(1, 2, 5))
     assert np.array_equal(x, again[0]) and np.array_equal(y, again[1])
+    assert data.target_counts(data.batch_starts(1, 2, 5)).tolist() == (y >= 0).sum(1).tolist()
     assert sum(int((y >= 0).sum()) for _, y in data.full_windows("val", 4)) == meta["val"]["target_tokens"]
     assert meta["val"]["target_bytes"] == meta["val"]["target_tokens"] and data.bytes_per_token == 1.0
     ranks = [batch for rank in range(3) for batch in data.full_windows("val", 4, rank, 3)]
@@ -105,9 +106,11 @@ def test_jsonl_equals_tsv(tmp_path):
 
 
 def test_no_question_is_on_both_sides(tmp_path):
-    """Guards the split: a question with several answers, which belongs to one side with all of them."""
-    path = write(tmp_path, "a.tsv", "".join(f"q{i}\t{answer}\n" for i in range(40) for answer in ("yes", "no", "maybe")))
-    prepare.main(["--input", str(path), "--out_dir", str(tmp_path / "set"), "--val_fraction", "0.3"])
+    """Guards the split: a question with several answers, of several files, which belongs to one side with all of them."""
+    files = [
+        str(write(tmp_path, f"{answer}.tsv", "".join(f"q{i}\t{answer}\n" for i in range(40)))) for answer in ("yes", "no", "maybe")
+    ]
+    prepare.main(["--input", *files, "--out_dir", str(tmp_path / "set"), "--val_fraction", "0.3"])
     data = dataloader.open_data(tmp_path / "set", 16)
     train, val = ([bytes(x) for x, _ in data.questions(split, None)] for split in ("train", "val"))
     assert not set(train) & set(val) and len(train) + len(val) == 120 and val.count(val[0]) == 3
@@ -180,8 +183,9 @@ def test_kind_is_read_from_meta_as_json(tmp_path):
     meta = small_set(tmp_path)
     path = write(tmp_path / "set", "meta.json", json.dumps(meta, separators=(",", ":")))
     assert isinstance(dataloader.open_data(tmp_path / "set", 16), dataloader.PairData)
-    for key in ("separator", "end"):
-        write(tmp_path / "set", path.name, json.dumps({k: v for k, v in meta.items() if k != key}))
+    for key in ("separator", "end", "target_bytes", "target_tokens"):
+        less = {k: v for k, v in meta.items() if k != key} | {"val": {k: v for k, v in meta["val"].items() if k != key}}
+        write(tmp_path / "set", path.name, json.dumps(less))
         with pytest.raises(ValueError, match=f"meta.json is damaged .*{key}.*python data/pairs/prepare.py --input YOUR_PAIRS"):
             dataloader.open_data(tmp_path / "set", 16)
 
@@ -210,6 +214,8 @@ def test_a_pair_that_just_fits(tmp_path):
     longest = len("q59\tyesyesyes")
     data = dataloader.open_data(tmp_path / "set", longest)
     rows = [(x, y) for split in ("train", "val") for x, y in data.full_windows(split, 1)]
+    sides = [side for split in ("train", "val") for side in data.questions(split, None)]
+    assert (data.longest_x, data.longest_y) == (max(len(x) for x, _ in sides), max(len(y) for _, y in sides) + 1)
     full = [(x, y) for x, y in rows if (x != 0).all()]
     assert full and all(y[0, -1] == data.meta["end"] for _, y in full)
     with pytest.raises(ValueError, match=f"a pair of {longest} tokens .* block_size={longest - 1}; raise block_size"):
@@ -217,7 +223,7 @@ def test_a_pair_that_just_fits(tmp_path):
 
 
 def test_evaluation_covers_pairs_of_the_whole_split(tmp_path):
-    """Guards against a loss estimate of one pair, and against numbers beyond the last pair or those of another run."""
+    """Guards against a loss estimate of one pair, numbers beyond the last pair or those of another run, and equal seeds or steps."""
     small_set(tmp_path)
     data, again = (dataloader.open_data(tmp_path / "set", 16) for _ in range(2))
     for split in ("train", "val"):
@@ -226,6 +232,7 @@ def test_evaluation_covers_pairs_of_the_whole_split(tmp_path):
         assert numbers.tolist() == again.eval_starts(split, 500).tolist()
     assert data.eval_starts("train", 20).tolist() != data.batch_starts(0, 0, 20).tolist()
     assert set(data.batch_starts(0, 0, 500)) == set(range(len(data.bounds["train"])))
+    assert len({tuple(data.batch_starts(seed, step, 12)) for seed in range(4) for step in range(50)}) == 200
 
 
 def test_only_whole_answers_are_exact(monkeypatch):

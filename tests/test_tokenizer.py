@@ -15,11 +15,12 @@ TEXTS = ["", "hello world\n", "naïve — Ωmega 日本語 🙂🧪\r\n\ttab", "
 
 
 def tiny_encoding():
-    """A real tiktoken encoding of our own: 256 bytes, three merges, ids 259 to 261 unused, end of text 262."""
+    """A real tiktoken encoding of our own: 256 bytes, three merges, ids 259 to 261 unused, end of text 262, not the last id."""
     tiktoken = pytest.importorskip("tiktoken")
     ranks = {bytes([i]): i for i in range(256)} | {b"he": 256, b"ll": 257, b" w": 258}
     pattern = r" ?\w+|\s+|[^\w\s]+"
-    return tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 262})
+    special = {"<|endoftext|>": 262, "<|endofprompt|>": 263}
+    return tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 @pytest.fixture
@@ -79,16 +80,17 @@ def test_byte_and_char_agree_with_plain_python():
     char = tokenizer.get("char", chars=text + text)
     table = {c: i for i, c in enumerate(sorted(set(text)))}
     assert char.encode(text) == [table[c] for c in text]
-    assert char.vocab_size == len(table)
-    assert tokenizer.get("byte").encode(text) == list(text.encode())
+    byte = tokenizer.get("byte")
+    assert (char.vocab_size, byte.vocab_size) == (len(table), 256)
+    assert byte.encode(text) == list(text.encode())
 
 
 @pytest.mark.parametrize("unknown", ["\x01", "z", "\U0010ffff"])
 def test_unknown_character_is_named(unknown):
-    """Guards against a KeyError, or a silent wrong id, for a character outside the vocabulary (below, inside, above it)."""
+    """Guards against a KeyError, or a silent wrong id, for a character outside the vocabulary (below, inside, above it), the first."""
     char = tokenizer.CharTokenizer("abcy{")
     with pytest.raises(ValueError, match="at position 3 is not in the vocabulary, which has the 5 characters") as error:
-        char.encode("abc" + unknown)
+        char.encode("abc" + unknown + "a!")
     assert repr(unknown) in str(error.value)
 
 
@@ -120,7 +122,8 @@ def test_load_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
         tokenizer.load(tmp_path)
     bpe = b'{"name": "x", "pattern": "a", "special_tokens": {}, "ranks": %s}'
-    for damaged in (b'{"name": "by', b"{}", b"[1]", b'{"name": "caf\xe9"}', bpe % b"[]", bpe % b"{}", bpe % b'{"not base64": 0}'):
+    char = b'{"name": "char", "chars": ""}'
+    for damaged in (b'{"name": "by', b"{}", b"[1]", b'{"name": "caf\xe9"}', char, bpe % b"[]", bpe % b"{}", bpe % b'{"not base64": 0}'):
         (tmp_path / "tokenizer.json").write_bytes(damaged)
         with pytest.raises(ValueError, match="tokenizer.json is damaged"):
             tokenizer.load(tmp_path)
@@ -162,15 +165,15 @@ def test_failed_download_says_what_to_put_where(tmp_path, monkeypatch):
 
 
 def test_ids_without_text_decode_to_a_replacement(any_tokenizer):
-    """Guards against a crash while sampling from a model whose vocabulary is padded beyond the tokenizer's."""
+    """Guards against a crash while sampling from a model whose vocabulary is padded beyond the tokenizer's; -1 is no last id."""
     ids = any_tokenizer.encode("e")
-    for beyond in (any_tokenizer.vocab_size, any_tokenizer.vocab_size + 47):
+    for beyond in (any_tokenizer.vocab_size, any_tokenizer.vocab_size + 47, -1):
         assert any_tokenizer.decode([*ids, beyond, *ids]) == "e\ufffde"
 
 
 def test_unused_id_inside_the_vocabulary(tiny):
     """Guards against the same crash for the gaps that some encodings have below their end-of-text id."""
-    assert tiny.vocab_size == 263
+    assert (tiny.vocab_size, tiny.eos) == (264, 262)
     assert tiny.decode([256, 260, 257]) == "he\ufffdll"
     assert tiny.decode([262]) == "<|endoftext|>"
 
@@ -192,4 +195,5 @@ def test_stream_adds_up_to_decode(size):
     for start in range(0, len(data), size):
         pieces.append(stream.feed(data[start : start + size]))
     assert "\ufffd" not in "".join(pieces)
-    assert "".join(pieces) + stream.finish() == data.decode(errors="replace")
+    text = "".join(pieces) + stream.finish()
+    assert text == data.decode(errors="replace") == tokenizer.get("byte").decode(list(data))
