@@ -58,6 +58,7 @@ class EncoderDecoderConfig:
     pos_sub: Literal["none", "plain", "ln"] = "none"  # subtract the next position's embedding before the logits
     decoder_order: Literal["self_first", "cross_first"] = "self_first"  # which attention comes first in a decoder block
     bridge_ln: bool = False  # LayerNorm in front of the bridge
+    bridge_init: Literal["identity"] | None = None  # weights W of the bridge at first: I; none: N(0, 0.02), as all linears
     decoder_pos_emb: bool = False  # add the next position's embedding to the decoder's input
     embedding_loss: Literal["none", "mse", "cosine", "log_cosine"] = "none"  # pull encoder states to the mean embedding
     embedding_loss_weight: float = 1.0  # its factor in the total loss
@@ -91,9 +92,10 @@ def check_fields(config, *sizes: str) -> None:
     for key in sizes:
         require(getattr(config, key) >= 1, f"{key}={getattr(config, key)}: at least 1 is needed")
     for field in fields(config):
-        if get_origin(field.type) is Literal:
-            value, words = getattr(config, field.name), get_args(field.type)
-            require(value in words, f"{field.name}={value}: choose one of {', '.join(words)}")
+        value, kinds = getattr(config, field.name), (field.type, *get_args(field.type))
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+        known = not words or value in words or (value is None and type(None) in kinds)
+        require(known, f"{field.name}={value}: choose one of {', '.join(words)}")
     for key in {"n_head", "n_cross_head"}.intersection(sizes):
         C, heads = config.n_embd, getattr(config, key)
         require(C % heads == 0, f"n_embd={C} is not divisible by {key}={heads}; choose a divisor of n_embd")
@@ -406,6 +408,8 @@ class EncoderDecoder(CausalModel):
             self.after_step, self.summarize = self.compression.quantizer.step, self.compression.summarize  # hooks of train.py
             self.measure = functools.partial(self.compression.measure, self)
         self.initialize([self.encoder, self.decoder])
+        if config.bridge_init == "identity":
+            nn.init.eye_(self.bridge.weight)
         for block in self.decoder if self.compression is not None else ():
             nn.init.zeros_(block.cross_attn.c_proj.weight)  # training begins without the latents, which mean nothing yet
 
@@ -445,9 +449,7 @@ class EncoderDecoder(CausalModel):
         positions, context = self.place(idx, cache, positions, mask)
         layers = iter(cache.layers if cache is not None else [None] * self.n_layer_cache)
         e, h = self.encode(idx, positions, context, layers)
-        memory, parts = h, {}
-        if self.compression is not None:
-            memory, seen, parts = self.compression(h, positions, context, cache)
+        memory, seen, parts = (h, seen, {}) if self.compression is None else self.compression(h, positions, context, cache)
         x = self.bridge(h if self.ln_bridge is None else self.ln_bridge(h))
         if self.config.decoder_pos_emb:
             x = x + self.next_position(positions)
@@ -463,14 +465,13 @@ class EncoderDecoder(CausalModel):
 
         if targets is None:
             return head_logits(x, self.wte.weight), {}
-        losses = {"token": head_loss(x, self.wte.weight, targets)}
-        losses["total"] = losses["token"]
+        losses = dict.fromkeys(("token", "total"), head_loss(x, self.wte.weight, targets))
         if self.embedding_loss is not None and self.training:
             losses["embedding"] = self.embedding_loss(e, h)
             losses["total"] = losses["token"] + self.config.embedding_loss_weight * losses["embedding"]
         if self.compression is not None and self.training:
             losses["commitment"] = parts["commitment"]
-            losses["total"] = losses["total"] + self.config.commitment_weight * losses["commitment"]
+            losses["total"] = losses["total"] + self.config.commitment_weight * parts["commitment"]
         return None, losses
 
     def flops_per_token(self) -> int:
@@ -488,8 +489,7 @@ class EncoderDecoder(CausalModel):
         with torch.enable_grad():
             positions, context = self.place(idx, None, None, None)
             loss = self.embedding_loss(*self.encode(idx, positions, context, iter([None] * self.n_layer_cache)))
-            weighted = self.config.embedding_loss_weight * loss
-            grads = torch.autograd.grad(weighted, list(tables.values()), allow_unused=True)
+            grads = torch.autograd.grad(self.config.embedding_loss_weight * loss, list(tables.values()), allow_unused=True)
         self.train(was_training)
         report = {f"embedding_grad_{name}": 0.0 if grad is None else grad.norm().item() for name, grad in zip(tables, grads)}
         norms = {name[3:]: norm for name, norm in self.embedding_loss.named_children() if norm.weight is not None}  # of ln_...

@@ -35,7 +35,8 @@ ENCODER_DECODER_OPTIONS = [
     {"position": "rope", "n_cross_head": 4},  # head widths 6 and 3: one of them odd
     {"position": "rope", "pos_sub": "ln", "bias": True},
     {"pos_sub": "ln", "decoder_order": "cross_first", "embedding_loss": "cosine", "embedding_loss_ln": "average"},
-    {"decoder_pos_emb": True, "bridge_ln": True, "embedding_loss": "log_cosine", "embedding_loss_ln": "none"},
+    {"decoder_pos_emb": True, "bridge_ln": True, "bridge_init": "identity", "embedding_loss": "log_cosine",
+     "embedding_loss_ln": "none"},
     {"n_encoder_layer": 1, "n_decoder_layer": 3, "embedding_loss": "mse", "embedding_loss_detach": "embedding"},
     {"n_encoder_layer": 3, "n_decoder_layer": 1, "embedding_loss": "mse", "embedding_loss_detach": "none",
      "embedding_loss_ln_affine": False, "embedding_loss_weight": 8.0},

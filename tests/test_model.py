@@ -132,6 +132,20 @@ def test_initialisation_of_all_stacks(name):
             assert abs(p.std().item() / 0.02 - 1) < 0.2, key  # some are small
 
 
+def test_a_bridge_that_begins_as_the_identity():
+    """Guards bridge_init: the decoder begins with the encoder's states themselves, and no other weight is drawn differently."""
+    seeded = [make_initial(bridge_init=word) for word in (None, "identity")]
+    plain, identity = (dict(model.named_parameters()) for model in seeded)
+    assert [name for name in plain if not torch.equal(plain[name], identity[name])] == ["bridge.weight"]
+    h = torch.randn(2, 3, 128)
+    assert torch.equal(seeded[1].bridge(h), h) and seeded[0].bridge(h).norm() < 0.3 * h.norm()
+
+
+def make_initial(**options) -> EncoderDecoder:
+    torch.manual_seed(0)
+    return EncoderDecoder(EncoderDecoderConfig(n_embd=128, **options))
+
+
 @pytest.mark.parametrize("position", ["learned", "rope"])
 def test_initialisation_of_what_is_in_no_stack(position):
     """Guards tables and bridge, which torch would make 50 or 3 times as large: the first loss of a run would not be ln V."""
@@ -524,6 +538,8 @@ def test_compiles_without_graph_breaks(name, options):
         (DecoderOnlyConfig, TINY_BASELINE, {"block_size": 0}, "block_size=0"),
         (DecoderOnlyConfig, TINY_BASELINE, {"window": -1}, "window=-1"),
         (DecoderOnlyConfig, TINY_BASELINE, {"pos_sub": "LN"}, "pos_sub=LN: choose one of none, plain, ln"),
+        (DecoderOnlyConfig, TINY_BASELINE, {"pos_sub": None}, "pos_sub=None: choose one of none, plain, ln"),
+        (EncoderDecoderConfig, TINY_ENCODER_DECODER, {"bridge_init": "eye"}, "bridge_init=eye: choose one of identity"),
         (EncoderDecoderConfig, TINY_ENCODER_DECODER, {"embedding_loss": "MSE"}, "embedding_loss=MSE: choose one of none, mse"),
     ],
 )
