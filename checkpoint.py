@@ -31,6 +31,7 @@ from latent.autoencoder import Autoencoder, AutoencoderConfig
 from latent.latent_transformer import LatentTransformer, LatentTransformerConfig
 from latent.rq_transformer import RQTransformer, RQTransformerConfig
 from model import EncoderDecoder, EncoderDecoderConfig
+from runs import NOT_OF_A_ROW
 
 MODELS = {
     "encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
@@ -62,12 +63,8 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is damaged ({error}); restore it or start the run again") from None
 
 
-# settings that may differ between a run and its continuation without making it another run
-FREE_ON_RESUME = {
-    "resume", "overwrite", "out_dir", "max_iters", "eval_interval", "log_interval", "eval_sample_tokens", "eval_sample_prompt",
-    "wandb", "wandb_project", "wandb_run_name", "device", "compile", "dataset", "init_from", "final_eval_tokens",
-    "micro_batch_size", "activation_checkpointing", "lanes",  # the first draws dropout's masks anew
-}  # fmt: skip
+# settings that may differ between a run and its continuation; micro_batch_size, which is one of them, draws dropout's masks anew
+FREE_ON_RESUME = NOT_OF_A_ROW - {"seed"} | {"max_iters", "dataset"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,6 +96,11 @@ def copy_autoencoder(run: Path, out: Path) -> None:
         shutil.copyfile(run / name, out / "autoencoder" / name)
 
 
+def first_flags(run: Path) -> set[str]:
+    """The settings that were flags when a run was started or resumed; unknown, hence none, of older runs."""
+    return set(read_json(run / "config.json").get("flags", ()))
+
+
 def read_trainer(folder: Path, needed: tuple[str, ...], advice: str) -> dict:
     """The trainer state of a checkpoint folder. Raises ValueError where it lacks what is needed, with what to do."""
     trainer = read_json(folder / "trainer.json")
@@ -124,13 +126,13 @@ def read_run(settings: dict, data_hash: str, out: Path) -> dict:
     changed = [
         f"{key}={new.get(key)!r} (was {before.get(key)!r})"
         for before, new, free in ((old["train"], settings["train"], FREE_ON_RESUME), (old["model"], settings["model"], set()))
-        for key in sorted(before.keys() | new.keys())
+        for key in sorted(before.keys() & new.keys())  # one that older runs have not had has its default
         if key not in free and before.get(key) != new.get(key)
     ]
     if changed:
         raise ValueError(
-            f"{out} was made with other settings: {', '.join(changed)}; leave that out, --resume keeps what they were, or "
-            "start a new run"
+            f"{out} was made with other settings: {', '.join(changed)}; leave flags out, --resume knows them, or start a new "
+            "run"
         )
     if (length := settings["train"]["max_iters"]) < trainer["step"]:
         raise ValueError(f"max_iters={length}, but {out} has come to step {trainer['step']}: it can only go on from there")

@@ -199,9 +199,10 @@ def table(rows: list[Row]) -> str:
             ]
         )
     if any(CODES in run.summary for row in rows for run in row.runs):  # the rest of the bits: of tokens given their codes
-        header.insert(8, "of codes")
+        at = header.index("bits per byte") + 1
+        header.insert(at, "of codes")
         for row, line in zip(rows, lines, strict=True):
-            line.insert(8, f"{row.mean(CODES):.4f}" if all(CODES in run.summary for run in row.runs) else "–")
+            line.insert(at, f"{row.mean(CODES):.4f}" if all(CODES in run.summary for run in row.runs) else "–")
     return markdown_table(header, lines)
 
 

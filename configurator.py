@@ -69,6 +69,7 @@ class Settings(typing.NamedTuple):
     given: dict[str, object]  # the keys that the config file, `stored` or a flag set, with their final values
     words: list[str]  # positional words, without the config file
     config_file: Path | None
+    flags: set[str]  # the keys that a flag set
 
 
 def configure(
@@ -78,15 +79,14 @@ def configure(
     description: str = "",
     positional: str = "",
     choose: tuple[str, dict[str, type]] | None = None,
-    stored: typing.Callable[[object, Path | None], dict[str, object]] | None = None,
+    stored: typing.Callable[[Path | None, dict, dict], dict[str, object]] | None = None,
 ) -> Settings:
     """
     Build the sections from the command line (`None`: sys.argv). `positional` is shown in the usage line and read by it:
     "" none, "RUN" exactly one, "RUN ..." one or more, in brackets also zero; the word CONFIG means a config file.
-    `choose=(key, classes)` adds `classes[value of key]`. `stored(first section, config file)` returns values that count more than
-    the config file's and less than flags, those of keys that there no longer are left out. `--help` prints every key and exits 0.
-    A key that stands in several sections is set in all of them. Raises ValueError (keys, values, words) or FileNotFoundError
-    (config file).
+    `choose=(key, classes)` adds `classes[value of key]`. `stored(config file, its values, flags)` returns values that count more
+    than the config file's and less than flags. `--help` prints every key and exits 0. A key that stands in several sections is set
+    in all of them. Raises ValueError (keys, values, words) or FileNotFoundError (config file).
     """
     arguments = read_arguments(sys.argv[1:] if argv is None else argv)
     chooser, variants = choose or ("", {})
@@ -116,8 +116,7 @@ def configure(
             near = nearest(key, known)
             raise ValueError(f"unknown key {key!r}{place}; " + (f"did you mean {near!r}?" if near else "--help lists all keys"))
     if stored:
-        kept = stored(resolve(sections[0], file_values, flags, config_file), config_file)
-        file_values |= {key: value for key, value in kept.items() if key in known}
+        file_values |= stored(config_file, file_values, flags)
         places = dict.fromkeys(file_values, " (stored)") | places
     classes = list(sections)
     if choose:
@@ -135,7 +134,7 @@ def configure(
                 )
     built = [resolve(cls, file_values, flags, config_file) for cls in classes]
     given = {key: getattr(section, key) for section in built for key in annotations(type(section)) if key in places}
-    return Settings(built, given, words[1:] if config_file else words, config_file)
+    return Settings(built, given, words[1:] if config_file else words, config_file, set(flags))
 
 
 def read_arguments(argv: list[str]) -> Arguments:

@@ -167,10 +167,8 @@ class TokenData:
             )
         if tokens < least:
             shorter = f"set --block_size to {tokens - 1} or less, or " if tokens > 1 else ""
-            raise ValueError(
-                f"{path} has {tokens:,} tokens, too few for block_size={self.block_size}, which needs {least:,}; "
-                f"{shorter}prepare more text"
-            )
+            why = f"too few for block_size={self.block_size}, which needs {least:,}" if tokens > 1 else "of which none can be predicted"
+            raise ValueError(f"{path} has {tokens:,} tokens, {why}; {shorter}prepare more text")
         highest, digest = -1, hashlib.sha256()
         with open(path, "rb") as file:  # plain reads: a map of the whole file would count as resident memory
             while (chunk := np.fromfile(file, dtype=self.dtype, count=SCAN_TOKENS)).size:

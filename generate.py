@@ -243,12 +243,12 @@ class Noise:
 def check_prompts(model: torch.nn.Module, prompts: list[list[int]]) -> None:
     """Raise ValueError for prompts that the model cannot start from."""
     V = model.config.vocab_size
-    longest = getattr(model.config, "prefix_size", model.config.block_size)  # a latent transformer keeps room for its answer
+    longest = getattr(model.config, "prefix_size", model.config.block_size)  # of a pair, without its answer
     for prompt in prompts:
         if not prompt:
             raise ValueError("the prompt is empty: at least one token is needed to predict the next")
         if len(prompt) > longest:
-            raise ValueError(f"the prompt has {len(prompt)} tokens, but the model's context has {longest}; shorten the prompt")
+            raise ValueError(f"the prompt has {len(prompt)} tokens, but the model has room for {longest}; shorten the prompt")
         if len(prompt) != len(prompts[0]):
             raise ValueError("prompts that are sampled together must have the same number of tokens")
         if not 0 <= min(prompt) <= max(prompt) < V:
@@ -440,10 +440,6 @@ def sample_targets(
     levels, most = sampling.for_levels(D), config.latents * D
     noise = functools.partial(block_noise, levels[0].seed, range(first_sample, first_sample + len(samples)))
     idx = torch.tensor([sample.tokens for sample in samples], device=device)  # (B, n)
-    if pairs and idx.size(1) > config.prefix_size:
-        raise ValueError(
-            f"the question has {idx.size(1)} tokens, its end included, but the model was made for {config.prefix_size}; shorten it"
-        )
 
     cache, begin, h = None, 0, None
     while not all(sample.finished for sample in samples):

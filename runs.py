@@ -15,8 +15,7 @@ import numpy as np
 
 from configurator import is_number
 
-# Settings that do not change what is learned (checkpoint.FREE_ON_RESUME has them, too), or, like the seed, are what a row's spread is
-# taken over.
+# Settings that do not change what is learned, or, like the seed, are what a row's spread is taken over.
 NOT_OF_A_ROW = {
     "seed", "out_dir", "resume", "overwrite", "eval_interval", "log_interval", "eval_sample_tokens", "eval_sample_prompt",
     "wandb", "wandb_project", "wandb_run_name", "device", "compile", "final_eval_tokens",

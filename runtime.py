@@ -148,7 +148,7 @@ def choose_device(word: str, local_rank: int) -> tuple[torch.device, str]:
             raise ValueError(f"device={device}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device=mps: no Apple GPU here; use device=cpu or auto")
-    elif device.type not in ("cpu", "mps") or device.index is not None:
+    elif device.type not in ("cpu", "mps") or device.index not in (None, 0):
         raise ValueError(f"device={word}: not supported; use auto, cpu, cuda, cuda:N or mps")
     return device, f"{torch.get_num_threads()} threads, {why}" if device.type == "cpu" else why
 

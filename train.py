@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,32 +45,39 @@ from trainer import TrainConfig, Trainer, exact_pairs, learning_rate, whole_file
 # reporting
 
 
-def default_out_dir(config_file: Path | None, model: str) -> Path:
-    """out/ and the config file's path below config/: config/stdlib/baseline.py -> out/stdlib/baseline."""
+def run_dir(config: TrainConfig, config_file: Path | None) -> Path:
+    """out_dir, or out/ and the config file's path below config/: config/stdlib/baseline.py -> out/stdlib/baseline."""
+    if config.out_dir:
+        return Path(config.out_dir)
     if config_file is None:
-        return Path("out", model)
+        return Path("out", config.model)
     folders = config_file.parent.parts
     below = folders[len(folders) - folders[::-1].index("config") :] if "config" in folders else ()
     return Path("out", *below, config_file.stem)
 
 
-def settings_of_run(config: TrainConfig, config_file: Path | None) -> dict[str, object]:
+OF_A_COMMAND = {"resume", "overwrite", "out_dir"}  # and not of a run
+
+
+def settings_of_run(config_file: Path | None, said: dict, flags: dict) -> dict[str, object]:
     """
-    What --resume keeps: the settings of the run that goes on, flags included, so that it need not be told them again; a config
-    file that says something else by now is overruled. Empty for a new run. Raises as checkpoint.read_config does.
+    What --resume need not be told again: of the settings of the run that goes on those that were flags, and those that the config
+    file, which may have changed, does not say. Empty for a new run. Raises ValueError or FileNotFoundError where there is no such run.
     """
+    where = (*OF_A_COMMAND, "model")
+    file_values, flag_values = ({key: values[key] for key in where if key in values} for values in (said, flags))
+    config = configurator.resolve(TrainConfig, file_values, flag_values, config_file)
     if not config.resume:
         return {}
-    out = Path(config.out_dir) if config.out_dir else default_out_dir(config_file, config.model)
+    out = run_dir(config, config_file)
     checkpoint.find(out, "last")
-    settings, _, model_config = checkpoint.read_config(out)
-    kept = settings | configurator.to_dict(model_config)
-    for key in ("resume", "overwrite", "out_dir", "init_from"):  # of the command, not of the run
-        kept.pop(key, None)
-    said = configurator.read_config_file(config_file) if config_file else {}
-    if others := [f"{key}={configurator.as_text(kept[key])}" for key in said.keys() & kept.keys() if said[key] != kept[key]]:
-        note(f"{out} keeps {', '.join(sorted(others))}, where {config_file} differs; flags count more")
-    return kept
+    settings, name, model_config = checkpoint.read_config(out)
+    first = checkpoint.first_flags(out)
+    asked = flags.get("model") or (name if "model" in first else said.get("model", name))
+    if asked != name:
+        raise ValueError(f"{out} is a run of model={name}, not {asked}: leave that out, or name another run")
+    stored = configurator.to_dict(configurator.from_dict(TrainConfig, settings)) | configurator.to_dict(model_config)
+    return {key: stored[key] for key in stored.keys() - OF_A_COMMAND if key in first or key not in said}
 
 
 def note(text: str) -> None:
@@ -114,7 +122,7 @@ def git_commit() -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# everything that can be wrong with the settings has to show before the run directory is touched
+# what can be wrong with the settings has to show before the run directory is touched
 
 
 def check_inputs(config: TrainConfig, model: torch.nn.Module, data: dataloader.TokenData, out: Path) -> None:
@@ -166,8 +174,7 @@ def main(argv: list[str] | None = None) -> dict:
     )
     config, model_config = parsed.sections
     if 0 < config.max_iters < config.warmup_iters and not config.resume:
-        flags = configurator.read_arguments(sys.argv[1:] if argv is None else argv).flags
-        if "warmup_iters" in flags or "max_iters" not in flags:
+        if "warmup_iters" in parsed.flags or "max_iters" not in parsed.flags:
             raise ValueError(
                 f"warmup_iters={config.warmup_iters} is beyond max_iters={config.max_iters}: the warm-up would never end; lower it"
             )
@@ -200,7 +207,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         model_config = dataclasses.replace(model_config, vocab_size=data.vocab_size)
     if model_config.vocab_size < data.vocab_size:
         raise ValueError(f"vocab_size={model_config.vocab_size} is too small for {config.dataset}: it needs {data.vocab_size}")
-    out = Path(config.out_dir) if config.out_dir else default_out_dir(parsed.config_file, config.model)
+    out = run_dir(config, parsed.config_file)
     model_config = checkpoint.fit_backbone(model_config, parsed.given)
     config = dataclasses.replace(config, out_dir=str(out))
     if machine.is_main:
@@ -208,9 +215,9 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
 
     runtime.seed_everything(config.seed)
     model = checkpoint.build(config.model, model_config)
-    if config.init_from:
+    if config.init_from and not config.resume:  # a resumed run has weights, and those of its backbone among them
         checkpoint.init_from(model, Path(config.init_from))
-    if getattr(model_config, "backbone", None) and not config.resume:  # a resumed run has it among its own weights
+    if getattr(model_config, "backbone", None) and not config.resume:
         checkpoint.load_backbone(model, model_config)
     check_inputs(config, model, data, out)
     wandb = import_wandb(config) if machine.is_main else None
@@ -221,7 +228,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     if config.activation_checkpointing:
         runtime.checkpoint_activations(model, (Block, DecoderBlock))
     trainer = Trainer(config, model, data, machine)
-    settings = {"train": configurator.to_dict(config), "model": configurator.to_dict(model_config)}
+    flags = (parsed.flags | (checkpoint.first_flags(out) if config.resume else set())) - OF_A_COMMAND
+    settings = {"train": configurator.to_dict(config), "model": configurator.to_dict(model_config), "flags": sorted(flags)}
     if isinstance(data, dataloader.PairData):
         settings["separator"] = data.separator  # sample.py has no other way to know that a prompt is a question
     # `seconds` is everything since the start, `train_seconds` only the updates; both go on in a resumed run
@@ -330,7 +338,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                 state["train_seconds"] += now - train_clock
                 save_last()
                 machine.barrier()  # half a minute after one process has left torchrun ends the others, writing or not
-                say(f"stopped at step {trainer.step}; {out}/last is saved: train.py --resume --out_dir={out} goes on")
+                say(f"stopped at step {trainer.step}; {out}/last is saved: --resume --out_dir={shlex.quote(str(out))} goes on")
                 raise KeyboardInterrupt
             if state["decay_ends"][-1:] != [config.decay_end]:
                 if state["decay_ends"]:

@@ -84,7 +84,6 @@ class TrainConfig:
             f"lr_decay_iters={self.lr_decay_iters} must be beyond warmup_iters={self.warmup_iters}",
         )
         require(not (self.resume and self.overwrite), "resume and overwrite exclude each other: choose one")
-        require(not (self.resume and self.init_from), "resume and init_from exclude each other: a resumed run has weights")
 
     @property
     def lowest_lr(self) -> float:
@@ -193,7 +192,7 @@ class Trainer:
         lanes, why_not = self.config.lanes, self.no_lanes_because()
         if lanes is None:
             return 1 if why_not else lanes_that_pay(self.raw_model, self.micro_batch_size)
-        require(lanes == 1 or not why_not, f"lanes={lanes} is not possible: {'; '.join(why_not)}; leave it out")
+        require(lanes == 1 or not why_not, f"lanes={lanes} is not possible: {'; '.join(why_not)}; use lanes=none")
         return min(lanes, self.micro_batch_size)
 
     def load_batch(self, split: str, starts, data=None) -> tuple[torch.Tensor, torch.Tensor]:

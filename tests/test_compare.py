@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import checkpoint
 import compare
 import configurator
 import curves
@@ -255,12 +254,6 @@ def test_runs_are_grouped_over_seeds_and_nothing_else(tmp_path):
     assert list(rows) == ["a", "b_13", "c (learning_rate=1)", "c (learning_rate=2)"]
     assert [run.path for run in rows["a"].runs] == sorted(a) and [run.path for run in rows["b_13"].runs] == b
     assert [run.path for label in list(rows)[2:] for run in rows[label].runs] == c
-
-
-def test_settings_that_change_nothing_are_the_same_everywhere():
-    """Guards two lists of one fact, which settings make no other run: --resume lets all of those change that are in one row."""
-    may_change = {"max_iters", "dataset", "init_from"}  # of a run that goes on; they make another row
-    assert NOT_OF_A_ROW - {"seed"} | may_change == checkpoint.FREE_ON_RESUME
 
 
 def test_how_steps_are_computed_is_no_setting_of_a_row(tmp_path):

@@ -208,7 +208,7 @@ def test_bad_prompts():
     model = make_model("decoder_only", {}).train()
     with pytest.raises(ValueError, match="max_new_tokens=-1"):  # no text has a negative length to end at
         generate.generate(model, [[1]], -1)
-    for prompt, message in (([], "empty"), ([1] * 13, "13 tokens, but the model's context has 12"), ([99], "vocabulary of 31")):
+    for prompt, message in (([], "empty"), ([1] * 13, "13 tokens, but the model has room for 12"), ([99], "vocabulary of 31")):
         with pytest.raises(ValueError, match=message):
             generate.generate(model, [prompt], 3)
     assert model.training

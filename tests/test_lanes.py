@@ -159,7 +159,7 @@ def test_as_many_lanes_as_pay(tiny_data, threads):
     ):
         assert made(network, machine, **settings).lanes.count == 1, why
         made(network, machine, lanes=1, **settings)
-        with pytest.raises(ValueError, match=f"lanes=2 is not possible: .*{why}.*; leave it out"):
+        with pytest.raises(ValueError, match=f"lanes=2 is not possible: .*{why}.*; use lanes=none"):
             made(network, machine, lanes=2, **settings)
 
 

@@ -366,7 +366,7 @@ def test_nothing_stands_behind_an_end():
     (codes,) = drawn_codes(model, BlockSampling((Sampling(10.0),)), [[1, 2, 3]] * 60, 16)
     real = codes[..., 0] >= 0  # (B, m)
     assert not (real[:, 1:] & ~real[:, :-1]).any() and len(set(real.sum(1).tolist())) > 2
-    with pytest.raises(ValueError, match="the question has 7 tokens, its end included, but the model was made for 6"):
+    with pytest.raises(ValueError, match="the prompt has 7 tokens, but the model has room for 6"):
         drawn_codes(model, BlockSampling((Sampling(0.0),)), [[1] * 7], 16)
 
 

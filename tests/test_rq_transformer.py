@@ -595,7 +595,7 @@ def test_other_codebooks_are_refused_wherever_they_meet(own_autoencoder, tiny_da
         run("rq_transformer", tiny_data, tmp_path / "new", word, f"--init_from={out}")
     with pytest.raises(ValueError, match=f"{old[:12]}.*train this model again"):
         run("rq_transformer", tiny_data, tmp_path / "new", word, f"--codebook_hash={old}")
-    with pytest.raises(ValueError, match=f"codebook_hash='.*' .was '{old}'"):
+    with pytest.raises(ValueError, match=f"other codebooks .*{old[:12]}"):
         run("rq_transformer", tiny_data, out, word, "--resume")
     assert isinstance(sample.main([str(out), "--device=cpu"])[0], str), "it has its own copy"
     shutil.rmtree(out / "autoencoder")

@@ -188,23 +188,36 @@ def test_a_few_steps_of_a_long_run_can_go_on(tiny_data, tmp_path, capsys):
     assert train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_iters=8"])["steps"] == 8
 
 
-def test_a_run_keeps_its_settings_whatever_its_config_file_says_by_now(tiny_data, tmp_path, capsys, monkeypatch):
-    """Guards --resume CONFIG: flags of the first command hold, what the file says else is named, and a flag counts more than both."""
+def test_a_run_keeps_its_flags_and_reads_its_config_file_again(tiny_data, tmp_path, capsys, monkeypatch):
+    """
+    Guards --resume CONFIG: flags of the first command hold, also those that the file says otherwise; what has changed in the file
+    counts where it may change, and is refused where it may not.
+    """
     monkeypatch.chdir(tmp_path)
-    for name, steps in (("a", 6), ("b", 4)):
-        config = tmp_path / "config" / f"{name}.py"
-        config.parent.mkdir(exist_ok=True)
-        words = arguments(tiny_data, tmp_path, model="decoder_only")
-        lines = [f"{key} = {value}" for key, value in (word[2:].split("=") for word in words) if value.isdigit()]
-        config.write_text("\n".join([*lines, "model = 'decoder_only'", "dtype = 'float32'", "seed = 1"]))
-        train.main([str(config), f"--dataset={tiny_data}", "--seed=2", f"--max_iters={steps}", "--lr_decay_iters=6"])
-    config.write_text(config.read_text().replace("n_embd = 16", "n_embd = 32"))
-    assert "note" not in capsys.readouterr().err
-    train.main([str(config), "--resume"])
-    noted = capsys.readouterr().err
-    assert "keeps max_iters=4, n_embd=16, seed=2, where" in noted, noted
-    summary = train.main([str(config), "--resume", "--max_iters=6"])
-    assert summary["steps"] == 6 and same(weights(Path("out/a")), weights(Path("out/b")))
+    words = [word[2:].split("=") for word in arguments(tiny_data, tmp_path, model="decoder_only")]
+    lines = [f"{key} = {value}" for key, value in words if value.isdigit()] + ["model = 'decoder_only'", "dtype = 'float32'", "seed = 1"]
+    (tmp_path / "config").mkdir()
+    full, halves = tmp_path / "config" / "full.py", tmp_path / "config" / "halves.py"
+    for config in (full, halves):
+        config.write_text("\n".join(lines))
+    common = [f"--dataset={tiny_data}", "--seed=2", "--lr_decay_iters=6"]
+    train.main([str(full), *common])
+    train.main([str(halves), *common, "--max_iters=4"])
+    halves.write_text("\n".join([*lines, "log_interval = 2"]))
+    assert train.main([str(halves), "--resume"])["steps"] == 4 and train.main([str(halves), "--resume", "--max_iters=6"])["steps"] == 6
+    assert same(weights(Path("out/full")), weights(Path("out/halves"))) and "log_interval=2" in capsys.readouterr().out
+    full.write_text("\n".join([*lines, "max_iters = 7"]))
+    assert train.main([str(full), "--resume"])["steps"] == 7
+    full.write_text("\n".join([*lines, "max_iters = 7", "n_embd = 32"]))
+    assert "n_embd=32 (was 16)" in complaint(train, [str(full), "--resume"], capsys)[1]
+    assert "is a run of model=decoder_only, not encoder_decoder" in complaint(
+        train, ["--out_dir=out/full", "--resume", "--model=encoder_decoder"], capsys
+    )[1]
+    settings = checkpoint.read_json(Path("out/halves/config.json"))
+    assert settings.pop("flags") == ["dataset", "lr_decay_iters", "max_iters", "seed"]
+    checkpoint.write_json(Path("out/halves/config.json"), settings)  # of before they were noted: then they have to be given again
+    assert "seed=1 (was 2)" in complaint(train, [str(halves), "--resume"], capsys)[1]
+    assert train.main([str(halves), "--resume", *common])["steps"] == 6
 
 
 def test_a_run_resumed_with_another_schedule_says_so(tiny_data, tmp_path, capsys):
@@ -469,7 +482,7 @@ def test_samples_of_pairs_are_those_of_sample_py(name, tmp_path, capsys):
     command = [str(tmp_path / "run"), "--prompt=q7", "--checkpoint=last", "--max_new_tokens=12", "--temperature=1", "--device=cpu"]
     assert shown[-1] == f"sample: {sample.main(command)[0]!r}" and len(shown) == 3
     if name == "latent_transformer":
-        with pytest.raises(ValueError, match="the prompt has 17 tokens, but the model's context has 16"):
+        with pytest.raises(ValueError, match="the prompt has 17 tokens, but the model has room for 16"):
             train.main([*words, "--overwrite", "--eval_sample_tokens=12", f"--eval_sample_prompt={'q' * 16}"])
 
 
@@ -866,8 +879,8 @@ def test_memory_that_nobody_counts_is_unknown(monkeypatch):
 def test_the_run_directory_is_named_after_the_config_file():
     """Guards runs of two config files in one folder, and of a checkout that itself lies below a folder called config."""
     names = ("config/stdlib/baseline.py", "/home/me/config/code/config/stdlib/baseline.py", "mine/baseline.py")
-    assert [str(train.default_out_dir(Path(name), "gpt")) for name in names] == ["out/stdlib/baseline"] * 2 + ["out/baseline"]
-    assert str(train.default_out_dir(None, "decoder_only")) == "out/decoder_only"
+    assert [str(train.run_dir(TrainConfig(), Path(name))) for name in names] == ["out/stdlib/baseline"] * 2 + ["out/baseline"]
+    assert str(train.run_dir(TrainConfig(model="decoder_only"), None)) == "out/decoder_only"
 
 
 def test_accumulation_must_be_divisible_by_processes(tiny_data):
@@ -907,6 +920,10 @@ def test_init_from_another_run(tiny_data, tmp_path, reference):
     summary = run(tiny_data, tmp_path / "next", *REFERENCE, f"--init_from={reference}", "--max_iters=0")
     best = json.loads((reference / "summary.json").read_text())
     assert best["best_step"] == 6 and abs(summary["val_loss"] - best["val_loss"]) < 1e-12
+    again = run(tiny_data, tmp_path / "next", *REFERENCE, f"--init_from={reference}", "--max_iters=0", "--resume")
+    train.main([f"--out_dir={tmp_path / 'next'}", "--resume"])
+    kept = checkpoint.read_json(tmp_path / "next" / "config.json")["train"]["init_from"]
+    assert again["val_loss"] == summary["val_loss"] and kept == str(reference), "or it would be a seed of runs from scratch"
 
 
 def test_double_precision_survives_a_checkpoint(tiny_data, tmp_path):
@@ -1180,7 +1197,7 @@ def test_bad_run_directories_for_sampling(tmp_path, capsys, reference):
         ([str(odd)], 2, "damaged"),
         ([str(blind)], 1, "tokenizer.json does not exist"),
         ([str(chars), "--prompt=abcd"], 2, "character 'd' at position 3"),
-        ([str(reference), "--prompt=" + "x" * 33], 2, "33 tokens, but the model's context has 32"),
+        ([str(reference), "--prompt=" + "x" * 33], 2, "33 tokens, but the model has room for 32"),
         ([str(reference), "--prompt=FILE:nowhere.txt"], 1, "nowhere.txt"),
         ([str(reference), "--temperature=-1"], 2, "temperature=-1"),
         ([str(reference), "--top_p=0"], 2, "top_p=0"),
