@@ -103,13 +103,11 @@ class OwnBlockVisible(CompressionHead):
 class SymmetricPadding(DownLayer):
     """An even kernel, padded as an ordinary convolution is (for k = 3 that would be ours)."""
 
-    def forward(self, x, state):
-        y = (
-            F.conv1d(F.relu(x).transpose(1, 2), self.conv.weight, self.conv.bias, stride=2, padding=1)
-            if x.size(1) > 1
-            else None
-        )
-        return (x[:, :0] if y is None else self.norm(y.transpose(1, 2))), state
+    def forward(self, x):
+        if x.size(1) < 2:
+            return x[:, :0]
+        y = F.conv1d(F.relu(x).transpose(1, 2), self.conv.weight, self.conv.bias, stride=2, padding=1)
+        return self.norm(y.transpose(1, 2))
 
 
 class NormOverTime(nn.LayerNorm):
@@ -517,8 +515,8 @@ def test_without_a_head_nothing_changes():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"latent_factor": 3}, "latent_factor=3: 1, 2, 4, 8 or another power of two up to block_size=12"),
-        ({"latent_factor": 16}, "latent_factor=16"),
+        ({"latent_factor": 3}, "latent_factor=3 tokens per latent: .* use 1, 2, 4, 8 or another power of two"),
+        ({"latent_factor": 16}, "latent_factor=16 is more than block_size=12; lower it"),
         ({"latent_factor": -2}, "latent_factor=-2"),
         ({"latent_factor": 8, "window": 4}, "window=4 is shorter than latent_factor=8"),
         ({"window": -1}, "window=-1: a number of positions"),
