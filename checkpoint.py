@@ -131,8 +131,8 @@ def read_run(settings: dict, data_hash: str, out: Path) -> dict:
     ]
     if changed:
         raise ValueError(
-            f"{out} was made with other settings: {', '.join(changed)}; leave flags out, --resume knows them, or start a new "
-            "run"
+            f"{out} was made with other settings: {', '.join(changed)}; resume with the config file and the flags that "
+            "started it, which need not be given again where config.json lists them, or start a new run"
         )
     if (length := settings["train"]["max_iters"]) < trainer["step"]:
         raise ValueError(f"max_iters={length}, but {out} has come to step {trainer['step']}: it can only go on from there")
