@@ -18,6 +18,7 @@ import os
 import pickle
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -32,6 +33,11 @@ from latent.latent_transformer import LatentTransformer, LatentTransformerConfig
 from latent.rq_transformer import RQTransformer, RQTransformerConfig
 from model import EncoderDecoder, EncoderDecoderConfig
 from runs import NOT_OF_A_ROW
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MODELS = {
     "encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
@@ -71,13 +77,43 @@ FREE_ON_RESUME = NOT_OF_A_ROW - {"seed"} | {"max_iters", "dataset"}
 # run directories
 
 
-def start_run(settings: dict, data_folder: Path, out: Path, overwrite: bool) -> None:
-    """Make the run directory. Raises FileExistsError rather than touch one that holds anything, unless told to overwrite."""
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """
+    Inside, the run directory is there and no other process of this machine is inside; afterwards a new one stays unless it is empty.
+    Raises FileExistsError where another one is. (On Windows nobody looks.)
+    """
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; give --out_dir the name of a folder")
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FileExistsError(f"another training writes to {out}: wait for it, stop it, or choose another --out_dir") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
+        if new:
+            with contextlib.suppress(OSError):  # not empty
+                out.rmdir()
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise FileExistsError for a folder that holds anything, unless that may be overwritten."""
     if out.exists() and any(out.iterdir()) and not overwrite:
         resume = "--resume continues it, " if any((out / name).is_dir() for name in ("last", "last.old")) else ""
         raise FileExistsError(f"{out} exists; {resume}--overwrite starts it again, --out_dir=... writes elsewhere")
+
+
+def start_run(settings: dict, data_folder: Path, out: Path) -> None:
+    """Make the run directory, without anything of a run that was there."""
     for name in ("last", "best"):
         for suffix in ("", ".old", ".tmp"):
             shutil.rmtree(out / (name + suffix), ignore_errors=True)
@@ -106,6 +142,8 @@ def read_trainer(folder: Path, needed: tuple[str, ...], advice: str) -> dict:
     trainer = read_json(folder / "trainer.json")
     if missing := [key for key in needed if not isinstance(trainer, dict) or key not in trainer]:
         raise ValueError(f"{folder / 'trainer.json'} is damaged: it lacks {', '.join(missing)}; {advice}")
+    if not isinstance(trainer["step"], int):
+        raise ValueError(f"{folder / 'trainer.json'} is damaged: its step is {trainer['step']!r}; {advice}")
     return trainer
 
 
@@ -245,7 +283,8 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, fol
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             prefix = names[parameter] + "/"
-            found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            # copies, or the optimizer would go on in a map of the file, which Windows does not let anyone replace
+            found = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
             shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
             if {key: value.shape for key, value in found.items()} != shapes:
                 raise ValueError(f"{path} is damaged: it has no whole state for {names[parameter]}; start the run again")
@@ -326,8 +365,9 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
         weights, arguments = content["model"], dict(content.get("model_args") or {})
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        raise ValueError(f"init_from={source} is no checkpoint of nanoGPT: {' '.join(str(error).split())[:200]}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, OSError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise ValueError(f"init_from={source} is no checkpoint of nanoGPT, or a damaged one: {why}") from None
     # torch.compile's prefix; `attn.bias` is the causal mask that older versions stored as a buffer
     weights = {key.removeprefix("_orig_mod."): value for key, value in weights.items() if not key.endswith(".attn.bias")}
     try:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 import curves
-from configurator import choice_text, configure, exit_on_user_error, is_number, refuse_empty
+from configurator import check_given, choice_text, configure, exit_on_user_error, is_number
 from runs import Row, Run, bits_per_nat, check_same_data, find_runs, group, read_runs, warn
 
 
@@ -34,7 +34,7 @@ class CompareConfig:
     json: str | None = None  # also write the numbers to this file
 
     def __post_init__(self):
-        refuse_empty(self, "plot", "metrics", "output", "json")
+        check_given(self, "plot", "metrics", "output", "json")
 
 
 CODES = "code_bits_per_byte"  # that summaries of models over codes have, too
@@ -308,7 +308,10 @@ def check_metrics(rows: list[Row], keys: tuple[str, ...]) -> None:
 
 def write(path: str, text: str) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    try:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:  # a full disk is reported without a name
+        raise OSError(error.errno, error.strerror, path) from None
 
 
 def as_json(rows: list[Row], differences: list[Difference]) -> str:

@@ -38,6 +38,7 @@ import math
 import operator
 import os
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -98,7 +99,7 @@ def configure(
     for key, word in arguments.followers.items():
         kinds = [annotations(cls)[key] for cls in [*sections, *variants.values()] if key in annotations(cls)]
         if kinds and (bool not in kinds or word.lower() in BOOLEANS):
-            raise ValueError(f"--{key} {word}: a value follows '=', not a space: write --{key}={word}")
+            raise ValueError(f"--{key} {word}: a value follows '=', not a space: write {shlex.quote(f'--{key}={word}')}")
     for word in words:
         if "=" in word and word.split("=")[0] in known:
             raise ValueError(f"unexpected word {word!r}: write --{word}")
@@ -172,6 +173,8 @@ def read_config_file(path: str | Path) -> dict[str, object]:
 
 
 def _read_config_file(path: Path, readers: tuple[Path, ...]) -> dict[str, object]:
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder; name one of the config files in it")
     if not path.is_file():
         files = {}
         for folder in (Path("config"), Path(__file__).with_name("config")):
@@ -328,11 +331,14 @@ def type_text(kind: object) -> str:
     return {int: "an integer", float: "a float", bool: "true or false", str: "a string", types.NoneType: "none"}[kind]
 
 
-def refuse_empty(config: object, *keys: str) -> None:
-    """Raise ValueError for settings of a dataclass that were given as --key= with nothing behind it."""
+def check_given(config: object, *keys: str) -> None:
+    """Raise ValueError for settings of a dataclass with nothing behind --key=, or with ~/, which a shell expands behind a space only."""
     for key in keys:
-        if getattr(config, key) in ("", ()):
+        value = getattr(config, key)
+        if value in ("", ()):
             raise ValueError(f"--{key}= is empty: give it a value, or leave it out")
+        if isinstance(value, str) and value.split("/")[0] == "~":
+            raise ValueError(f"--{key}={value} would be a folder called ~: write $HOME for your own")
 
 
 def at_least_one(config: object, *keys: str) -> None:

@@ -62,8 +62,10 @@ def set_limits(ax, values: np.ndarray) -> None:
 def save(panels: list[Callable], curves: Curves, prefix: str, dashed: str | None = None) -> list[Path]:
     """
     Let each panel draw into axes of its own, and write PREFIX.png and PREFIX.svg with one legend for all; `dashed` says what
-    dashed lines are. Raises ImportError without matplotlib.
+    dashed lines are. Raises ImportError without matplotlib, ValueError for a prefix that names no file.
     """
+    if not Path(prefix).name or prefix.endswith("/"):
+        raise ValueError(f"plot={prefix} is a folder; give the beginning of two file names, such as {prefix}curves")
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

@@ -48,8 +48,9 @@ def resolve(dataset: str | Path) -> Path:
         return named
     if (path / "train.bin").is_file() or in_data(path):
         return path
+    own = {path.parent.name for path in DATA.glob("*/meta.json")}
     raise FileNotFoundError(
-        f"no data set {str(dataset)!r}; known sets: {', '.join(known_sets())}; "
+        f"no data set {str(dataset)!r}; known sets: {', '.join(sorted(own.union(known_sets())))}; "
         "or give a folder with train.bin, val.bin and meta.json (python data/text/prepare.py makes one of your own text, "
         "python data/pairs/prepare.py of pairs)"
     )

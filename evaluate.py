@@ -11,6 +11,7 @@ evaluated, because it passed its probability to the attention kernel in training
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,7 @@ import dataloader
 import runtime
 from baseline_transformer.model import DecoderOnly
 from model import EncoderDecoder
+from runs import find_runs
 from trainer import FULL_EVAL_TOKENS, evaluate_all
 
 
@@ -39,7 +41,7 @@ class EvaluateConfig:
 
     def __post_init__(self):
         configurator.at_least_one(self, "final_eval_tokens")
-        configurator.refuse_empty(self, "json", "dataset")
+        configurator.check_given(self, "json", "dataset")
 
 
 def keep_attention_dropout(model: torch.nn.Module, run: Path) -> None:
@@ -67,6 +69,9 @@ def evaluate(run: Path, config: EvaluateConfig, machine: runtime.Runtime) -> dic
     name = config.dataset or checkpoint.read_config(run)[0]["dataset"]
     data = dataloader.open_data(dataloader.prepare_if_missing(name), model.config.block_size, "val")
     checkpoint.check_tokenizers(data.folder, run)
+    summary = checkpoint.read_json(run / "summary.json") if (run / "summary.json").exists() else {}
+    if config.dataset is None and summary.get("data_hash", data.val_hash) != data.val_hash:
+        print(f"note: {name} has another validation file now than when {run} was trained on it", file=sys.stderr)
     if hasattr(model, "check"):
         model.check(data, 0)
     if config.attention_dropout:
@@ -94,8 +99,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
             raise ValueError(f"json={config.json} is a folder; give the name of a file")
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
     found = []
-    for word in settings.words:
-        found.append(line := evaluate(Path(word), config, machine))
+    runs = find_runs(settings.words)
+    for run in runs:  # before the first one, which may take long
+        checkpoint.find_first(run, *([config.checkpoint] if config.checkpoint else ["last", "best"]))
+    for run in runs:
+        found.append(line := evaluate(run, config, machine))
         dropped = f", attention dropout {line['attention_dropout']}" if config.attention_dropout else ""
         print(
             f"{line['run']}, step {line['step']}: {line['val_loss']:.4f} nats per token, {line['val_bits_per_byte']:.4f} bits per "

@@ -54,8 +54,8 @@ class Dropout(nn.Dropout):
 
 
 def drop(x: torch.Tensor, p: float) -> torch.Tensor:
-    """F.dropout, on a CPU in a third of its time (dev/LOG.md)."""
-    if p == 0.0 or x.device.type != "cpu":
+    """F.dropout, on a CPU in a third of its time (dev/LOG.md), unless it is compiled, where torch's is in one piece with the rest."""
+    if p == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     return x * kept(x.shape, p, x.dtype)
 
@@ -87,6 +87,9 @@ def attend_in_products(
     return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2])  # (B H, T, D) -> (B, H, T, D)
 
 
+BLOCK = 128  # queries of CausalProducts at a time; smaller ones hide more, but their products are slower
+
+
 class CausalProducts(torch.autograd.Function):
     """
     Causal attention of q, k, v (N, T, D) -> (N, T, D), a block of queries at a time, each with the keys up to its own end: so
@@ -94,15 +97,13 @@ class CausalProducts(torch.autograd.Function):
     `dropout`. Not differentiable twice.
     """
 
-    BLOCK = 128  # queries; smaller ones hide more, but their products are slower
-
     @staticmethod
     def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
         T, D = q.shape[1:]
         bias = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
         weights, factors, y = [], [], []
-        for start in range(0, T, CausalProducts.BLOCK):
-            end = min(start + CausalProducts.BLOCK, T)
+        for start in range(0, T, BLOCK):
+            end = min(start + BLOCK, T)
             scores = torch.baddbmm(bias[start:end, :end], q[:, start:end], k[:, :end].mT, alpha=1 / math.sqrt(D))
             weights.append(scores.softmax(-1))  # (N, block, end)
             factors.append(kept(scores.shape, dropout, q.dtype) if dropout > 0.0 else None)
@@ -116,7 +117,7 @@ class CausalProducts(torch.autograd.Function):
         weights, factors = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         T, scale = q.size(1), 1 / math.sqrt(q.size(2))
         grad_q, grad_k, grad_v = [], None, None
-        for start, weight, factor in reversed(list(zip(range(0, T, CausalProducts.BLOCK), weights, factors))):
+        for start, weight, factor in reversed(list(zip(range(0, T, BLOCK), weights, factors))):
             end = start + weight.size(1)
             grad = grad_y[:, start:end]
             grad_weight = torch.bmm(grad, v[:, :end].mT)
@@ -138,15 +139,14 @@ class CausalProducts(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------------------------------------
 # the output layer and its loss
 
-# logits held at a time: on a CPU what its caches hold in float32, on a GPU a few percent of its memory
+# logits held at a time: on a CPU what its caches hold in float32, on a GPU 2 GiB
 CHUNK = {"cpu": 2**24, "cuda": 2**29}
 
 
 def head_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Logits (..., V) of states x (..., C), from which something is chosen: x weight^T + bias in float32 at least (on a GPU that may be
-    TF32, see runtime.start), autocast or not. In bfloat16 the two largest are often equal, and rounding, which depends on the batch
-    and the cache, would choose.
+    Logits (..., V) of states x (..., C), from which something is chosen: x weight^T + bias in float32 at least, autocast or not.
+    In bfloat16 the two largest are often equal, and rounding, which depends on the batch and the cache, would choose.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = at_least_float32(x)
@@ -167,6 +167,8 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> t
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    if not torch.is_grad_enabled():  # else it would compute the gradients of a parameter that nobody asks for
+        x, weight = x.detach(), weight.detach()
     return ChunkedHeadLoss.apply(x, weight, targets, rows) / (targets >= 0).sum()
 
 

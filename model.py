@@ -176,8 +176,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, 
         q, k = rotate(q, context.rotary[q.size(-1)]), rotate(k, (context.key_rotary or context.rotary)[k.size(-1)])
     if cache is not None:
         k, v = cache.append(k, v, context.start)  # (B, H, S, D)
-    short = k.size(2) <= 512 and (context.mask is None or context.mask.dim() == 2)
-    if q.device.type == "cpu" and short and (q.dtype == torch.bfloat16 or context.dropout > 0.0):
+    suits = not torch.compiler.is_compiling() if context.dropout > 0.0 else q.dtype == torch.bfloat16
+    if q.device.type == "cpu" and suits and k.size(2) <= 512 and (context.mask is None or context.mask.dim() == 2):
         y = attend_in_products(q, k, v, context.mask, context.causal, context.dropout)
     else:
         y = F.scaled_dot_product_attention(q, k, v, context.mask, dropout_p=context.dropout, is_causal=context.causal)

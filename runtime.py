@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -97,12 +98,12 @@ def start(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> R
     rank, local_rank, world_size = (
         int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    chosen, why_device = choose_device(device, local_rank)
+    chosen, why_device = choose_device(device, local_rank, world_size)
     chosen_dtype, why_dtype = choose_dtype(dtype, chosen)
     chosen_compile, why_compile = choose_compile(compile, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in float32
+        torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in float32; sample.py takes it back
     elif chosen.type == "cpu":
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
@@ -131,10 +132,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def choose_device(word: str, local_rank: int) -> tuple[torch.device, str]:
+def choose_device(word: str, local_rank: int = 0, world_size: int = 1) -> tuple[torch.device, str]:
     why = "as asked"
     if word == "auto":
-        word = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        apple = torch.backends.mps.is_available() and world_size == 1
+        word = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
         why = "a GPU found" if word == "cuda" else "Apple GPU" if word == "mps" else "no GPU found"
     try:
         device = torch.device(word)
@@ -148,6 +150,8 @@ def choose_device(word: str, local_rank: int) -> tuple[torch.device, str]:
             raise ValueError(f"device={device}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device=mps: no Apple GPU here; use device=cpu or auto")
+    elif device.type == "mps" and world_size > 1:
+        raise ValueError("device=mps: several processes cannot exchange what is on an Apple GPU; use device=cpu, or no torchrun")
     elif device.type not in ("cpu", "mps") or device.index not in (None, 0):
         raise ValueError(f"device={word}: not supported; use auto, cpu, cuda, cuda:N or mps")
     return device, f"{torch.get_num_threads()} threads, {why}" if device.type == "cpu" else why
@@ -185,16 +189,26 @@ def choose_compile(word: str, device: torch.device) -> tuple[bool, str]:
         return False, "torch.compile for GPUs needs Linux"
     if missing:
         return False, f"torch.compile needs {missing}, which is not there"
+    if torch.cuda.get_device_capability(device)[0] < 7:
+        return False, "triton, which compiles for it, needs a GPU of compute capability 7 at least"
     return True, "a CUDA GPU under Linux"
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """The C++ compiler that torch.compile would start on a CPU, or the C compilers of which triton needs one, if there is none."""
+    """
+    What torch.compile would miss: the C++ compiler that it starts on a CPU, the C compilers of which triton needs one, or the header
+    of Python that their code includes.
+    """
+    if sys.platform == "win32":
+        return None
     if device.type == "cpu":
         names = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
     else:
         names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    return None if sys.platform == "win32" or any(map(shutil.which, names)) else " or ".join(names)
+    if not any(map(shutil.which, names)):
+        return " or ".join(names)
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.is_file() else f"{header} (Debian: python3-dev)"
 
 
 def seed_everything(*parts: int) -> None:

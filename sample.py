@@ -61,7 +61,7 @@ class SampleConfig:
             raise ValueError("stop='' would end every text at once; use none to have no stop string")
         check_utf8("prompt", self.prompt)
         check_utf8("stop", self.stop or "")
-        configurator.refuse_empty(self, "temperature", "top_k", "top_p")
+        configurator.check_given(self, "temperature", "top_k", "top_p")
         if self.lookahead is not None:
             if self.num_samples > 1:
                 raise ValueError(
@@ -177,6 +177,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     machine = runtime.start(config.device, config.dtype, "on" if config.compile else "off")
     if config.dtype == "auto" and machine.device.type == "cpu":  # one token at a time is bound by memory, not arithmetic
         machine = dataclasses.replace(machine, dtype=torch.float32)
+    torch.set_float32_matmul_precision("highest")  # no TF32: the same text however many tokens are computed together
     model, text, trainer = checkpoint.load_run(run, config.checkpoint, machine.device)
     model.to(machine.weight_dtype)
     generate.lay_out_for_decoding(model)

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,12 +100,14 @@ def import_wandb(config: TrainConfig):
 
 def open_wandb(wandb, config: TrainConfig, settings: dict, out: Path, run_id: str | None):
     """A Weights & Biases run. Raises ValueError where there can be none."""
-    name = config.wandb_run_name or out.name
+    name, new = config.wandb_run_name or out.name, not (out / "wandb").exists()
     try:
         return wandb.init(
             project=config.wandb_project, name=name, config=settings, mode=config.wandb, dir=str(out), id=run_id, resume="allow"
         )
     except wandb.Error as error:  # not logged in, or no network
+        if new:
+            shutil.rmtree(out / "wandb", ignore_errors=True)
         raise ValueError(f"wandb={config.wandb}: {error}; run `wandb login`, or use --wandb=offline") from None
 
 
@@ -182,14 +185,16 @@ def main(argv: list[str] | None = None) -> dict:
         note(f"max_iters={config.max_iters} ends the run inside its warm-up of {config.warmup_iters} steps")
     machine = runtime.start(config.device, config.dtype, config.compile)
     try:
-        summary = train(config, model_config, machine, parsed)
+        out = run_dir(config, parsed.config_file)
+        with checkpoint.alone_in(out) if machine.is_main else contextlib.nullcontext():
+            summary = train(config, model_config, machine, parsed, out)
         machine.barrier()  # gloo's threads abort a process that leaves while another is still connected to it
         return summary
     finally:
         runtime.stop()
 
 
-def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: configurator.Settings) -> dict:
+def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: configurator.Settings, out: Path) -> dict:
     say = print if machine.is_main else (lambda *args, **kwargs: None)
     say(machine.reasons)
     commit = git_commit()  # now: by the end of a long run the checkout may have moved on
@@ -207,7 +212,6 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         model_config = dataclasses.replace(model_config, vocab_size=data.vocab_size)
     if model_config.vocab_size < data.vocab_size:
         raise ValueError(f"vocab_size={model_config.vocab_size} is too small for {config.dataset}: it needs {data.vocab_size}")
-    out = run_dir(config, parsed.config_file)
     model_config = checkpoint.fit_backbone(model_config, parsed.given)
     config = dataclasses.replace(config, out_dir=str(out))
     if machine.is_main:
@@ -217,6 +221,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     model = checkpoint.build(config.model, model_config)
     if config.init_from and not config.resume:  # a resumed run has weights, and those of its backbone among them
         checkpoint.init_from(model, Path(config.init_from))
+        if Path(config.init_from).suffix != ".pt":
+            checkpoint.check_tokenizers(data.folder, config.init_from)
     if getattr(model_config, "backbone", None) and not config.resume:
         checkpoint.load_backbone(model, model_config)
     check_inputs(config, model, data, out)
@@ -237,6 +243,10 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     state |= {"data_hash": data.both_hash, "micro_batch_size": None, "lanes": 1, "decay_ends": []}
     resumed = checkpoint.read_run(settings, data.both_hash, out) if config.resume else None
     machine.barrier()  # everybody has read before anybody writes
+    if machine.is_main and not resumed:
+        checkpoint.check_free(out, config.overwrite)
+    # before anything is deleted: it may fail
+    wandb_run = open_wandb(wandb, config, settings, out, resumed["wandb_id"] if resumed else None) if wandb else None
     if resumed:
         folder = checkpoint.find(out, "last")
         checkpoint.load_weights(model, folder)
@@ -245,13 +255,15 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         if machine.is_main:  # only now: nothing was wrong with the checkpoint
             checkpoint.write_json(out / "config.json", settings)
             checkpoint.end_last_line(out / "metrics.jsonl")
+            if not (out / tokenizer.FILE_NAME).exists():
+                shutil.copyfile(data.folder / tokenizer.FILE_NAME, out / tokenizer.FILE_NAME)
         trainer.step = resumed["step"]
         state = {key: resumed.get(key, value) for key, value in state.items()}  # older runs have not all of them
         if config.lanes is None and not trainer.no_lanes_because():  # whatever the number of threads is now
             trainer.lanes = runtime.Lanes(state["lanes"])
         say(f"resuming {out} at step {trainer.step}")
     elif machine.is_main:
-        checkpoint.start_run(settings, data.folder, out, config.overwrite)
+        checkpoint.start_run(settings, data.folder, out)
         if autoencoder is not None:
             checkpoint.copy_autoencoder(Path(model_config.autoencoder), out)
 
@@ -271,13 +283,12 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         f"{', padding included' if isinstance(data, dataloader.PairData) else ''}"
         f"{f', in {trainer.lanes.count} lanes' if trainer.lanes.count > 1 else ''}"
     )
-    wandb_run = open_wandb(wandb, config, settings, out, state["wandb_id"]) if wandb else None
     state["wandb_id"] = wandb_run.id if wandb_run else None
 
     def log(record: dict) -> None:
         if machine.is_main:
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps({key: value if is_finite(value) else None for key, value in record.items()}) + "\n")
             if wandb_run:
                 kind = record["kind"]
                 wandb_run.log(
@@ -313,6 +324,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         return record
 
     sums, rate_clock, rate_tokens = {}, time.perf_counter(), 0
+    ask_every = 1  # steps: in how many one of several processes looks whether another has been interrupted
     session_clock, seconds_before, train_clock = time.perf_counter(), state["seconds"], time.perf_counter()
     estimates = None
     with interruptible() as interrupted:
@@ -328,8 +340,9 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                 rate_clock += train_clock - paused  # tokens/s is the speed of training alone
             if trainer.step >= config.max_iters:
                 break
-            # several processes have to stop at one step; they ask each other where they wait for the device anyway
-            asked = machine.world_size == 1 or trainer.step % config.log_interval == 0
+            # several processes have to stop at one step; they ask each other every few seconds, because they wait for it, and torchrun
+            # kills them half a minute after a signal
+            asked = trainer.step % ask_every == 0
             if asked and machine.in_any_process(bool(interrupted)):
                 if not all(p.isfinite().all() for p in model.parameters()):
                     stop_if_not_finite(math.nan, trainer.step, out)
@@ -356,6 +369,9 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                 now = time.perf_counter()
                 speed, elapsed = rate_tokens / (now - rate_clock), seconds_before + now - session_clock
                 rate_clock, rate_tokens = now, 0
+                if machine.world_size > 1:
+                    speeds = trainer.sum_up(torch.tensor(speed)).item() / machine.world_size  # the same for all of them
+                    ask_every = max(1, min(config.log_interval, int(5 * speeds / tokens_per_step)))
                 rate = learning_rate(config, trainer.step - 1)
                 left = (config.max_iters - trainer.step) * tokens_per_step / speed
                 named = {"loss": values.pop("total"), **{k if k == "grad_norm" else f"{k}_loss": v for k, v in values.items()}}
@@ -449,6 +465,11 @@ def interruptible():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_finite(value: object) -> bool:
+    """False for the numbers that JSON does not know: the norm of a float16 gradient that overflowed."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def stop_if_not_finite(loss: float, step: int, out: Path) -> None:

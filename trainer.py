@@ -3,6 +3,7 @@ The parts of training: its settings, what a step does, how large a micro-batch f
 them into a loop.
 """
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -63,7 +64,7 @@ class TrainConfig:
     activation_checkpointing: bool = False  # compute blocks again for their gradients: slower, with far less memory
 
     def __post_init__(self):
-        configurator.refuse_empty(self, "model", "dataset", "out_dir", "init_from", "wandb_project", "wandb_run_name")
+        configurator.check_given(self, "model", "dataset", "out_dir", "init_from", "wandb_project", "wandb_run_name")
         counts = ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "final_eval_tokens")
         configurator.at_least_one(self, *counts, "lanes")
         require(
@@ -166,8 +167,14 @@ class Trainer:
         self.model = torch.compile(raw_model, dynamic=False) if machine.compile else raw_model
         self.train_model = self.model
         if machine.world_size > 1:
+            if machine.compile:
+                # one graph instead of one for each bucket of gradients, into which torch 2.6 cannot cut checkpointed blocks or the
+                # output layer's loss in chunks; gradients are exchanged once a step, which leaves little to hide in the backward pass
+                torch._dynamo.config.optimize_ddp = False
             ids = [machine.device.index] if machine.device.type == "cuda" else None
-            self.train_model = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+            newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # where the other warns
+            sync = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+            self.train_model = DistributedDataParallel(self.model, device_ids=ids, **sync)
         self.parameters = [p for p in raw_model.parameters() if p.requires_grad]
         self.lanes = runtime.Lanes(self.lane_count())
         self.step = 0

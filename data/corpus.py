@@ -47,11 +47,12 @@ FEW_PIECES = 50  # a corpus of a single document is cut into about this many
 # Reading
 
 
-def read_documents(path: str | Path, separator: str = SEPARATOR, text_key: str = "text") -> Iterator[str]:
+def read_documents(path: str | Path, separator: str = SEPARATOR, text_key: str = "text", alone: bool = False) -> Iterator[str]:
     """Documents of a file, or of all files of a folder (recursively, sorted by path, hidden ones left out).
 
     By name: .jsonl and .parquet have a document a row, in column `text_key` ("title,text": both, an empty line between);
     everything else is UTF-8 text with `separator` between documents. Text and .jsonl may be packed as .gz, .xz or .zst.
+    A text file that is `alone` the whole corpus is cut into FEW_PIECES at least where it has no separators.
     Raises FileNotFoundError for a missing path, ValueError (file and place) for what cannot be read.
     """
     path = Path(path)
@@ -64,7 +65,8 @@ def read_documents(path: str | Path, separator: str = SEPARATOR, text_key: str =
             yield from read_documents(file, separator, text_key)
         return
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a text file or a folder with some")
+        why = "is neither a file nor a folder; write what it gives to a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {why}; give a text file or a folder with some")
     suffixes = [s.lower() for s in path.suffixes if s.lower() not in PACKED]
     kind = suffixes[-1] if suffixes else ""
     if kind == ".parquet":
@@ -72,7 +74,7 @@ def read_documents(path: str | Path, separator: str = SEPARATOR, text_key: str =
     elif kind == ".jsonl":
         yield from _read_jsonl(path, text_key)
     else:
-        yield from split_documents(read_text(path), separator)
+        yield from split_documents(read_text(path), separator, FEW_PIECES if alone else 1)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -162,8 +164,11 @@ def read_text(path: Path) -> Iterator[str]:
         yield newlines.decode(text, final=not data)
 
 
-def split_documents(pieces: Iterable[str], separator: str = SEPARATOR) -> Iterator[str]:
-    """Documents of a text that arrives in pieces; where there is no separator, documents of about 64 K characters."""
+def split_documents(pieces: Iterable[str], separator: str = SEPARATOR, least: int = 1) -> Iterator[str]:
+    """
+    Documents of a text that arrives in pieces; where there is no separator, documents of about 64 K characters, and of fewer where
+    these would not be `least` ones.
+    """
     if not separator:
         raise ValueError("the separator is empty; give the text that stands between two documents")
     rest, separated = "", False
@@ -175,8 +180,10 @@ def split_documents(pieces: Iterable[str], separator: str = SEPARATOR) -> Iterat
         if len(rest) > LONGEST_CHARS:
             *cut, rest = cut_lines(rest)
             yield from cut
+            least = 1
     # line ends around a document are not part of it, with a separator or without: equal texts belong to one side
-    yield from _not_empty(rest) if separated else cut_lines(rest.strip("\n"))
+    rest = rest.strip("\n")
+    yield from _not_empty(rest) if separated else cut_lines(rest, min(CUT_CHARS, max(1, len(rest) // least)))
 
 
 def _not_empty(document: str) -> Iterator[str]:
@@ -365,12 +372,14 @@ def write_sides(
     only for the progress bar.
     """
     out_dir = Path(out_dir)
+    if (out_dir / "config.json").exists():  # its tokenizer.json would be replaced
+        raise ValueError(f"{out_dir} is a run directory, and no place for a data set; give another --out_dir")
     _remove_leftovers(out_dir)
     threads = threads or os.cpu_count() or 1
     dtype = np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
     bar = _progress_bar(total_bytes)
     # In a folder of its own until complete: an interrupted run leaves what was there before, and two runs do not mix.
-    with _made(out_dir), tempfile.TemporaryDirectory(prefix=f"{WORK}{os.getpid()}-", dir=out_dir) as work:
+    with _naming(out_dir), _made(out_dir), tempfile.TemporaryDirectory(prefix=f"{WORK}{os.getpid()}-", dir=out_dir) as work:
         work = Path(work)
         with open(work / "train.bin", "wb") as train, open(work / "val.bin", "wb") as val, ThreadPoolExecutor(threads) as pool:
             sides = {"train": _Side(train), "val": _Side(val)}
@@ -397,9 +406,8 @@ def write_sides(
             raise ValueError("there is no text to prepare: what was given is empty")
         for name, side in sides.items():
             if side.documents == 0:
-                raise ValueError(
-                    f"no document fell on the {name} side, of {count} in all; give more of them, or a --val_fraction nearer to 0.5"
-                )
+                advice = "give more of them, or a --val_fraction nearer to 0.5" if count > 1 else "give more text"
+                raise ValueError(f"no document fell on the {name} side, of {count} in all; {advice}")
         meta = {
             "dataset": dataset or out_dir.resolve().name,
             "tokenizer": tokenizer.name,
@@ -412,13 +420,35 @@ def write_sides(
         complete(meta)
         tokenizers.save(tokenizer, work)
         (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        replaced = _held(out_dir) not in (None, meta)
         (out_dir / "meta.json").unlink(missing_ok=True)  # without it the folder does not count as a data set
         for name in ("train.bin", "val.bin", tokenizers.FILE_NAME, "meta.json"):
             os.replace(work / name, out_dir / name)
     for name in ("train", "val"):
         print(f"{name:5s} {meta[name]['tokens']:>14,} tokens  {meta[name]['documents']:>9,} documents")
     print(f"{meta['bytes_per_token']:.4f} bytes per token (val); written to {out_dir}")
+    if replaced:
+        print(f"note: that replaced another data set in {out_dir}; runs on it cannot be resumed", file=sys.stderr)
     return meta
+
+
+def _held(folder: Path) -> dict | None:
+    """The meta.json of the data set that a folder holds, None without one."""
+    try:
+        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Inside, a full disk is reported with the name of the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 @contextlib.contextmanager
@@ -504,7 +534,7 @@ def given_path(word: str) -> Path:
     """The value of an option; Path("") would be the current folder."""
     if not word:
         raise argparse.ArgumentTypeError("nothing was given: a file or folder is needed")
-    return Path(word)
+    return Path(word).expanduser()
 
 
 def bare_arguments(description: str, out_dir: Path | None) -> argparse.ArgumentParser:
@@ -552,7 +582,8 @@ def folder_for(name: str | None, out_dir: Path | None) -> Path:
 
 def read_inputs(args: argparse.Namespace) -> Iterator[str]:
     separator = args.separator.replace(r"\n", "\n").replace(r"\t", "\t")
-    return chain.from_iterable(read_documents(path, separator, args.text_key) for path in args.input)
+    alone = len(args.input) == 1
+    return chain.from_iterable(read_documents(path, separator, args.text_key, alone) for path in args.input)
 
 
 def make_tokenizer(name: str, documents: Callable[[], Iterable[str]]) -> Tokenizer:

@@ -38,7 +38,7 @@ class EmbeddingsConfig:
     json: str | None = None  # also write the numbers to this file
 
     def __post_init__(self):
-        configurator.refuse_empty(self, "plot", "json")
+        configurator.check_given(self, "plot", "json")
 
 
 def tables(run: Path) -> dict[str, torch.Tensor]:

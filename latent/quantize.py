@@ -19,7 +19,7 @@ Residual vector quantization: a latent vector becomes D codes out of K, level by
    report the loss of another model). Wait for `initialized` before codes are stored. A model may train on z itself until then
    (latent/autoencoder.py does: random codes would pull its latents together before they have spread), but evaluates on codes.
 
-DistributedDataParallel needs broadcast_buffers=False, or rank 0's statistics replace those of the others; step() sums them.
+DistributedDataParallel must not broadcast buffers, or rank 0's statistics replace those of the others; step() sums them.
 Float32 outside autocast (float64 in a float64 model). Shapes: N latents (of any leading dimensions), Z width, K codes, D levels,
 and a number of codebooks that is D, or 1 if they are shared.
 """

@@ -86,7 +86,7 @@ class RQTransformerConfig:
         for key, value in theirs.items():
             require(
                 given.get(key, value) == value,
-                f"{key}={given.get(key)}, but the autoencoder {self.autoencoder} has {value}; leave {key} out: it is taken from there",
+                f"{key}={given.get(key)}, but the autoencoder {self.autoencoder} has {value}: set --{key}={value}",
             )
         if "codebook_hash" in given:
             check_hash(self.codebook_hash, autoencoder)

@@ -670,6 +670,28 @@ def test_limit_of_bytes(tmp_path, script):
     assert meta["vocab_size"] == len(set("".join(taken)))
 
 
+def test_a_text_of_any_size_has_two_sides(tmp_path):
+    """Guards a text of 70 KB without empty lines, which was cut into two documents, so that mostly nothing could validate."""
+    text = "".join(f"line {i}, of which every one is different\n" for i in range(1800))
+    (tmp_path / "a.txt").write_text(text)
+    pieces = list(corpus.read_documents(tmp_path / "a.txt", alone=True))
+    assert 45 <= len(pieces) <= 50 and "".join(pieces) == text.strip("\n")
+    assert len(list(corpus.read_documents(tmp_path / "a.txt"))) == 2, "beside other files it stays as whole as it may be"
+    assert text_set.main(["--input", str(tmp_path / "a.txt"), "--out_dir", str(tmp_path / "set")])["val"]["documents"] > 0
+
+
+def test_what_a_folder_held_is_not_lost_unsaid(tmp_path, capsys):
+    """Guards the tokenizer of a run from a data set that is written into its folder, and tells of a set that is replaced."""
+    (tmp_path / "a.txt").write_text("\n\n\n".join(DOCUMENTS))
+    words = ["--input", str(tmp_path / "a.txt"), "--val_fraction", "0.3", "--out_dir", str(tmp_path / "set")]
+    for fraction, noted in (("0.3", False), ("0.3", False), ("0.5", True)):
+        text_set.main([*words, "--val_fraction", fraction])
+        assert ("replaced another data set" in capsys.readouterr().err) == noted
+    (tmp_path / "set" / "config.json").touch()
+    with pytest.raises(ValueError, match="is a run directory"):
+        text_set.main(words)
+
+
 def test_script_errors_are_one_line(tmp_path):
     """Guards against tracebacks from the command line: a missing file exits with 1, a bad value with 2."""
     script, one = str(ROOT / "data" / "text" / "prepare.py"), tmp_path / "one.txt"

@@ -69,7 +69,7 @@ def test_attention_dropout_is_the_only_one_left_on(finished, tiny_data):
 
 
 def test_evaluate_explains_what_it_cannot_do(finished, tiny_data, tmp_path):
-    with pytest.raises(FileNotFoundError, match="not a directory"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such run directory"):
         evaluate.main([str(tmp_path / "nowhere")])
     with pytest.raises(ValueError, match="at least 1"):
         evaluate.main([str(finished), "--final_eval_tokens=0"])
@@ -89,12 +89,31 @@ def test_attention_dropout_of_models_that_have_their_own(name, tmp_path):
 
 
 def test_a_run_that_fails_costs_no_other(finished, tmp_path):
-    """Guards the JSON of hours of evaluation, lost to a mistyped last run."""
+    """Guards the JSON of hours of evaluation, lost to a damaged last run; and these hours, where its name is mistyped."""
     json_file = tmp_path / "new" / "lines.json"
     words = ["--device=cpu", "--dtype=float32", "--final_eval_tokens=320", f"--json={json_file}"]
-    with pytest.raises(FileNotFoundError, match="not a directory"):
-        evaluate.main([str(finished), str(tmp_path / "nowhere"), *words])
+    for name in ("nowhere", "unfinished"):
+        (tmp_path / "unfinished").mkdir(exist_ok=True)
+        with pytest.raises(FileNotFoundError, match=f"{name}"):
+            evaluate.main([str(finished), str(tmp_path / name), *words])
+        assert not json_file.exists()
+    damaged = shutil.copytree(finished, tmp_path / "damaged")
+    (damaged / "last" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged"):
+        evaluate.main([str(finished), str(damaged), *words])
     assert [line["run"] for line in json.loads(json_file.read_text())] == [str(finished)]
+
+
+def test_a_data_set_that_has_changed_is_noted(finished, tiny_data, tmp_path, capsys):
+    """Guards a loss that seems to be that of training, on the same name, but of another text; and runs named by a pattern."""
+    run = shutil.copytree(finished, tmp_path / "of_this" / "run")
+    words = [str(tmp_path / "of_*" / "*"), "--device=cpu", "--dtype=float32", "--final_eval_tokens=320"]
+    evaluate.main(words)
+    assert "another validation file" not in capsys.readouterr().err
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"data_hash": "0" * 64}))
+    evaluate.main(words)
+    assert "has another validation file now" in capsys.readouterr().err
 
 
 def test_a_run_without_weights_is_not_called_unfinished(finished, tmp_path):

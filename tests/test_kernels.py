@@ -1,5 +1,6 @@
 """What is written for speed, against the plain computation that it equals."""
 
+import math
 import platform
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def plain_loss(x, weight, targets):
 @pytest.mark.parametrize("tokens", [1, 5, 7, 8, 9, 20])
 def test_causal_products_equal_the_kernel(tokens, monkeypatch):
     """Guards the blocks of queries: a key too many or too few at a border, gradients added to the wrong keys, a scale forgotten."""
-    monkeypatch.setattr(kernels.CausalProducts, "BLOCK", 7)
+    monkeypatch.setattr(kernels, "BLOCK", 7)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, tokens, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
     fast, slow = kernels.attend_in_products(q, k, v, None, True, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -41,7 +42,7 @@ def test_causal_products_equal_the_kernel(tokens, monkeypatch):
 @pytest.mark.parametrize("causal", [True, False])
 def test_products_drop_the_same_weights_forward_and_backward(monkeypatch, causal):
     """Guards dropout, in blocks and under a mask: value and gradients are those of all weights times the factors that were drawn."""
-    monkeypatch.setattr(kernels.CausalProducts, "BLOCK", 7)
+    monkeypatch.setattr(kernels, "BLOCK", 7)
     torch.manual_seed(0)
     drawn, kept = [], kernels.kept
     monkeypatch.setattr(kernels, "kept", lambda *args: drawn.append(kept(*args)) or drawn[-1])
@@ -151,3 +152,32 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     faults = int(subprocess.check_output([sys.executable, "-c", count], cwd=ROOT))
     assert faults < 10_000, faults  # pages; a tensor of 16 MiB has 4,096. Without, up to 100,000
+
+
+def test_evaluation_in_chunks_computes_no_gradients(monkeypatch):
+    """Guards the time of an evaluation: two more products a chunk, for the gradients of a parameter, although none are wanted."""
+    monkeypatch.setitem(kernels.CHUNK, "cpu", 31 * 7)
+    x, weight, targets = case(torch.float32)
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Products.count += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Products():
+        assert abs(kernels.head_loss(x, weight, targets) - plain_loss(x, weight, targets)) < 1e-6
+    assert Products.count == math.ceil(46 / 7) + 1, "one product for each chunk, and that of the plain loss"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_bfloat16_on_a_cpu_compiles_in_one_piece(dropout):
+    """Guards compile=on from graphs for single functions, compiled again for every shape; without dropout the loss is the eager one."""
+    model = make_model("encoder_decoder", {"position": "rope"}, dtype=torch.float32, dropout=dropout).train()
+    x = torch.randint(31, (3, 12))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)  # raises where there would be two pieces
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager, loss = model(x[:, :-1], x[:, 1:])[1]["total"], compiled(x[:, :-1], x[:, 1:])[1]["total"]
+    loss.backward()
+    assert (eager == loss or dropout) and model.wte.weight.grad.isfinite().all()

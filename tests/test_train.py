@@ -1,8 +1,10 @@
 """The training loop and what it writes, on real text with tiny models."""
 
+import functools
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +23,7 @@ import dataloader
 import generate
 import runtime
 import sample
+import tokenizer
 import train
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from conftest import ROOT, make_model, write_tokens
@@ -840,6 +843,12 @@ def test_what_auto_means(monkeypatch):
     assert [runtime.choose_device(word, 2)[0].index for word in ("auto", "cuda", "cuda:0", "cuda:1")] == [2, 2, 0, 1]
     with pytest.raises(ValueError, match="device=cuda:4: this machine has 4"):
         runtime.choose_device("cuda", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.backends.mps, "is_available", lambda: True)
+        assert runtime.choose_device("auto")[0].type == "mps" and runtime.choose_device("auto", 0, 2)[0].type == "cpu"
+        with pytest.raises(ValueError, match="several processes"):
+            runtime.choose_device("mps", 0, 2)
     for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         assert runtime.choose_dtype("auto", gpu)[0] == dtype and runtime.choose_dtype("float16", gpu)[0] == torch.float16
@@ -932,6 +941,74 @@ def test_double_precision_survives_a_checkpoint(tiny_data, tmp_path):
     run(tiny_data, out, "--max_iters=2", "--dtype=float64")
     model, kept = checkpoint.load_run(out)[0], safetensors.torch.load_file(str(out / "best" / "model.safetensors"))
     assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items() if name in kept)
+
+
+def test_init_from_a_run_with_another_tokenizer(tiny_data, tmp_path, capsys, reference):
+    """Guards weights whose token ids are those of other texts."""
+    other = shutil.copytree(tiny_data, tmp_path / "data")
+    tokenizer.save(tokenizer.CharTokenizer("abc"), other)
+    code, line = complaint(train, arguments(other, tmp_path / "run", *REFERENCE, "--vocab_size=256", f"--init_from={reference}"), capsys)
+    assert code == 2 and "another tokenizer" in line and not (tmp_path / "run").exists()
+
+
+def test_two_trainings_do_not_share_a_run(tiny_data, tmp_path, capsys, reference):
+    """Guards one run from the checkpoints of another that runs beside it, from its own resumption and from --overwrite."""
+    out = shutil.copytree(reference, tmp_path / "run")
+    before = snapshot(out)
+    with checkpoint.alone_in(out):
+        for more in ("--resume", "--overwrite"):
+            code, line = complaint(train, arguments(tiny_data, out, more), capsys)
+            assert code == 1 and "another training" in line and snapshot(out) == before
+    run(tiny_data, out, "--overwrite", "--max_iters=0")
+    with checkpoint.alone_in(tmp_path / "new" / "run"):
+        assert (tmp_path / "new" / "run").is_dir()
+    assert not (tmp_path / "new" / "run").exists(), "what nothing was written to is removed"
+
+
+def test_a_wandb_that_will_not_start_costs_no_run(tiny_data, tmp_path, capsys, monkeypatch, reference):
+    """Guards the finished run that --overwrite once deleted before it turned out that nobody was logged in."""
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    out = shutil.copytree(reference, tmp_path / "run")
+    before = snapshot(out)
+    for where in (out, tmp_path / "new"):
+        code, line = complaint(train, arguments(tiny_data, where, "--overwrite", "--wandb=online"), capsys)
+        assert code == 2 and "wandb=online" in line
+    assert snapshot(out) == before and not (tmp_path / "new").exists()
+
+
+def test_the_tokenizer_comes_back_on_resume(tiny_data, tmp_path, reference):
+    """Guards against a run that trains to its end and then cannot be sampled."""
+    out = shutil.copytree(reference, tmp_path / "run")
+    (out / "tokenizer.json").unlink()
+    run(tiny_data, out, "--resume")
+    assert (out / "tokenizer.json").read_bytes() == (reference / "tokenizer.json").read_bytes()
+
+
+def test_metrics_are_json(tiny_data, tmp_path, monkeypatch):
+    """Guards other readers of metrics.jsonl: the norm of float16 gradients that overflow is no number, and JSON knows none."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**24))
+    run(tiny_data, tmp_path / "run", "--dtype=float16", "--grad_clip=1", "--log_interval=1")
+
+    def no_json(word: str):
+        raise AssertionError(f"{word} in metrics.jsonl")
+
+    lines = [json.loads(line, parse_constant=no_json) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    assert norms[0] is None and len(norms) == 6
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="nobody tells what is mapped")
+def test_a_resumed_optimizer_does_not_live_in_its_file(tiny_data, tmp_path, reference):
+    """Guards Windows, where a file that is mapped cannot be replaced by the next checkpoint."""
+    out = shutil.copytree(reference, tmp_path / "run")
+    data = dataloader.open_data(tiny_data, 32)
+    model = checkpoint.load_run(out, "last")[0]
+    trainer = Trainer(TrainConfig(dataset=str(tiny_data)), model, data, runtime.start("cpu", "float32", "off"))
+    checkpoint.load_optimizer(model, trainer.optimizer, out / "last")
+    assert trainer.optimizer.state and "optimizer.safetensors" not in Path("/proc/self/maps").read_text()
 
 
 def test_init_from_weights_that_would_mean_something_else(tiny_data, tmp_path, capsys, reference):
@@ -1054,6 +1131,13 @@ def test_compilation_needs_a_compiler(tiny_data, tmp_path, monkeypatch, capsys):
     gpu = torch.device("cuda")
     assert runtime.choose_compile("auto", gpu) == (False, "torch.compile needs gcc or clang, which is not there")
     monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.sysconfig, "get_path", lambda name: str(tmp_path))
+        code, line = complaint(train, arguments(tiny_data, tmp_path / "run", "--compile=on"), capsys)
+        assert code == 2 and "torch.compile needs" in line and "Python.h" in line
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not runtime.choose_compile("auto", gpu)[0], "triton does without such a GPU"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert runtime.choose_compile("auto", gpu)[0] and runtime.choose_compile("on", torch.device("cpu"))[0]
 
 
@@ -1098,6 +1182,7 @@ def complaint(script, argv: list[str], capsys) -> tuple[int, str]:
         (["--resume", "--overwrite"], 2, "exclude each other"),
         (["--init_from=nowhere"], 1, "not a directory"),
         (["--init_from="], 2, "--init_from= is empty"),
+        (["--out_dir=~/run"], 2, "write $HOME"),
         (["--out_dir="], 2, "--out_dir= is empty"),  # not the folder that it would have without
     ],
 )

@@ -54,7 +54,7 @@ def read_pairs(path: Path, keys: tuple[str, str]) -> Iterator[tuple[str, str]]:
     ValueError with the line, for what is not two texts, for an empty side, and for a tab inside one.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a .tsv or .jsonl file of pairs")
+        raise FileNotFoundError(f"{path} {'is no file' if path.exists() else 'does not exist'}; give a .tsv or .jsonl file of pairs")
     if path.suffix not in (".tsv", ".jsonl"):
         raise ValueError(f"{path}: pairs are read from .tsv files (x, tab, y) or .jsonl files; rename or convert it")
     try:
