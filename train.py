@@ -3,7 +3,7 @@ Train any model of the project: one loop for all.
 
     python train.py config/quickstart.py                             # a config file
     python train.py config/stdlib/baseline.py --seed=2               # flags override it
-    python train.py config/stdlib/baseline.py --resume               # go on where it stopped, bit for bit, with the same settings
+    python train.py config/stdlib/baseline.py --resume               # go on where it stopped, with the same settings
     torchrun --standalone --nproc_per_node=4 train.py config/wikipedia/encdec_mse_possub.py
 
 One *step* is one optimizer update on batch_size * gradient_accumulation_steps sequences of block_size tokens, however many
@@ -246,7 +246,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     if machine.is_main and not resumed:
         checkpoint.check_free(out, config.overwrite)
     # before anything is deleted: it may fail
-    wandb_run = open_wandb(wandb, config, settings, out, resumed["wandb_id"] if resumed else None) if wandb else None
+    wandb_run = open_wandb(wandb, config, settings, out, (resumed or {}).get("wandb_id")) if wandb else None
     if resumed:
         folder = checkpoint.find(out, "last")
         checkpoint.load_weights(model, folder)

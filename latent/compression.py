@@ -21,7 +21,6 @@ Shapes: B batch, T tokens, C width, S tokens per latent, M latents, Z width of a
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -30,7 +29,7 @@ import torch.nn as nn
 from kernels import rotary_angles
 from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer
 from latent.resample import CausalDownsample, doublings
-from model import require
+from model import Context, require
 
 Losses = dict[str, torch.Tensor]
 
@@ -100,7 +99,7 @@ class CompressionHead(nn.Module):
         """Position (N,) of the last token that each slot of the memory knows; -1 for the start."""
         return torch.arange(slots, device=device) * self.factor - 1
 
-    def forward(self, h: torch.Tensor, positions: torch.Tensor, context, cache) -> tuple[torch.Tensor, object, Losses]:
+    def forward(self, h: torch.Tensor, positions: torch.Tensor, context: Context, cache) -> tuple[torch.Tensor, Context, Losses]:
         """
         Encoder states h (B, T, C) at `positions` (T,) -> the slots (B, N, C) that this call adds to the memory, the context in
         which cross-attention sees it, and the quantizer's losses. `context` is that of self-attention in this call; with a
@@ -116,7 +115,7 @@ class CompressionHead(nn.Module):
         ends = self.ends(slots, h.device)
         rotary = {width: rotary_angles(ends[first:], width) for width in context.rotary}
         mask = ends <= positions[:, None]  # (T, N)
-        return memory, dataclasses.replace(context, mask=mask, causal=False, start=first, key_rotary=rotary), losses
+        return memory, Context(mask, False, context.rotary, first, context.dropout, rotary), losses
 
     def remember(self, h: torch.Tensor, first: int) -> tuple[torch.Tensor, Losses]:
         """Slots (B, N - first, C) of the memory of states h (B, T, C), and the quantizer's losses."""

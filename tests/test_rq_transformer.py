@@ -327,7 +327,7 @@ def test_another_autoencoder_is_refused():
         model.attach(other)
     with pytest.raises(ValueError, match="train this model again"):
         dataclasses.replace(model.config).fitted_to(other, {"codebook_hash": model.config.codebook_hash})
-    with pytest.raises(ValueError, match="latent_factor=8, but the autoencoder .* has 4; leave latent_factor out"):
+    with pytest.raises(ValueError, match="latent_factor=8, but the autoencoder .* has 4: set --latent_factor=4"):
         model.config.fitted_to(other, {"latent_factor": 8})
 
 

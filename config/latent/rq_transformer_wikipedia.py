@@ -1,4 +1,4 @@
-"""Prior over the codes of rqvae_wikipedia.py at the size of the published runs, about 17 M parameters."""
+"""Prior over the codes of rqvae_wikipedia.py at the size of the published runs, about 17.6 M parameters."""
 
 base = "../wikipedia/common.py"
 model = "rq_transformer"

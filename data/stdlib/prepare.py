@@ -1,5 +1,5 @@
 """
-The default data set: the source of the running Python's own standard library, as bytes. Real text of about 11 MB on every
+The default data set: the source of the running Python's own standard library, as bytes. Real text of about 12 MB on every
 machine, without a download. One file is one document.
 
     python data/stdlib/prepare.py
