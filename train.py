@@ -136,6 +136,8 @@ def check_inputs(config: TrainConfig, model: torch.nn.Module, data: dataloader.T
         raise ValueError(
             f"{config.dataset} is a set of pairs, but {config.model} is made for whole texts; choose another model"
         )
+    if getattr(model.config, "freeze_codes", False) and not (config.resume or (config.init_from and model.quantizer.initialized)):
+        raise ValueError("freeze_codes=true keeps the codes of another run: name one that has learned them, --init_from=RUN")
     if hasattr(model, "check"):
         model.check(data, config.max_iters)
     inputs = {"dataset": data.folder} | {key: getattr(model.config, key, None) for key in ("autoencoder", "backbone")}
@@ -203,11 +205,15 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     machine.barrier()
     autoencoder = None
     if hasattr(model_config, "autoencoder"):  # a model over the codes of a frozen one, which settles all sizes of text and codes
-        autoencoder = checkpoint.load_autoencoder(model_config.autoencoder)
+        encoder_run = Path(model_config.autoencoder)
+        if config.resume and not encoder_run.is_dir() and (out / "autoencoder").is_dir():
+            encoder_run = out / "autoencoder"  # the run's copy
+            say(f"note: {model_config.autoencoder} is gone, {encoder_run} serves")
+        autoencoder = checkpoint.load_autoencoder(encoder_run)
         model_config = model_config.fitted_to(autoencoder, parsed.given)
     data = dataloader.open_data(dataloader.resolve(config.dataset), model_config.block_size)
     if autoencoder is not None:
-        checkpoint.check_tokenizers(data.folder, model_config.autoencoder)
+        checkpoint.check_tokenizers(data.folder, encoder_run)
     elif "vocab_size" not in parsed.given:
         model_config = dataclasses.replace(model_config, vocab_size=data.vocab_size)
     if model_config.vocab_size < data.vocab_size:
@@ -219,11 +225,11 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
 
     runtime.seed_everything(config.seed)
     model = checkpoint.build(config.model, model_config)
-    if config.init_from and not config.resume:  # a resumed run has weights, and those of its backbone among them
+    if config.init_from and not config.resume:  # both bring all weights, those of a backbone among them
         checkpoint.init_from(model, Path(config.init_from))
         if Path(config.init_from).suffix != ".pt":
             checkpoint.check_tokenizers(data.folder, config.init_from)
-    if getattr(model_config, "backbone", None) and not config.resume:
+    if getattr(model_config, "backbone", None) and not (config.init_from or config.resume):
         checkpoint.load_backbone(model, model_config)
     check_inputs(config, model, data, out)
     wandb = import_wandb(config) if machine.is_main else None
@@ -247,6 +253,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         checkpoint.check_free(out, config.overwrite)
     # before anything is deleted: it may fail
     wandb_run = open_wandb(wandb, config, settings, out, (resumed or {}).get("wandb_id")) if wandb else None
+    if hasattr(model, "training_data"):  # may take long, so that it comes before there is a run to resume
+        trainer.train_data = model.training_data(data, encoder_run / "codes")
     if resumed:
         folder = checkpoint.find(out, "last")
         checkpoint.load_weights(model, folder)
@@ -265,11 +273,9 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     elif machine.is_main:
         checkpoint.start_run(settings, data.folder, out)
         if autoencoder is not None:
-            checkpoint.copy_autoencoder(Path(model_config.autoencoder), out)
+            checkpoint.copy_autoencoder(encoder_run, out)
 
     state["lanes"] = trainer.lanes.count
-    if hasattr(model, "training_data"):
-        trainer.train_data = model.training_data(data)
     if config.micro_batch_size == "auto":
         if state["micro_batch_size"] is not None:  # what the run found before it was stopped: then it goes on bit for bit
             trainer.micro_batch_size = state["micro_batch_size"]

@@ -53,6 +53,7 @@ class AutoencoderConfig:
     quantize_dropout: float = 0.0  # probability that a training step uses only the first 1..D-1 levels
     codebook_decay: float = 0.99  # ema: weight of the past in the moving averages, per step
     quantize_after: int = 300  # ema: steps of training without codes before k-means makes the codebooks
+    freeze_codes: bool = False  # train only what stands behind the codes, which stay those of init_from; embeddings stay, too
     # initial weights from elsewhere
     backbone: str | None = None  # run directory of an encoder_decoder; or hf:NAME_OR_PATH: latent/huggingface.py
     backbone_config: str | None = None  # of hf:NAME_OR_PATH, what it is, as JSON; train.py takes it from there
@@ -67,6 +68,10 @@ class AutoencoderConfig:
         require(
             self.backbone is not None or self.freeze_backbone_iters == 0,
             f"freeze_backbone_iters={self.freeze_backbone_iters} freezes what a backbone brings, but there is none; set backbone",
+        )
+        require(
+            not self.freeze_codes or self.dropout == self.quantize_dropout == 0.0,
+            f"freeze_codes=true: dropout={self.dropout} and quantize_dropout={self.quantize_dropout} would change codes; set both to 0",
         )
         require(
             self.pretrained is None or self.position == "rope",
@@ -148,9 +153,15 @@ class Autoencoder(CausalModel):
         self.ln_f = LayerNorm(C, config.bias) if own_blocks else nn.Identity()  # a pretrained trunk ends with its own
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # optimizer steps so far
         self.initialize([self.encoder, self.decoder])
+        if config.freeze_codes:  # all that compress() runs; wte among it, although it is the output layer as well
+            encoding = (self.wte, self.wpe, self.trunk, self.encoder, self.down, self.to_latent, self.refine_encoder, self.quantizer)
+            for module in filter(None, encoding):
+                module.requires_grad_(False)
 
     def flops_per_token(self) -> int:
-        """As for the other models, but what runs once for several tokens counts for each of them in part; and the codes' lookup."""
+        """As for the other models, but what runs once for several tokens counts for each of them in part; and the codes' lookup.
+        What is frozen counts as if it were trained.
+        """
         config, S = self.config, self.config.latent_factor
         latent = (self.to_latent, self.refine_encoder, self.refine_decoder, self.from_latent)
         shares = [(module, 1 / S) for module in latent]  # module, how often it runs for a token
@@ -195,21 +206,26 @@ class Autoencoder(CausalModel):
         """
         idx (B, T) token ids -> logits (B, T, V) of the same tokens and no losses. With targets (B, T), which only say which
         tokens are real (>= 0, all of them in front), no logits but the losses by name: `total` (to minimise), `token` (nats
-        per token, of the reconstruction), `commitment` and, with simvq, `codebook` (unweighted).
+        per token, of the reconstruction) and, unless codes are frozen, `commitment` and, with simvq, `codebook` (unweighted).
         """
         mask = None if targets is None else targets >= 0
-        latent, real = self.compress(idx, mask)
-        z, _, losses, _ = self.quantizer(latent, real)
-        if self.training:  # codes that come from no data would pull the latents together before they have spread
-            with_codes = self.quantizer.codebook.initialized
-            z = torch.where(with_codes, z, latent)
-            losses = {name: torch.where(with_codes, loss, 0.0) for name, loss in losses.items()}
+        if self.training and self.config.freeze_codes:
+            with torch.autocast(idx.device.type, enabled=False):  # codes must not depend on the precision
+                z, losses = self.quantizer.decode(self.encode(idx, mask)), {}
+        else:
+            latent, real = self.compress(idx, mask)
+            z, _, losses, _ = self.quantizer(latent, real)
+            if self.training:  # codes that come from no data would pull the latents together before they have spread
+                with_codes = self.quantizer.codebook.initialized
+                z = torch.where(with_codes, z, latent)
+                losses = {name: torch.where(with_codes, loss, 0.0) for name, loss in losses.items()}
         x = self.expand(z)[:, : idx.size(1)]
         if targets is None:
             return head_logits(x, self.wte.weight), {}
-        losses["token"] = head_loss(x, self.wte.weight, torch.where(mask, idx, -1))
         weights = self.quantizer.config.loss_weights
-        losses["total"] = losses["token"] + sum(weight * losses[name] for name, weight in weights.items())
+        of_codes = sum(weights[name] * loss for name, loss in losses.items())
+        losses["token"] = head_loss(x, self.wte.weight, torch.where(mask, idx, -1))
+        losses["total"] = losses["token"] + of_codes
         return None, losses
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -264,7 +280,8 @@ class Autoencoder(CausalModel):
     def after_step(self) -> None:
         """Once after each optimizer step, in every process."""
         self.steps += 1
-        self.quantizer.step(initialize=bool(self.steps >= self.config.quantize_after))
+        if not self.config.freeze_codes:
+            self.quantizer.step(initialize=bool(self.steps >= self.config.quantize_after))
 
     @torch.no_grad()
     def measure(self, idx: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -285,11 +285,11 @@ class RQTransformer(CausalModel):
     # ------------------------------------------------------------------------------------------------------------------
     # hooks of train.py
 
-    def training_data(self, data: TokenData) -> TokenData | CodeData:
-        """What to train on: the stored codes of the training text, or with soft labels the text itself."""
+    def training_data(self, data: TokenData, store: Path) -> TokenData | CodeData:
+        """What to train on: the codes of the training text, stored in a folder, or with soft labels the text itself."""
         if self.config.soft_labels > 0.0:
             return data
-        return CodeData(Path(self.config.autoencoder, "codes"), data, self.autoencoder, self.config.code_offsets)
+        return CodeData(store, data, self.autoencoder, self.config.code_offsets)
 
     @torch.no_grad()
     def measure(self, idx: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -470,6 +470,33 @@ def test_two_processes_train_one_autoencoder(tiny_data, tmp_path):
     assert abs(together["val_loss"] - alone["val_loss"]) < 1e-6 and together["code_usage"] == alone["code_usage"]
 
 
+@pytest.mark.parametrize("kind", ["ema", "simvq"])
+def test_frozen_codes_stay_while_the_decoder_learns(kind, tiny_data, tmp_path, capsys):
+    """
+    Guards a prior over codes whose autoencoder trains on: codebooks or an embedding that moved would change what its codes mean.
+    Half precision must not change them either, and the backbone that was loaded first not be loaded again.
+    """
+    small = "--model=encoder_decoder --block_size=32 --n_embd=16 --n_head=2 --n_encoder_layer=1 --n_decoder_layer=1 --max_iters=1"
+    train.main([f"--dataset={tiny_data}", f"--out_dir={tmp_path / 'backbone'}", *small.split(), "--device=cpu", "--position=rope",
+                "--warmup_iters=0", "--eval_iters=1", "--final_eval_tokens=100"])  # fmt: skip
+    words = [f"--codebook_kind={kind}", f"--backbone={tmp_path / 'backbone'}"]
+    run(tiny_data, tmp_path / "a", *words)
+    frozen = [*words, "--freeze_codes=true", f"--init_from={tmp_path / 'a'}", "--weight_decay=0.5", "--dtype=bfloat16"]
+    with pytest.raises(ValueError, match="freeze_codes=true keeps the codes of another run"):
+        run(tiny_data, tmp_path / "b", *words, "--freeze_codes=true")
+    run(tiny_data, tmp_path / "b", *frozen, "--max_iters=5")
+    run(tiny_data, tmp_path / "b", *frozen, "--resume")
+    old, new = (checkpoint.load_run(tmp_path / name, "last")[0] for name in "ab")
+    start = checkpoint.load_run(tmp_path / "a", "best")[0]
+    idx = tokens(8, 32)
+    assert new.codebook_hash() == start.codebook_hash() and torch.equal(new.encode(idx), start.encode(idx))
+    changed = {name for name, p in start.named_parameters() if not torch.equal(p, new.get_parameter(name))}
+    assert changed == {name for name, p in start.named_parameters() if name.startswith(("refine_dec", "from_", "up.", "deco", "ln_f"))}
+    assert old.config != new.config and "commitment_loss" not in (tmp_path / "b" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="dropout=0.1 and quantize_dropout=0.0 would change codes"):
+        AutoencoderConfig(freeze_codes=True, dropout=0.1)
+
+
 @pytest.mark.parametrize("position", ["rope", "learned"])
 def test_backbone_of_a_run(tiny_data, tmp_path, position):
     """Guards the frozen backbone: bit for bit as it was until its time, then trained; nothing of it needed to go on or to load."""

@@ -21,6 +21,7 @@ from code_stepper import BlockWriter, CodeStepper
 from conftest import write_tokens
 from data.pairs import prepare as pairs
 from generate import BlockSampling, Continuation, Sampling
+from latent import codes
 from latent.autoencoder import Autoencoder, AutoencoderConfig
 from latent.rq_transformer import RQTransformer, RQTransformerConfig, soft_codes
 from model import Context, rotary_angles
@@ -514,11 +515,15 @@ def own_autoencoder(autoencoder_run, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("more", [["--dropout=0.1", "--code_offsets=2"], ["--soft_labels=0.5"]], ids=["stored", "soft"])
-def test_resumed_equals_unbroken(autoencoder_run, tiny_data, tmp_path, more):
-    """Guards resuming, bit for bit: the order of stored codes, dropout, and the draws of soft labels are functions of the step."""
-    more = [f"--autoencoder={autoencoder_run}", "--lr_decay_iters=6", *more]
+def test_resumed_equals_unbroken(own_autoencoder, tiny_data, tmp_path, more):
+    """
+    Guards resuming, bit for bit: the order of stored codes, dropout, and the draws of soft labels are functions of the step. Where
+    the autoencoder's run is gone, the copy in the run serves.
+    """
+    more = [f"--autoencoder={own_autoencoder}", "--lr_decay_iters=6", *more]
     summary = run("rq_transformer", tiny_data, tmp_path / "a", *more)
     run("rq_transformer", tiny_data, tmp_path / "b", *more, "--max_iters=3")
+    shutil.rmtree(own_autoencoder)
     run("rq_transformer", tiny_data, tmp_path / "b", *more, "--resume")
     a, b = (safetensors.torch.load_file(tmp_path / name / "last" / "model.safetensors") for name in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
@@ -558,8 +563,20 @@ def test_a_run_directory_is_all_that_sampling_needs(own_autoencoder, tiny_data, 
     ):
         with pytest.raises(ValueError, match=message):
             sample.main([str(out), "--device=cpu", *flags])
-    with pytest.raises(ValueError, match="autoencoder=.* is not a directory.*rqvae_stdlib"):
-        run("rq_transformer", tiny_data, out, f"--autoencoder={own_autoencoder}", "--resume")
+
+
+def test_a_run_begins_behind_its_codes(autoencoder_run, tiny_data, tmp_path, monkeypatch):
+    """Guards a Ctrl-C while the text is encoded: a run directory without a checkpoint would be in the way of the same command."""
+    out, word = tmp_path / "prior", f"--autoencoder={autoencoder_run}"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(codes, "extract", interrupted)
+        run("rq_transformer", tiny_data, out, word, "--code_offsets=3")
+    assert not out.exists()
+    assert run("rq_transformer", tiny_data, out, word, "--code_offsets=3")["steps"] == 6
 
 
 def test_bench_sample_has_what_the_model_has(own_autoencoder, tiny_data, tmp_path, capsys):
