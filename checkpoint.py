@@ -70,7 +70,7 @@ def read_json(path: Path) -> dict:
 
 
 # settings that may differ between a run and its continuation; micro_batch_size, which is one of them, draws dropout's masks anew
-FREE_ON_RESUME = NOT_OF_A_ROW - {"seed"} | {"max_iters", "dataset"}
+FREE_ON_RESUME = NOT_OF_A_ROW - {"seed"} | {"max_iters", "dataset", "patience"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

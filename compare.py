@@ -21,7 +21,7 @@ import numpy as np
 
 import curves
 from configurator import check_given, choice_text, configure, exit_on_user_error, is_number
-from runs import Row, Run, bits_per_nat, check_same_data, find_runs, group, read_runs, warn
+from runs import Row, Run, bits_per_nat, find_runs, group, judged_alike, read_runs, warn
 
 
 @dataclass(frozen=True)
@@ -343,8 +343,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     """Print the comparison and write what was asked for; returns the rows, the lowest validation loss first."""
     settings = configure(argv, [CompareConfig], positional="RUN ...", description=__doc__)
     options: CompareConfig = settings.sections[0]
-    runs = read_runs(find_runs(settings.words))
-    check_same_data(runs)
+    runs = judged_alike(read_runs(find_runs(settings.words)))
     rows = group(runs)
     labels = [row.label for row in rows]
     name = labels[0] if options.reference is None else options.reference

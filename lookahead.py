@@ -158,7 +158,7 @@ class Lookahead:
     ):
         generate.check_prompts(model, [sample.tokens])
         if getattr(model.config, "latent_factor", 0) > 0:
-            raise ValueError("lookahead looks at several texts at once, but a model with latents at one; use lookahead=none")
+            raise ValueError("lookahead looks at several texts in one step, but latents are made of one; use lookahead=none")
         self.model, self.sample, self.sampling, self.number = model, sample, sampling, number
         self.device, self.block_size = next(model.parameters()).device, model.config.block_size
         self.noise = generate.Noise(sampling, model.config.vocab_size)

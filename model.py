@@ -26,7 +26,7 @@ Shapes: B batch, T tokens of this call, S keys (cached ones first), C width, H h
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin
 
@@ -82,9 +82,16 @@ class EncoderDecoderConfig:
             from latent.compression import quantizer_config
 
             quantizer_config(self)  # raises as well
-        keys = ("latent_dim", "codebook_size", "codebook_levels", "commitment_weight") if self.latent_factor == 0 else ()
-        if ignored := [key for key in keys if getattr(self, key) != getattr(EncoderDecoderConfig, key)]:
-            warnings.warn(f"{', '.join(ignored)} without effect: there is no compression head (latent_factor=0)", stacklevel=3)
+        else:
+            warn_ignored(self, ("latent_dim", "codebook_size", "codebook_levels", "commitment_weight"), "latent_factor=0, no head")
+        if self.embedding_loss == "none":
+            warn_ignored(self, [key for key in vars(self) if key.startswith("embedding_loss_")], "embedding_loss=none")
+
+
+def warn_ignored(config, keys: Iterable[str], because: str) -> None:
+    """Warn of settings that were given, although nothing looks at them."""
+    if given := [key for key in keys if getattr(config, key) != getattr(type(config), key)]:
+        warnings.warn(f"{', '.join(given)} without effect: {because}", stacklevel=4)
 
 
 def check_fields(config, *sizes: str) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,7 +116,7 @@ def read_run(path: Path) -> Run:
     if not 0 < (loss := summary["val_loss"]) < math.inf:
         raise ValueError(f"{path}: its validation loss is {loss}: {'impossible' if math.isfinite(loss) else 'it diverged'}")
     planned, steps = settings.get("max_iters"), summary.get("steps")
-    if is_number(planned) and is_number(steps) and steps < planned:  # resumed since then
+    if is_number(planned) and is_number(steps) and steps < planned and not summary.get("ended_early"):  # resumed since then
         raise ValueError(f"{path}: summary.json is of step {steps} of {planned}: not a finished run")
     settings = {key: value for key, value in settings.items() if key not in NOT_OF_A_ROW and value is not None}
     if isinstance(learned := summary.get("train_hash"), str):
@@ -154,6 +155,22 @@ def read_lines(path: Path) -> list[dict]:
     if broken:
         warn(f"{path}: {broken} half-written or damaged line{'s' * (broken > 1)} passed over")
     return records
+
+
+def judged_alike(runs: list[Run]) -> list[Run]:
+    """
+    Those judged on the same validation tokens as most of them; the others are named and skipped. Raises ValueError where there are
+    no most, or tokenizers differ.
+    """
+    judged = [(run.summary["data_hash"], run.summary["val_tokens"]) for run in runs]
+    (most, count), *others = Counter(judged).most_common()
+    if not others or others[0][1] < count:
+        for run, tokens in zip(runs, judged):
+            if tokens != most:
+                warn(f"{run.path} was judged on other validation tokens ({run.summary['dataset']}, {tokens[1]:,} of them); skipped")
+        runs = [run for run, tokens in zip(runs, judged) if tokens == most]
+    check_same_data(runs)
+    return runs
 
 
 def check_same_data(runs: list[Run]) -> None:

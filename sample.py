@@ -10,6 +10,7 @@ Sample text from a run directory; nothing else is needed, neither its data set n
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -28,6 +29,7 @@ import runtime
 import stepper
 import tokenizer
 from lookahead import Setting
+from model import warn_ignored
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class SampleConfig:
             )
         if self.int8 and self.check:
             raise ValueError("check=true compares paths of one model, but int8=true makes another of it; use one of the two")
-        self.samplings()
+        if all(how.temperature == 0 for how in self.samplings()):
+            warn_ignored(self, ("top_k", "top_p"), "at temperature 0 the most likely token is taken")
         try:
             generate.Sampling(self.token_temperature)
         except ValueError as error:
@@ -154,6 +157,15 @@ def look_ahead(
         "lookahead": str(run.setting or "plain"), "steps": run.steps, "drafted": run.drafted, "accepted": run.accepted,
         "tokens_per_step": len(sample.output) / run.steps, "accepted_share": run.accepted / max(run.drafted, 1),
     }  # fmt: skip
+
+
+def first_difference(samples: list[generate.Continuation], others: list[generate.Continuation]) -> tuple[int, int]:
+    """Number of the first sample that is another text, and of the first of its tokens that is, both from 0."""
+    for number, (one, other) in enumerate(zip(samples, others)):
+        if (one.output, one.reason) != (other.output, other.reason):
+            pairs = itertools.zip_longest(one.output, other.output)
+            return number, next((place for place, (a, b) in enumerate(pairs) if a != b), len(one.output))
+    raise AssertionError("they are the same")
 
 
 @torch.no_grad()
@@ -251,7 +263,14 @@ def main(argv: list[str] | None = None) -> list[str]:
         report |= {"same": same, "plain_tokens_per_second": sum(len(other.output) for other in others) / seconds}
         path = "plain cached" if others_cache else "uncached"
         speed = f"{report['plain_tokens_per_second']:.1f} tokens/s"
-        print(f"check: the {path} path gives {'the same' if same else 'ANOTHER'} text, at {speed}", file=sys.stderr)
+        if same:
+            found = "the same text"
+        else:
+            number, place = first_difference(samples, others)
+            found = f"ANOTHER text, sample {number} from its token {place} on"
+            if machine.dtype != torch.float32:
+                found += f" (dtype={config.dtype} rounds by how many tokens are computed together; is it so in float32?)"
+        print(f"check: the {path} path gives {found}, at {speed}", file=sys.stderr)
     if config.json:
         print(json.dumps(report))
     if config.check and not same:

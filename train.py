@@ -346,6 +346,9 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                 rate_clock += train_clock - paused  # tokens/s is the speed of training alone
             if trainer.step >= config.max_iters:
                 break
+            if config.patience and trainer.step - state["best_step"] >= config.patience * config.eval_interval:
+                say(f"patience={config.patience}: no val loss is lower than that of step {state['best_step']}")
+                break
             # several processes have to stop at one step; they ask each other every few seconds, because they wait for it, and torchrun
             # kills them half a minute after a signal
             asked = trainer.step % ask_every == 0
@@ -369,7 +372,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                 state["decay_ends"].append(config.decay_end)
             sums = trainer.update()
             rate_tokens += tokens_per_step
-            if trainer.step % config.log_interval == 0 or trainer.step == config.max_iters:
+            if trainer.is_logged(trainer.step):
                 values = {name: trainer.sum_up(value).item() for name, value in sums.items()}  # waits for the device
                 stop_if_not_finite(values["total"], trainer.step, out)
                 now = time.perf_counter()
@@ -418,7 +421,7 @@ def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
         "parameters": model.get_num_params(), "flops_per_token": model.flops_per_token(),
         "steps": trainer.step, "tokens": tokens,
         "train_loss": estimates["train_loss"], "val_loss": val_loss, "val_tokens": val_tokens,
-        "best_val_loss": state["best_val_loss"], "best_step": state["best_step"],
+        "best_val_loss": state["best_val_loss"], "best_step": state["best_step"], "ended_early": trainer.step < config.max_iters,
         "decay_ends": state["decay_ends"],  # step at which the learning rate is lowest; several: it was resumed with another
         "seconds": state["seconds"], "tokens_per_second": tokens / max(state["train_seconds"], 1e-9),
         "peak_memory_bytes": machine.peak_memory_bytes(), "seed": config.seed,

@@ -18,7 +18,7 @@ import configurator
 import dataloader
 import generate
 import runtime
-from model import require
+from model import require, warn_ignored
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class TrainConfig:
     # evaluation and logging
     eval_interval: int = 250  # steps between evaluations; each writes the last/ checkpoint
     eval_iters: int = 20  # batches of an evaluation: the same windows every time, and in every run with as many sequences
+    patience: int | None = None  # end the run behind so many evaluations without a lower val_loss; best/ has the lowest
     final_eval_tokens: int | None = None  # validation tokens that the final evaluation predicts; none: the whole file
     log_interval: int = 10  # steps between progress lines
     eval_sample_tokens: int = 0  # length of a sample printed at evaluations; 0: none
@@ -66,7 +67,7 @@ class TrainConfig:
     def __post_init__(self):
         configurator.check_given(self, "model", "dataset", "out_dir", "init_from", "wandb_project", "wandb_run_name")
         counts = ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "final_eval_tokens")
-        configurator.at_least_one(self, *counts, "lanes")
+        configurator.at_least_one(self, *counts, "lanes", "patience")
         require(
             self.micro_batch_size in (None, "auto") or self.micro_batch_size >= 1,
             f"micro_batch_size={self.micro_batch_size}: at least 1 is needed, or none, or auto",
@@ -85,6 +86,8 @@ class TrainConfig:
             f"lr_decay_iters={self.lr_decay_iters} must be beyond warmup_iters={self.warmup_iters}",
         )
         require(not (self.resume and self.overwrite), "resume and overwrite exclude each other: choose one")
+        if not self.decay_lr:
+            warn_ignored(self, ("min_lr", "lr_decay_iters"), "decay_lr=false")
 
     @property
     def lowest_lr(self) -> float:
@@ -261,8 +264,14 @@ class Trainer:
             self.ahead = (upcoming, self.load_micro_batch(*upcoming))
         return sums
 
+    def is_logged(self, step: int) -> bool:
+        return step % self.config.log_interval == 0 or step == self.config.max_iters
+
     def update(self) -> dict[str, torch.Tensor]:
-        """One optimizer step. Returns the losses by name, each this process's share of the mean over the step."""
+        """
+        One optimizer step. Returns the losses by name, each this process's share of the mean over the step; and, where it is known
+        or will be logged, the norm of the gradient before it was clipped.
+        """
         config, machine = self.config, self.machine
         rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
@@ -276,10 +285,10 @@ class Trainer:
                     sums = self.if_it_fits(self.gradients, self.micro_batch_size)
             else:
                 sums = self.gradients(self.micro_batch_size)
-            if config.grad_clip > 0:
+            if config.grad_clip > 0 or self.is_logged(self.step + 1):
                 self.scaler.unscale_(self.optimizer)
                 moving = [p for group in self.optimizer.param_groups if group["lr"] > 0 for p in group["params"]]
-                sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(moving, config.grad_clip) / machine.world_size
+                sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(moving, config.grad_clip or math.inf) / machine.world_size
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)

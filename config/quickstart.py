@@ -8,4 +8,6 @@ grad_clip = 1.0  # large gradients of the first hundred steps cost 0.1 nats at t
 bridge_init = "identity"  # 0.1 to 0.2 nats lower at the end than with random weights: section 8
 max_iters = 2000
 eval_interval = 500
+eval_sample_tokens = 120  # what it writes by then is printed
+eval_sample_prompt = "def "
 log_interval = 100

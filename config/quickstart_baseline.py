@@ -7,4 +7,6 @@ min_lr = 3e-4
 grad_clip = 1.0
 max_iters = 2000
 eval_interval = 500
+eval_sample_tokens = 120  # what it writes by then is printed
+eval_sample_prompt = "def "
 log_interval = 100

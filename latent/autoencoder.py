@@ -27,7 +27,7 @@ from kernels import Dropout, LayerNorm, head_logits, head_loss
 from latent.huggingface import PretrainedCache, PretrainedTrunk
 from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer
 from latent.resample import CausalDownsample, Upsample, doublings
-from model import Block, Cache, CausalModel, check_fields, require
+from model import Block, Cache, CausalModel, check_fields, require, warn_ignored
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class AutoencoderConfig:
             "blocks of that many tokens; choose another block_size",
         )
         self.quantizer_config()
+        if self.codebook_kind == "simvq":
+            warn_ignored(self, ("codebook_decay", "quantize_after"), "codebook_kind=simvq has no moving averages")
 
     @property
     def pretrained(self) -> str | None:

@@ -101,6 +101,11 @@ class VectorBottleneck(nn.Module):
         """Whether the codes mean anything yet."""
         return torch.stack([quantizer.codebook.initialized for quantizer in self.quantizers]).all()
 
+    @property
+    def restarts(self) -> int:
+        """Codes replaced so far."""
+        return sum(sum(quantizer.restarts) for quantizer in self.quantizers)
+
     def forward(self, z: torch.Tensor, mask: torch.Tensor | None = None, step: torch.Tensor | None = None) -> Bottled:
         """z (..., Z), mask (...) True = real -> see Bottled. The step has no say here."""
         parts = [quantizer(part, mask) for quantizer, part in zip(self.quantizers, z.chunk(len(self.quantizers), dim=-1))]
@@ -134,7 +139,7 @@ def gumbel_softmax(logits: torch.Tensor, temperature: torch.Tensor | float, nois
 class GumbelBottleneck(nn.Module):
     """See point 2 above. `usage` is log K less the entropy of the mean softmax: 0 if all codes are used alike."""
 
-    ready = True
+    ready, restarts = True, 0
 
     def __init__(self, config):
         super().__init__()
@@ -174,7 +179,7 @@ class GumbelBottleneck(nn.Module):
 class HashBottleneck(nn.Module):
     """See point 3 above: bit i of a code is 1 where (W z)_i is positive."""
 
-    ready = True
+    ready, restarts = True, 0
 
     def __init__(self, config):
         super().__init__()

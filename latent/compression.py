@@ -16,6 +16,8 @@ latents in place of the encoder states.
 5. Commitment has no weight by default: LayerNorm bounds the latents. In an autoencoder the reconstruction holds them apart; here the
    gradient through cross-attention begins at 0, and with a weight of 0.25 their variance was 0.02% of their square after 500 steps
    of config/latent/head_stdlib.py: those of another text did as well. Without it about half of the codes are used at step 700.
+6. What a `window` would save in sampling is not saved: caches hold all states, and keys out of sight are masked. And training
+   windows begin anywhere, so a latent may hold the end of one document and the beginning of the next.
 
 Shapes: B batch, T tokens, C width, S tokens per latent, M latents, Z width of a latent, K codes, D levels, N slots of the memory.
 """

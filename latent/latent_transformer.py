@@ -38,7 +38,7 @@ from kernels import Dropout, LayerNorm, at_least_float32, head_logits, head_loss
 from latent import bottleneck as bottlenecks
 from latent.quantize import CodeUsage, QuantizerConfig
 from latent.resample import CausalDownsample, ResidualConvBlock, UpLayer, doublings
-from model import Block, Cache, CausalModel, Context, CrossAttention, DecoderBlock, check_fields, require
+from model import Block, Cache, CausalModel, Context, CrossAttention, DecoderBlock, check_fields, require, warn_ignored
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,10 @@ class LatentTransformerConfig:
                 f"block_size={self.block_size} is not a multiple of target_size={self.target_size}, the targets it is cut into",
             )
         bottlenecks.check(self)
+        averages = ("commitment_weight", "codebook_decay", "quantize_after")
+        gumbel = ("gumbel_temperature", "gumbel_noise", "gumbel_hard", "anneal_steps", "usage_weight")
+        ignored = {"gumbel": averages, "semhash": averages + gumbel}.get(self.bottleneck, gumbel)
+        warn_ignored(self, ignored, f"bottleneck={self.bottleneck}")
 
     @property
     def latents(self) -> int:
@@ -453,6 +457,7 @@ class LatentTransformer(CausalModel):
             "code_loss": (sums["code_nats"] / (sums["codes"] / self.config.codebook_levels)).tolist(),  # nats a code, per level
             "code_usage": report["usage"],
             "code_perplexity": report["perplexity"],
+            "code_restarts": self.bottleneck.restarts,
         }
 
     def flops_per_token(self) -> int:

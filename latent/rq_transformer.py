@@ -16,7 +16,8 @@ of one stack, so a text costs M + M D short steps instead of attention over M D 
    its root mean square, because residuals, and so the codes of deep levels, become small.
 4. In evaluation `token` is an upper bound of the negative log-likelihood of the text: the codes z(x) are a function of the text,
    so p(x) >= p(z(x)) p(x | z(x)), and both factors are paid for: nats of the codes, and of the tokens given the codes.
-5. The autoencoder is attached, not a part: it is neither trained nor counted nor in this model's checkpoints.
+5. The paper's condition, which stands in front of the first stack, is here one learned vector: a text is continued from a prompt.
+6. The autoencoder is attached, not a part: it is neither trained nor counted nor in this model's checkpoints.
 
 Shapes: B batch, T tokens, S tokens of a block, M = ceil(T / S) blocks, D levels, K codes of a level, Z latent width, C width,
 N stacks of any texts, V vocabulary.

@@ -49,6 +49,14 @@ def test_decode_gives_what_forward_gave(kind):
     assert torch.equal(bottleneck(z, mask, 5000).codes, first.codes)  # whatever noise z_q has by then
 
 
+def test_restarts_of_all_quantizers_count():
+    """Guards code_restarts: slices have codebooks of their own."""
+    bottleneck = make("dvq")
+    for number, quantizer in enumerate(bottleneck.quantizers):
+        quantizer.codebook.restarts += 1 + number
+    assert bottleneck.restarts == 3 and make("semhash").restarts == make("gumbel").restarts == 0
+
+
 @pytest.mark.parametrize("kind", ["vq", "rq", "dvq"])
 def test_latents_pass_in_training_until_all_codebooks_are_made(kind):
     """

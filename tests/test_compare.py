@@ -437,6 +437,19 @@ def test_different_validation_data_is_refused(tmp_path):
         compare.main([str(a), str(c), "--plot=none"])
 
 
+def test_runs_on_other_data_do_not_spoil_a_folder(tmp_path, capsys):
+    """Guards out/* after a day of trying things: what most runs were judged on is compared, in whatever order they are found."""
+    for name, seed in (("b", 1), ("c", 2), ("d", 3)):
+        write_run(tmp_path / "out" / name, seed, 3.0)
+    write_run(tmp_path / "out" / "a", 1, 1.0, summary={"data_hash": "cd" * 32, "dataset": "numbers"})
+    write_run(tmp_path / "out" / "e", 4, 2.0, summary={"val_tokens": 100})
+    rows = compare.main([str(tmp_path / "out"), "--plot=none"])
+    assert [[run.path.name for run in row.runs] for row in rows] == [["b", "c", "d"]]
+    said = capsys.readouterr().err
+    assert "a was judged on other validation tokens (numbers, 4,000 of them); skipped" in said
+    assert "e was judged on other validation tokens (wikipedia, 100 of them); skipped" in said
+
+
 def test_unfinished_runs_are_named_and_skipped(tmp_path, capsys):
     """Guards a table that silently lacks a run, and a traceback for a run that is still going."""
     write_run(tmp_path / "a", 1, 3.0)

@@ -16,10 +16,14 @@ import sample
 import train
 from baseline_transformer.model import DecoderOnlyConfig
 from conftest import TINY_BASELINE, TINY_ENCODER_DECODER, make_model
+from latent.autoencoder import AutoencoderConfig
 from latent.compression import CompressionHead
+from latent.latent_transformer import LatentTransformerConfig
 from latent.quantize import ResidualQuantizer
 from latent.resample import CausalDownsample, DownLayer
 from model import EncoderDecoder, EncoderDecoderConfig
+from sample import SampleConfig
+from trainer import TrainConfig
 
 HEAD = {"block_size": 33, "latent_dim": 4, "codebook_size": 16, "codebook_levels": 2}
 OPTIONS = [
@@ -73,6 +77,14 @@ def leak(model: EncoderDecoder, T: int) -> float:
         model(x)
         model.after_step()
     return change.masked_fill(later, 0.0).max().item()
+
+
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=IDS[::3])
+@pytest.mark.parametrize("factor", FACTORS)
+def test_nothing_leaks_in_float32(factor, options):
+    """Guards the precision that runs have: codebooks stay in float32, all else is as in float64."""
+    model = make_head(factor, options).train().float()
+    assert all(leak(model, T) == 0.0 for T in lengths(factor))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
@@ -544,3 +556,19 @@ def test_ignored_settings_are_named():
         EncoderDecoderConfig(**TINY_ENCODER_DECODER, latent_factor=4, latent_dim=8)
         EncoderDecoderConfig(**TINY_ENCODER_DECODER, window=3)
         EncoderDecoderConfig(**TINY_ENCODER_DECODER | {"block_size": 8}, latent_factor=8, window=8)  # as small as it may be
+        EncoderDecoderConfig(**TINY_ENCODER_DECODER, embedding_loss="mse", embedding_loss_weight=8.0)
+        LatentTransformerConfig(bottleneck="rq", codebook_levels=2, commitment_weight=1.0)
+        LatentTransformerConfig(bottleneck="gumbel", gumbel_hard=True)
+        AutoencoderConfig(codebook_decay=0.9)
+        TrainConfig(min_lr=1e-5)
+        SampleConfig(temperature=(0.0, 1.0), top_k=3)
+    for build, message in (
+        (lambda: EncoderDecoderConfig(embedding_loss_weight=8.0), "embedding_loss_weight without effect: embedding_loss=none"),
+        (lambda: LatentTransformerConfig(gumbel_hard=True), "gumbel_hard without effect: bottleneck=vq"),
+        (lambda: LatentTransformerConfig(bottleneck="semhash", codebook_decay=0.9), "codebook_decay without effect: bottleneck=sem"),
+        (lambda: AutoencoderConfig(codebook_kind="simvq", codebook_decay=0.9), "codebook_decay without effect: codebook_kind=simvq"),
+        (lambda: TrainConfig(decay_lr=False, min_lr=1e-5), "min_lr without effect: decay_lr=false"),
+        (lambda: SampleConfig(temperature=0.0, top_k=3), "top_k without effect: at temperature 0"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            build()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -482,7 +483,12 @@ def test_sample_script_with_lookahead(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lookahead, "agreement", lambda first, draft, picks: [first, *draft])
     with pytest.raises(SystemExit) as stopped:
         sample.main([*common, "--lookahead=4,3,4", "--check"])
-    assert stopped.value.code == 1 and "ANOTHER text" in capsys.readouterr().err
+    assert stopped.value.code == 1 and re.search(r"ANOTHER text, sample 0 from its token \d+ on, at", capsys.readouterr().err)
+    runs = [[Continuation([1], 9) for _ in range(2)] for _ in range(3)]
+    for number, outputs in enumerate(([[4, 5, 6], [7, 8]], [[4, 5, 6], [7, 9]], [[4, 5], [7, 8]])):
+        for one, output in zip(runs[number], outputs):
+            one.accept(output)
+    assert sample.first_difference(runs[0], runs[1]) == (1, 1) and sample.first_difference(runs[2], runs[0]) == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -540,6 +540,21 @@ def test_best_is_the_lowest_validation_loss(tiny_data, tmp_path, monkeypatch):
     assert not same(weights(tmp_path, "best"), weights(tmp_path, "last"))
 
 
+def test_patience_ends_a_run_that_no_longer_improves(tiny_data, tmp_path, monkeypatch, capsys):
+    """Guards patience: counted from the lowest loss, over a resume as well; what ended early is a finished run, and can go on."""
+    losses = [5.0, 3.0, 4.0, 2.0, 2.5, 2.0, 1.0]  # of steps 0, 3, 6, ...; equal is not lower
+    monkeypatch.setattr(Trainer, "estimate", lambda trainer, split: losses[trainer.step // 3])
+    more = ("--max_iters=18", "--patience=2")
+    summary = run(tiny_data, tmp_path / "run", *more)
+    assert (summary["steps"], summary["best_step"], summary["ended_early"]) == (15, 9, True)
+    assert "patience=2: no val loss is lower than that of step 9" in capsys.readouterr().out
+    assert read_runs([tmp_path / "run"])[0].summary["steps"] == 15
+    run(tiny_data, tmp_path / "two", *more, "--max_iters=12", "--lr_decay_iters=18")
+    assert run(tiny_data, tmp_path / "two", *more, "--lr_decay_iters=18", "--resume")["steps"] == 15
+    summary = run(tiny_data, tmp_path / "run", *more, "--patience=3", "--resume")
+    assert (summary["steps"], summary["best_step"], summary["ended_early"]) == (18, 18, False)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # micro-batches and memory
 
@@ -663,6 +678,15 @@ def test_clipping_looks_at_what_moves(tiny_data):
         assert abs(sums["grad_norm"] - torch.stack(list(norms.values())).norm()) < 1e-12
         found.append(torch.hypot(sums["grad_norm"], table))
     assert table > 0 and abs(found[0] - found[1]) < 1e-12
+
+
+def test_the_gradient_norm_is_logged_and_changes_nothing(tiny_data, tmp_path):
+    """Guards the log of a run without clipping: the norm that a clip beyond all norms finds, and weights that do not see it."""
+    run(tiny_data, tmp_path / "a", "--log_interval=4")
+    run(tiny_data, tmp_path / "b", "--grad_clip=1e9")
+    norms = {record["step"]: record["grad_norm"] for record in records(tmp_path / "b", "train")}
+    assert {record["step"]: record["grad_norm"] for record in records(tmp_path / "a", "train")} == {4: norms[4], 6: norms[6]}
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
 class SmallMemory(DecoderOnly):
