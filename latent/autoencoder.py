@@ -189,7 +189,7 @@ class Autoencoder(CausalModel):
 
     def expand(self, z: torch.Tensor, cache: Cache | PretrainedCache | None = None) -> torch.Tensor:
         """Quantized latents z (B, M, Z), of the blocks behind those in the cache -> states (B, M S, C) for the output layer."""
-        x, _ = self.up(self.from_latent(self.refine_decoder(z)))
+        x = self.up(self.from_latent(self.refine_decoder(z)))
         S, start = self.config.latent_factor, cache.length if cache is not None else 0
         block = torch.arange(start + x.size(1), device=x.device) // S
         positions, context = self.place(x, cache, None, block <= block[start:, None])

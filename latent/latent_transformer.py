@@ -145,7 +145,7 @@ class LatentTransformer(CausalModel):
         self.up_convolutions = nn.ModuleList(ResidualConvBlock(C, bias=config.bias) for _ in steps)
         self.up_norms = nn.ModuleList(LayerNorm(C, config.bias) for _ in steps)
         self.up_attention = nn.ModuleList(CrossAttention(*block) for _ in steps)
-        self.up_layers = nn.ModuleList(UpLayer(C, "dense", config.bias) for _ in steps)
+        self.up_layers = nn.ModuleList(UpLayer(C, config.bias) for _ in steps)
         self.ln_memory = LayerNorm(C, config.bias) if S > 1 else None  # with S = 1 nothing is upsampled
         self.decoder = nn.ModuleList(
             DecoderBlock(C, config.n_head, *block[1:], cross_first=False) for _ in range(config.n_decoder_layer)

@@ -5,9 +5,8 @@ Down: log2(S) convolutions of stride 2. A layer pads k - 2 zeros on the LEFT and
 exactly at its input 2j+1, and latent j of the stack ends exactly at token (j+1)S - 1: it may be used from that token on.
 (k - 1 zeros, the habit from stride 1, would be causal as well, but every latent would end S - 1 tokens too early.) It sees the
 1 + (k-1)(S-1) tokens that end there; with k = 2 (Kaiser et al. 2018, arXiv:1803.03382) just its own block.
-Up: each layer doubles the length. `dense` is Kaiser's linear map to twice the width, reshaped to twice the length, which is a
-transposed convolution of kernel 2 and stride 2 and therefore stays inside a block; `transposed` is the one of kernel 4, stride
-2, padding 1, in which every output also sees a neighbour of its block.
+Up: each layer doubles the length by Kaiser's linear map to twice the width, reshaped to twice the length, which is a transposed
+convolution of kernel 2 and stride 2 and therefore stays inside a block.
 
 Every layer is x + LayerNorm(convolution(relu(x))), the shortcut averaging or repeating positions where the length changes. The
 order matters: relu keeps zeros, and normalization comes last, so masked states, zeroed once in front of a layer, stand for
@@ -111,40 +110,25 @@ class ResidualConvBlock(nn.Module):
 class UpLayer(nn.Module):
     """One position into two; see the top of this file."""
 
-    def __init__(self, width: int, kind: str, bias: bool):
+    def __init__(self, width: int, bias: bool):
         super().__init__()
-        self.dense = nn.Linear(width, 2 * width, bias=bias) if kind == "dense" else None
-        self.conv = nn.ConvTranspose1d(width, width, 4, stride=2, padding=1, bias=bias) if kind == "transposed" else None
+        self.dense = nn.Linear(width, 2 * width, bias=bias)
         self.norm = nn.LayerNorm(width, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, L, C) -> (B, 2 L, C)."""
         shortcut = x.repeat_interleave(2, dim=1)
-        if x.size(1) == 0:
-            return shortcut
-        if self.dense is not None:
-            y = self.dense(F.relu(x)).reshape(shortcut.shape)  # (B, L, 2C) -> (B, 2L, C)
-        else:
-            y = convolve(self.conv, x)
-        return shortcut + self.norm(y)
+        return shortcut + self.norm(self.dense(F.relu(x)).reshape(shortcut.shape))  # (B, L, 2C) -> (B, 2L, C)
 
 
 class Upsample(nn.Module):
-    """
-    Latents (B, M, C) -> positions (B, M S, C). kind: `dense` keeps to the block, `transposed` mixes neighbouring blocks.
-    Raises ValueError for a factor that is no power of two, or another kind.
-    """
+    """Latents (B, M, C) -> positions (B, M S, C). Raises ValueError for a factor that is no power of two."""
 
-    def __init__(self, width: int, factor: int, kind: str = "dense", bias: bool = False):
+    def __init__(self, width: int, factor: int, bias: bool = False):
         super().__init__()
-        if kind not in ("dense", "transposed"):
-            raise ValueError(f"kind={kind}: upsampling is dense or transposed")
-        self.layers = nn.ModuleList(UpLayer(width, kind, bias) for _ in range(doublings(factor)))
+        self.layers = nn.ModuleList(UpLayer(width, bias) for _ in range(doublings(factor)))
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x (B, M, C), mask (B, M) True = real -> (B, M S, C), zero where masked, and the mask (B, M S)."""
-        x = zero_masked(x, mask)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             x = layer(x)
-            mask = None if mask is None else mask.repeat_interleave(2, dim=1)
-            x = zero_masked(x, mask)
-        return x, mask
+        return x

@@ -173,31 +173,25 @@ def test_residual_block():
 
 def test_dense_up_is_the_block_aligned_transposed_convolution():
     """Guards the reshape: position 2l + i must come from half i of the output for l; an independent kernel says so."""
-    up = make(Upsample, 2, "dense")
+    up = make(Upsample, 2)
     layer = up.layers[0]
     x = randn(2, 5, WIDTH)
     kernel = layer.dense.weight.unflatten(0, (2, WIDTH)).permute(2, 1, 0)  # (2 C, C) -> (C in, C out, 2)
     y = F.conv_transpose1d(F.relu(x).transpose(1, 2), kernel, stride=2).transpose(1, 2)
     y = y + layer.dense.bias.unflatten(0, (2, WIDTH)).repeat(5, 1)
-    torch.testing.assert_close(up(x)[0], x.repeat_interleave(2, 1) + layer.norm(y), rtol=0, atol=1e-12)
+    torch.testing.assert_close(up(x), x.repeat_interleave(2, 1) + layer.norm(y), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["dense", "transposed"])
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
-def test_up(kind, factor):
-    """Guards which latents a position sees (its own; for `transposed` neighbours as well), and padding."""
-    up = make(Upsample, factor, kind)
+def test_up(factor):
+    """Guards which latents a position sees: that of its own block."""
+    up = make(Upsample, factor)
     x = randn(1, 5, WIDTH).requires_grad_()
-    y, _ = up(x)
+    y = up(x)
     assert y.shape == (1, 5 * factor, WIDTH)
     grad = torch.autograd.grad((y[0, 2 * factor : 3 * factor] @ randn(WIDTH)).sum(), x)[0]
-    seen = grad[0].abs().sum(-1).nonzero().flatten().tolist()
-    assert seen == ([2] if kind == "dense" or factor == 1 else [1, 2, 3])
-    padded = torch.cat((x, torch.full((1, 3, WIDTH), float("nan"), dtype=torch.float64)), 1)
-    masked, mask = up(padded, torch.arange(8)[None] < 5)
-    torch.testing.assert_close(masked[:, : 5 * factor], y, rtol=0, atol=1e-12)
-    assert (masked[:, 5 * factor :] == 0).all() and mask.sum() == 5 * factor
-    assert up(x[:, :0])[0].shape == (1, 0, WIDTH)
+    assert grad[0].abs().sum(-1).nonzero().flatten().tolist() == [2]
+    assert up(x[:, :0]).shape == (1, 0, WIDTH)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,17 +207,15 @@ def test_bad_settings_are_named():
             Upsample(WIDTH, factor)
     with pytest.raises(ValueError, match="kernel=1: .*at least 2"):
         CausalDownsample(WIDTH, 2, kernel=1)
-    with pytest.raises(ValueError, match="kind=bilinear: .*dense or transposed"):
-        Upsample(WIDTH, 2, "bilinear")
 
 
 def test_compiles_without_graph_breaks_and_trains_every_parameter():
     """Guards torch.compile, and against a layer that is built but not used."""
-    down, block, up = make(CausalDownsample, 4), make(ResidualConvBlock), make(Upsample, 4, "transposed")
+    down, block, up = make(CausalDownsample, 4), make(ResidualConvBlock), make(Upsample, 4)
 
     def both(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         latents, latent_mask = down(x, mask)
-        return up(block(latents, latent_mask), latent_mask)[0]
+        return up(block(latents, latent_mask))
 
     x, mask = randn(2, 11, WIDTH), torch.arange(11) < torch.tensor([[11], [6]])
     y = torch.compile(both, fullgraph=True, backend="aot_eager")(x, mask)
