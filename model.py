@@ -26,7 +26,7 @@ Shapes: B batch, T tokens of this call, S keys (cached ones first), C width, H h
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin
 
@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import Dropout, LayerNorm, at_least_float32, attend_in_products, head_logits, head_loss, rotary_angles, rotate
+from kernels import Dropout, LayerNorm, at_least_float32, attention, head_logits, head_loss, rotary_angles, rotate
 
 
 def require(condition: bool, message: str) -> None:
@@ -183,11 +183,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, 
         q, k = rotate(q, context.rotary[q.size(-1)]), rotate(k, (context.key_rotary or context.rotary)[k.size(-1)])
     if cache is not None:
         k, v = cache.append(k, v, context.start)  # (B, H, S, D)
-    suits = not torch.compiler.is_compiling() if context.dropout > 0.0 else q.dtype == torch.bfloat16
-    if q.device.type == "cpu" and suits and k.size(2) <= 512 and (context.mask is None or context.mask.dim() == 2):
-        y = attend_in_products(q, k, v, context.mask, context.causal, context.dropout)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, context.mask, dropout_p=context.dropout, is_causal=context.causal)
+    y = attention(q, k, v, context.mask, context.causal, context.dropout)
     return y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H, D) -> (B, T, C)
 
 
@@ -252,7 +248,7 @@ class Block(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """A block that also looks at the encoder states h of the positions up to its own, or at a memory with a context of its own."""
+    """A block that also looks at a memory h under `cross_context`: the encoder states of the positions up to its own, or latents."""
 
     def __init__(self, width: int, n_head: int, n_cross_head: int, bias: bool, dropout: float, cross_first: bool):
         super().__init__()
@@ -266,12 +262,12 @@ class DecoderBlock(nn.Module):
         self.mlp = MLP(width, bias, dropout)
 
     def forward(
-        self, x: torch.Tensor, h: torch.Tensor, context: Context,
-        self_cache: LayerCache | None = None, cross_cache: LayerCache | None = None, memory: Context | None = None,
+        self, x: torch.Tensor, h: torch.Tensor, context: Context, cross_context: Context,
+        self_cache: LayerCache | None = None, cross_cache: LayerCache | None = None,
     ) -> torch.Tensor:  # fmt: skip
         if not self.cross_first:
             x = x + self.attn(self.ln_1(x), context, self_cache)
-        x = x + self.cross_attn(self.ln_cross_q(x), self.ln_cross_kv(h), memory or context, cross_cache)
+        x = x + self.cross_attn(self.ln_cross_q(x), self.ln_cross_kv(h), cross_context, cross_cache)
         if self.cross_first:
             x = x + self.attn(self.ln_1(x), context, self_cache)
         return x + self.mlp(self.ln_2(x))
@@ -296,8 +292,8 @@ class CausalModel(nn.Module):
         return Cache(self.n_layer_cache, capacity or self.config.block_size, static_on)
 
     def place(
-        self, idx: torch.Tensor, cache: Cache | None, positions: torch.Tensor | None, mask: torch.Tensor | None,
-        windowed: bool = True,
+        self, idx: torch.Tensor, cache: Cache | None = None, positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None, windowed: bool = True,
     ) -> tuple[torch.Tensor, Context]:  # fmt: skip
         """
         Absolute positions (T,) of the tokens idx (B, T), and the context their attention layers share. Both may be given:
@@ -336,9 +332,9 @@ class CausalModel(nn.Module):
                 if name.endswith("c_proj.weight"):
                     nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * len(stack)))
 
-    def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters; by default without the tables of positions (that of tokens counts: it is the output layer too)."""
-        return sum(p.numel() for name, p in self.named_parameters() if not (non_embedding and "wpe" in name))
+    def get_num_params(self) -> int:
+        """Number of parameters without the tables of positions (that of tokens counts: it is the output layer too)."""
+        return sum(p.numel() for name, p in self.named_parameters() if "wpe" not in name)
 
     def flops_per_token(self) -> int:
         """
@@ -430,12 +426,12 @@ class EncoderDecoder(CausalModel):
         return self.dropout(e if self.wpe is None else e + self.wpe(positions))
 
     def encode(
-        self, idx: torch.Tensor, positions: torch.Tensor, context: Context, layers: Iterator
+        self, idx: torch.Tensor, positions: torch.Tensor, context: Context, layers: list[LayerCache] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input embeddings e and encoder states h, both (B, T, C); takes one layer cache or None for each block off `layers`."""
+        """Input embeddings e and encoder states h, both (B, T, C); `layers` are the caches of the blocks."""
         h = e = self.embed(idx, positions)
-        for block in self.encoder:
-            h = block(h, context, next(layers))
+        for i, block in enumerate(self.encoder):
+            h = block(h, context, layers[i] if layers is not None else None)
         return e, h
 
     def next_position(self, positions: torch.Tensor) -> torch.Tensor:
@@ -452,16 +448,19 @@ class EncoderDecoder(CausalModel):
         With a cache, idx are the tokens after those already in it, and they are appended to it.
         """
         assert self.compression is None or (positions is None and mask is None), "latents are made of consecutive tokens"
-        seen = self.place(idx, cache, positions, mask, windowed=False)[1] if self.window > 0 and self.compression is None else None
         positions, context = self.place(idx, cache, positions, mask)
-        layers = iter(cache.layers if cache is not None else [None] * self.n_layer_cache)
-        e, h = self.encode(idx, positions, context, layers)
-        memory, seen, parts = (h, seen, {}) if self.compression is None else self.compression(h, positions, context, cache)
+        E, layers = len(self.encoder), cache.layers if cache is not None else [None] * self.n_layer_cache
+        e, h = self.encode(idx, positions, context, layers[:E])
+        if self.compression is not None:
+            memory, cross_context, head_losses = self.compression(h, positions, context, cache)
+        else:  # a window limits self-attention only
+            memory = h
+            cross_context = context if self.window == 0 else self.place(idx, cache, positions, mask, windowed=False)[1]
         x = self.bridge(h if self.ln_bridge is None else self.ln_bridge(h))
         if self.config.decoder_pos_emb:
             x = x + self.next_position(positions)
-        for block in self.decoder:
-            x = block(x, memory, context, next(layers), next(layers), seen)
+        for block, self_cache, cross_cache in zip(self.decoder, layers[E::2], layers[E + 1 :: 2]):  # a decoder block has two
+            x = block(x, memory, context, cross_context, self_cache, cross_cache)
         x = self.ln_f(x)
         if self.config.pos_sub != "none":
             x = x - self.next_position(positions)
@@ -477,8 +476,8 @@ class EncoderDecoder(CausalModel):
             losses["embedding"] = self.embedding_loss(e, h)
             losses["total"] = losses["token"] + self.config.embedding_loss_weight * losses["embedding"]
         if self.compression is not None and self.training:
-            losses["commitment"] = parts["commitment"]
-            losses["total"] = losses["total"] + self.config.commitment_weight * parts["commitment"]
+            losses["commitment"] = head_losses["commitment"]
+            losses["total"] = losses["total"] + self.config.commitment_weight * losses["commitment"]
         return None, losses
 
     def flops_per_token(self) -> int:
@@ -494,8 +493,7 @@ class EncoderDecoder(CausalModel):
         self.eval()
         tables = {"wte": self.wte.weight} | ({"wpe": self.wpe.weight} if self.wpe is not None else {})
         with torch.enable_grad():
-            positions, context = self.place(idx, None, None, None)
-            loss = self.embedding_loss(*self.encode(idx, positions, context, iter([None] * self.n_layer_cache)))
+            loss = self.embedding_loss(*self.encode(idx, *self.place(idx)))
             grads = torch.autograd.grad(self.config.embedding_loss_weight * loss, list(tables.values()), allow_unused=True)
         self.train(was_training)
         report = {f"embedding_grad_{name}": 0.0 if grad is None else grad.norm().item() for name, grad in zip(tables, grads)}

@@ -176,7 +176,7 @@ class Autoencoder(CausalModel):
 
     def compress(self, idx: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens idx (B, T), mask (B, T) True = real, all of them in front -> latents (B, M, Z) and which are real (B, M)."""
-        positions, context = self.place(idx, None, None, None)
+        positions, context = self.place(idx)
         x = self.wte(idx)
         if self.trunk is not None:
             x = self.trunk(x)
@@ -192,7 +192,7 @@ class Autoencoder(CausalModel):
         x = self.up(self.from_latent(self.refine_decoder(z)))
         S, start = self.config.latent_factor, cache.length if cache is not None else 0
         block = torch.arange(start + x.size(1), device=x.device) // S
-        positions, context = self.place(x, cache, None, block <= block[start:, None])
+        positions, context = self.place(x, cache, mask=block <= block[start:, None])
         if self.trunk is not None:
             return self.trunk(x, cache)
         x = self.dropout(x if self.wpe_decoder is None else x + self.wpe_decoder(positions))

@@ -165,8 +165,7 @@ class CompressionHead(nn.Module):
         blocks (D, K), and the token losses, nats, of a model whose latents are zeroed or swapped.
         """
         assert not model.training, "measured in evaluation mode: training would collect statistics"
-        positions, context = model.place(x, None, None, None)
-        _, h = model.encode(x, positions, context, iter([None] * model.n_layer_cache))
+        _, h = model.encode(x, *model.place(x))
         codes = self.quantizer.encode(self.latents(h, 0))  # (B, M, D)
         whole = (y[:, : codes.size(1) * self.factor] >= 0).unflatten(1, (codes.size(1), self.factor)).all(-1)  # (B, M)
         usage = CodeUsage(self.quantizer.config)

@@ -283,7 +283,7 @@ class LatentTransformer(CausalModel):
         own = self.context(positions, (target == target[:, None]) & (positions <= positions[:, None]))
         x = x.flatten(1, 2)  # (B, J L, C)
         for layer in self.decoder:
-            x = layer(x, h, own, memory=context)
+            x = layer(x, h, own, context)
         return self.ln_f(x).unflatten(1, (J, L))
 
     # ------------------------------------------------------------------------------------------------------------------

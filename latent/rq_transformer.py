@@ -129,7 +129,7 @@ class Stack(CausalModel):
 
     def forward(self, x: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """x (B, n, C), behind what is in the cache -> (B, n, C)."""
-        _, context = self.place(x, cache, None, None)
+        _, context = self.place(x, cache)
         for i, block in enumerate(self.blocks):
             x = block(x, context, cache.layers[i] if cache is not None else None)
         if cache is not None:

@@ -169,7 +169,7 @@ def test_positions_see_the_start_and_all_whole_blocks(factor):
     """Guards the mask: floor((t+1)/S) latents and the start, so that no row is empty, for every text of 1 to 33 tokens."""
     model = make_head(factor)
     for T in range(1, 34):
-        positions, context = model.place(tokens(1, T), None, None, None)
+        positions, context = model.place(tokens(1, T))
         memory, context, _ = model.compression(torch.zeros(1, T, 12).double(), positions, context, None)
         assert memory.size(1) == context.mask.size(1) == 1 + T // factor
         for t in range(T):
@@ -185,8 +185,8 @@ def test_the_last_token_of_a_block_decides_its_latent(factor, options):
     other[:, last] = (other[:, last] + torch.arange(1, 31)) % 31
 
     def codes(x):
-        positions, context = model.place(x, None, None, None)
-        h = model.encode(x, positions, context, iter([None] * 9))[1]
+        positions, context = model.place(x)
+        h = model.encode(x, positions, context)[1]
         return model.compression.quantizer.encode(model.compression.latents(h, 0))
 
     with torch.no_grad():
@@ -234,8 +234,8 @@ def test_the_memory_is_made_of_codes(training):
     model.compression.from_latent.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         model.train(training)(x)
-        positions, context = model.eval().place(x, None, None, None)
-        z = model.compression.latents(model.encode(x, positions, context, iter([None] * 9))[1], 0)
+        positions, context = model.eval().place(x)
+        z = model.compression.latents(model.encode(x, positions, context)[1], 0)
     quantizer = model.compression.quantizer
     assert torch.equal(seen[0], quantizer.decode(quantizer.encode(z))) and not torch.allclose(seen[0], z)
 
@@ -245,7 +245,7 @@ def test_start_and_latents_have_positions():
     for position in ("learned", "rope"):
         model = make_head(2, {"position": position, "n_cross_head": 2})
         block, x = model.decoder[0], tokens(1, 6)
-        positions, context = model.place(x, None, None, None)
+        positions, context = model.place(x)
         model.compression.from_latent.weight.data.zero_()  # all latents equal
         memory, context, _ = model.compression(torch.randn(1, 6, 12).double(), positions, context, None)
         assert torch.equal(memory[0, 1], memory[0, 2]) == (position == "rope")
@@ -275,12 +275,12 @@ def test_window_equals_an_explicit_mask(window, position):
     expected = plain(x, mask=banded(12, window))[0]
     assert (near(x)[0] - expected).abs().max() < 1e-12
     plain, near = make_model("encoder_decoder", options), make_model("encoder_decoder", options | {"window": window})
-    positions, context = plain.place(x, None, None, banded(12, window))
-    _, whole = plain.place(x, None, None, None)
-    _, h = plain.encode(x, positions, context, iter([None] * 9))
+    positions, context = plain.place(x, mask=banded(12, window))
+    _, whole = plain.place(x)
+    _, h = plain.encode(x, positions, context)
     d = plain.bridge(h)
     for block in plain.decoder:
-        d = block(d, h, context, None, None, whole)
+        d = block(d, h, context, whole)
     assert (near(x)[0] - F.linear(plain.ln_f(d), plain.wte.weight)).abs().max() < 1e-12
 
 
@@ -386,8 +386,8 @@ def test_losses_by_name():
     assert set(model(x, x)[1]) == {"token", "total"}
     losses = model.train()(x, x)[1]
     assert abs(losses["total"] - losses["token"] - losses["embedding"] - 3 * losses["commitment"]) < 1e-12
-    positions, context = model.place(x, None, None, None)
-    z = model.compression.latents(model.encode(x, positions, context, iter([None] * 9))[1], 0)
+    positions, context = model.place(x)
+    z = model.compression.latents(model.encode(x, positions, context)[1], 0)
     assert losses["commitment"] == model.compression.quantizer(z).losses["commitment"] > 0
     assert model(x[:, :3], x[:, :3])[1]["commitment"] == 0  # no whole block
 
@@ -471,8 +471,8 @@ def test_measure_counts_whole_blocks_and_ablates():
         assert torch.allclose(sum(part[key] for part in parts), sums[key]), key
     report = model.summarize(sums)
     assert report["codebook_latents"] == 8 + 3 + 7 and sums["tokens"] == 33 + 14 + 30
-    positions, context = model.place(x, None, None, None)
-    codes = head.quantizer.encode(head.latents(model.encode(x, positions, context, iter([None] * 9))[1], 0))
+    positions, context = model.place(x)
+    codes = head.quantizer.encode(head.latents(model.encode(x, positions, context)[1], 0))
     counted = torch.cat((codes[0], codes[1, :3], codes[2, :7]))
     assert torch.equal(sums["codes"][1], torch.bincount(counted[:, 1], minlength=16).double())
     assert report["codebook_usage"][0] == len(counted[:, 0].unique()) / 16 and len(report["codebook_perplexity"]) == 2

@@ -47,7 +47,7 @@ def test_published_sizes(model_class, config, expected):
     assert model.get_num_params() == expected
     everything = sum(p.numel() for p in model.parameters())
     rows = config.block_size + (config.pos_sub != "none")
-    assert model.get_num_params(non_embedding=False) == everything == expected + rows * config.n_embd
+    assert everything == expected + rows * config.n_embd
     rotary = model_class(dataclasses.replace(config, position="rope"))  # its table of next positions does not count either
     assert rotary.get_num_params() == expected
 
@@ -253,8 +253,8 @@ def test_cross_first_swaps_the_two_attentions():
     """Guards the option decoder_order: same weights, computed by hand in the other order."""
     model = make_model("encoder_decoder", {"decoder_order": "cross_first", "n_decoder_layer": 1})
     x = torch.randint(31, (2, 7))
-    positions, context = model.place(x, None, None, None)
-    _, h = model.encode(x, positions, context, iter([None] * 9))
+    positions, context = model.place(x)
+    _, h = model.encode(x, positions, context)
     block, d = model.decoder[0], model.bridge(h)
     d = d + block.cross_attn(block.ln_cross_q(d), block.ln_cross_kv(h), context)
     d = d + block.attn(block.ln_1(d), context)
@@ -435,15 +435,15 @@ def test_embedding_loss_and_its_gradients(options, detach):
     """Guards the formula and where its gradients go: value and every gradient equal a slow loop with explicit detaches."""
     model = make_model("encoder_decoder", options | {"embedding_loss_detach": detach})
     x = torch.randint(31, (2, 6))
-    positions, context = model.place(x, None, None, None)
+    positions, context = model.place(x)
     parameters = dict(model.named_parameters())
 
     def gradients(loss):
         return torch.autograd.grad(loss, parameters.values(), allow_unused=True)
 
-    e, h = model.encode(x, positions, context, iter([None] * 9))
+    e, h = model.encode(x, positions, context)
     fast = model.embedding_loss(e, h)
-    e, h = model.encode(x, positions, context, iter([None] * 9))
+    e, h = model.encode(x, positions, context)
     slow = slow_embedding_loss(
         model.embedding_loss, model.config, e.detach() if detach == "embedding" else e, h.detach() if detach == "encoder" else h
     )
