@@ -25,7 +25,7 @@ import runtime
 from baseline_transformer.model import DecoderOnly
 from model import EncoderDecoder
 from runs import find_runs
-from trainer import FULL_EVAL_TOKENS, evaluate_all
+from trainer import summed_loss, whole_file
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ def evaluate(run: Path, config: EvaluateConfig, machine: runtime.Runtime) -> dic
     if config.attention_dropout:
         keep_attention_dropout(model, run)
         runtime.seed_everything(config.seed)
-    rows = max(1, FULL_EVAL_TOKENS // data.block_size)
-    total, count = evaluate_all(model, data, rows, machine, config.final_eval_tokens)
+    total, count = summed_loss(model, whole_file(data, machine, config.final_eval_tokens), machine)
     loss = (total / count).item()
     return {
         "run": str(run), "step": state["step"], "dataset": name, "data_hash": data.val_hash, "val_tokens": int(count),

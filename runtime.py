@@ -54,17 +54,16 @@ class Runtime:
             return torch.autocast(self.device.type, dtype=self.dtype)
         return contextlib.nullcontext()
 
-    def sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
-        """In-place sum of a tensor over all processes (float64 survives gloo and NCCL)."""
+    def sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over all processes, on the CPU (float64 survives gloo and NCCL)."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+            value = value.to(self.device, copy=True)  # NCCL wants it on the GPU
+            dist.all_reduce(value)
+        return value.cpu()
 
     def in_any_process(self, flag: bool) -> bool:
         """Whether the flag is set in one process at least. All have to ask together."""
-        if self.world_size == 1:
-            return flag
-        return self.sum_over_processes(torch.tensor(float(flag), device=self.device)).item() > 0
+        return self.sum_over_processes(torch.tensor(float(flag))).item() > 0
 
     def barrier(self) -> None:
         if self.world_size > 1:

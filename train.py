@@ -24,7 +24,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -81,25 +80,12 @@ def settings_of_run(config_file: Path | None, said: dict, flags: dict) -> dict[s
     return {key: stored[key] for key in stored.keys() - OF_A_COMMAND if key in first or key not in said}
 
 
-def note(text: str) -> None:
-    """Say something, once also where torchrun has started several processes that do not know of each other yet."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
-
-
-def import_wandb(config: TrainConfig):
-    """The package, or None when it is off: nobody else needs it installed. Raises ValueError where it is not."""
-    if config.wandb == "off":
-        return None
+def open_wandb(config: TrainConfig, settings: dict, out: Path, run_id: str | None):
+    """A Weights & Biases run. Raises ValueError where there can be none."""
     try:
         import wandb
     except ImportError:
         raise ValueError(f"wandb={config.wandb}, but wandb is not installed: pip install wandb, or leave --wandb=off") from None
-    return wandb
-
-
-def open_wandb(wandb, config: TrainConfig, settings: dict, out: Path, run_id: str | None):
-    """A Weights & Biases run. Raises ValueError where there can be none."""
     name, new = config.wandb_run_name or out.name, not (out / "wandb").exists()
     try:
         return wandb.init(
@@ -178,13 +164,6 @@ def main(argv: list[str] | None = None) -> dict:
         stored=settings_of_run,
     )
     config, model_config = parsed.sections
-    if 0 < config.max_iters < config.warmup_iters and not config.resume:
-        if "warmup_iters" in parsed.flags or "max_iters" not in parsed.flags:
-            raise ValueError(
-                f"warmup_iters={config.warmup_iters} is beyond max_iters={config.max_iters}: the warm-up would never end; lower it"
-            )
-        # somebody tries a few steps of a long run: that is what they get
-        note(f"max_iters={config.max_iters} ends the run inside its warm-up of {config.warmup_iters} steps")
     machine = runtime.start(config.device, config.dtype, config.compile)
     try:
         out = run_dir(config, parsed.config_file)
@@ -199,6 +178,13 @@ def main(argv: list[str] | None = None) -> dict:
 def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: configurator.Settings, out: Path) -> dict:
     say = print if machine.is_main else (lambda *args, **kwargs: None)
     say(machine.reasons)
+    if 0 < config.max_iters < config.warmup_iters and not config.resume:
+        if "warmup_iters" in parsed.flags or "max_iters" not in parsed.flags:
+            raise ValueError(
+                f"warmup_iters={config.warmup_iters} is beyond max_iters={config.max_iters}: the warm-up would never end; lower it"
+            )
+        # somebody tries a few steps of a long run: that is what they get
+        say(f"note: max_iters={config.max_iters} ends the run inside its warm-up of {config.warmup_iters} steps")
     commit = git_commit()  # now: by the end of a long run the checkout may have moved on
     if machine.is_main:
         dataloader.prepare_if_missing(config.dataset)
@@ -232,7 +218,6 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     if getattr(model_config, "backbone", None) and not (config.init_from or config.resume):
         checkpoint.load_backbone(model, model_config)
     check_inputs(config, model, data, out)
-    wandb = import_wandb(config) if machine.is_main else None
     write_sample = make_sampler(config, model, data)
     model.to(device=machine.device, dtype=machine.weight_dtype)
     if autoencoder is not None:
@@ -251,8 +236,9 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     machine.barrier()  # everybody has read before anybody writes
     if machine.is_main and not resumed:
         checkpoint.check_free(out, config.overwrite)
-    # before anything is deleted: it may fail
-    wandb_run = open_wandb(wandb, config, settings, out, (resumed or {}).get("wandb_id")) if wandb else None
+    wandb_run = None
+    if machine.is_main and config.wandb != "off":  # before anything is deleted: it may fail
+        wandb_run = open_wandb(config, settings, out, (resumed or {}).get("wandb_id"))
     if hasattr(model, "training_data"):  # may take long, so that it comes before there is a run to resume
         trainer.train_data = model.training_data(data, encoder_run / "codes")
     if resumed:
@@ -329,21 +315,25 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         save_last()
         return record
 
-    sums, rate_clock, rate_tokens = {}, time.perf_counter(), 0
+    clock = time.perf_counter()
+
+    def lap(training: bool) -> None:
+        """Add the time since the last lap to the seconds of the run and, after training, to those of that."""
+        nonlocal clock
+        before, clock = clock, time.perf_counter()
+        state["seconds"] += clock - before
+        state["train_seconds"] += (clock - before) * training
+
+    estimates, rate_tokens, logged_at = None, 0, state["train_seconds"]  # the last two for tokens/s, the speed of training alone
     ask_every = 1  # steps: in how many one of several processes looks whether another has been interrupted
-    session_clock, seconds_before, train_clock = time.perf_counter(), state["seconds"], time.perf_counter()
-    estimates = None
     with interruptible() as interrupted:
         while True:
             due = trainer.step % config.eval_interval == 0 or trainer.step >= config.max_iters
             if due and state["evaluated"] != trainer.step:
                 machine.wait()
-                paused = time.perf_counter()
-                state["seconds"] = seconds_before + paused - session_clock
-                state["train_seconds"] += paused - train_clock
+                lap(training=True)
                 estimates = evaluate()
-                train_clock = time.perf_counter()
-                rate_clock += train_clock - paused  # tokens/s is the speed of training alone
+                lap(training=False)
             if trainer.step >= config.max_iters:
                 break
             if config.patience and trainer.step - state["best_step"] >= config.patience * config.eval_interval:
@@ -355,9 +345,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
             if asked and machine.in_any_process(bool(interrupted)):
                 if not all(p.isfinite().all() for p in model.parameters()):
                     stop_if_not_finite(math.nan, trainer.step, out)
-                now = time.perf_counter()
-                state["seconds"] = seconds_before + now - session_clock
-                state["train_seconds"] += now - train_clock
+                lap(training=True)
                 save_last()
                 machine.barrier()  # half a minute after one process has left torchrun ends the others, writing or not
                 say(f"stopped at step {trainer.step}; {out}/last is saved: --resume --out_dir={shlex.quote(str(out))} goes on")
@@ -373,13 +361,13 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
             sums = trainer.update()
             rate_tokens += tokens_per_step
             if trainer.is_logged(trainer.step):
-                values = {name: trainer.sum_up(value).item() for name, value in sums.items()}  # waits for the device
+                values = {name: machine.sum_over_processes(value).item() for name, value in sums.items()}  # waits for the device
                 stop_if_not_finite(values["total"], trainer.step, out)
-                now = time.perf_counter()
-                speed, elapsed = rate_tokens / (now - rate_clock), seconds_before + now - session_clock
-                rate_clock, rate_tokens = now, 0
+                lap(training=True)
+                speed = rate_tokens / (state["train_seconds"] - logged_at)
+                logged_at, rate_tokens = state["train_seconds"], 0
                 if machine.world_size > 1:
-                    speeds = trainer.sum_up(torch.tensor(speed)).item() / machine.world_size  # the same for all of them
+                    speeds = machine.sum_over_processes(torch.tensor(speed)).item() / machine.world_size  # the same for all of them
                     ask_every = max(1, min(config.log_interval, int(5 * speeds / tokens_per_step)))
                 rate = learning_rate(config, trainer.step - 1)
                 left = (config.max_iters - trainer.step) * tokens_per_step / speed
@@ -387,13 +375,13 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                 shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in named.items() if key != "token_loss")
                 say(
                     f"step {trainer.step}/{config.max_iters}: {shown}, lr {rate:.2e}, {speed:,.0f} tokens/s, "
-                    f"{runtime.duration(elapsed)} gone, {runtime.duration(left)} to go",
+                    f"{runtime.duration(state['seconds'])} gone, {runtime.duration(left)} to go",
                     flush=True,
                 )
                 log({"step": trainer.step, "tokens": trainer.step * tokens_per_step, "kind": "train", **named, "lr": rate,
-                     "tokens_per_second": speed, "seconds": elapsed})  # fmt: skip
+                     "tokens_per_second": speed, "seconds": state["seconds"]})  # fmt: skip
 
-    state["seconds"] = seconds_before + time.perf_counter() - session_clock
+    lap(training=False)
     say(f"evaluating on {'the whole validation file' if config.final_eval_tokens is None else 'part of the validation file'}")
     summary = {"run": out.name, "commit": commit, **summarize(trainer, state, estimates or trainer.estimates())}
     if machine.is_main:
@@ -415,7 +403,7 @@ def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
     """What summary.json says of a trained model, the loss on the whole validation file first of all."""
     config, model, data, machine = trainer.config, trainer.raw_model, trainer.data, trainer.machine
     tokens = trainer.step * trainer.sequences * data.block_size
-    val_loss, val_tokens = trainer.final_loss()
+    val_loss, val_tokens = trainer.mean_loss(whole_file(data, machine, config.final_eval_tokens))
     summary = {
         "model": config.model, "dataset": config.dataset,
         "parameters": model.get_num_params(), "flops_per_token": model.flops_per_token(),
@@ -433,7 +421,7 @@ def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
         summary["reconstruction"] = True
     else:
         summary["val_bits_per_byte"] = val_loss / math.log(2) / data.bytes_per_token
-    measured = trainer.measure(whole_file(data, trainer.full_rows, machine, config.final_eval_tokens))
+    measured = trainer.measure(whole_file(data, machine, config.final_eval_tokens))
     for name in [name for name in measured if name.endswith("bits_per_token")]:
         measured[name.removesuffix("token") + "byte"] = measured[name] / data.bytes_per_token
     summary |= measured

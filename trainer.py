@@ -182,7 +182,6 @@ class Trainer:
         self.lanes = runtime.Lanes(self.lane_count())
         self.step = 0
         self.ahead = (None, None)  # a micro-batch loaded before it is needed: which one, and its tokens
-        self.full_rows = max(1, FULL_EVAL_TOKENS // data.block_size)
 
     def no_lanes_because(self) -> list[str]:
         """What forbids lanes, in words; empty where they are possible."""
@@ -205,8 +204,7 @@ class Trainer:
         require(lanes == 1 or not why_not, f"lanes={lanes} is not possible: {'; '.join(why_not)}; use lanes=none")
         return min(lanes, self.micro_batch_size)
 
-    def load_batch(self, split: str, starts, data=None) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = (data or self.data).gather(split, starts)
+    def to_device(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.machine.device.type == "cuda":  # from pinned memory the copy overlaps with what the GPU is doing
             return tuple(t.pin_memory().to(self.machine.device, non_blocking=True) for t in (x, y))
         return x.to(self.machine.device), y.to(self.machine.device)
@@ -227,7 +225,7 @@ class Trainer:
         if self.ahead[0] == (step, first, count):
             return self.ahead[1]
         starts = self.train_data.batch_starts(self.config.seed, step, self.sequences)
-        return self.load_batch("train", starts[first : first + count], self.train_data)
+        return self.to_device(*self.train_data.gather("train", starts[first : first + count]))
 
     def losses(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
         with self.machine.autocast():
@@ -278,11 +276,9 @@ class Trainer:
             group["lr"] = rate * (self.raw_model.backbone_rate(self.step) if group["backbone"] else 1.0)
         with self.lanes.shared_threads():
             if config.micro_batch_size == "auto" and machine.world_size == 1:  # one of several cannot repeat a step alone
-                sums = self.if_it_fits(self.gradients, self.micro_batch_size)
-                while sums is None:
+                while (sums := self.if_it_fits(self.gradients, self.micro_batch_size)) is None:
                     self.micro_batch_size = self.smaller(self.micro_batch_size)
                     print(f"note: out of memory in step {self.step}: again with micro_batch_size={self.micro_batch_size}", flush=True)
-                    sums = self.if_it_fits(self.gradients, self.micro_batch_size)
             else:
                 sums = self.gradients(self.micro_batch_size)
             if config.grad_clip > 0 or self.is_logged(self.step + 1):
@@ -351,11 +347,9 @@ class Trainer:
         while self.if_it_fits(self.probe, size) is None:
             size = self.smaller(size)
         self.forget(before)
-        if self.machine.world_size > 1:
-            sizes = torch.zeros(self.machine.world_size, device=self.machine.device)
-            sizes[self.machine.rank] = size
-            size = int(self.machine.sum_over_processes(sizes).min())
-        self.micro_batch_size = size
+        sizes = torch.zeros(self.machine.world_size)
+        sizes[self.machine.rank] = size
+        self.micro_batch_size = int(self.machine.sum_over_processes(sizes).min())
 
     # ------------------------------------------------------------------------------------------------------------------
     # evaluation: its own windows, no dropout, no random numbers, so that it leaves no trace in the run
@@ -365,28 +359,21 @@ class Trainer:
         config, machine = self.config, self.machine
         starts = self.data.eval_starts(split, config.batch_size * config.eval_iters)
         for i in range(machine.rank, config.eval_iters, machine.world_size):
-            yield self.load_batch(split, starts[i * config.batch_size : (i + 1) * config.batch_size])
+            yield self.to_device(*self.data.gather(split, starts[i * config.batch_size : (i + 1) * config.batch_size]))
 
-    def estimate(self, split: str) -> float:
-        """Mean loss, nats per token, over the evaluation windows of a split."""
-        total, count = summed_loss(self.model, self.eval_batches(split), self.machine)
-        return (self.sum_up(total) / self.sum_up(count)).item()
+    def mean_loss(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, int]:
+        """Mean loss, nats per token, over batches (x, y) of which every process brings its share, and the number of tokens."""
+        total, count = map(self.machine.sum_over_processes, summed_loss(self.model, batches, self.machine))
+        return (total / count).item(), int(count)
 
     def estimates(self) -> dict[str, float]:
         """train_loss and val_loss over the evaluation windows, and what there is to say of an embedding loss."""
-        found = {f"{split}_loss": self.estimate(split) for split in ("train", "val")}
+        found = {f"{split}_loss": self.mean_loss(self.eval_batches(split))[0] for split in ("train", "val")}
         if getattr(self.raw_model, "embedding_loss", None) is not None:
-            starts = self.data.eval_starts("train", self.config.batch_size)
+            x, _ = self.data.gather("train", self.data.eval_starts("train", self.config.batch_size))
             with self.machine.autocast():
-                found |= self.raw_model.embedding_loss_report(self.load_batch("train", starts)[0])
+                found |= self.raw_model.embedding_loss_report(x.to(self.machine.device))
         return found
-
-    def final_loss(self) -> tuple[float, int]:
-        """Mean loss, nats per token, over the validation file, and the number of tokens. Every process does its share."""
-        rows, first = self.full_rows, self.config.final_eval_tokens
-        total, count = evaluate_all(self.model, self.data, rows, self.machine, first)
-        count = self.sum_up(count)
-        return (self.sum_up(total) / count).item(), int(count)
 
     def measure(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float | int | list]:
         """What the model says of itself on batches (x, y), this process's share of them; nothing if it has nothing to say."""
@@ -400,13 +387,7 @@ class Trainer:
             with self.machine.autocast():
                 part = self.raw_model.measure(x.to(self.machine.device), y.to(self.machine.device))
             sums = {name: sums.get(name, 0) + value for name, value in part.items()}
-        return self.raw_model.summarize({name: self.sum_up(value) for name, value in sums.items()})
-
-    def sum_up(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum over processes, on the CPU."""
-        if self.machine.world_size == 1:
-            return value.cpu()
-        return self.machine.sum_over_processes(value.to(self.machine.device)).cpu()  # NCCL wants it on the GPU
+        return self.raw_model.summarize({name: self.machine.sum_over_processes(value) for name, value in sums.items()})
 
 
 @torch.no_grad()
@@ -429,24 +410,14 @@ def summed_loss(
     return total, count
 
 
-def evaluate_all(
-    model: torch.nn.Module,
-    data: dataloader.TokenData,
-    rows: int,
-    machine: runtime.Runtime,
-    first_targets: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """summed_loss over this process's share of the validation file."""
-    return summed_loss(model, whole_file(data, rows, machine, first_targets), machine)
-
-
 def whole_file(
-    data: dataloader.TokenData, rows: int, machine: runtime.Runtime, first_targets: int | None = None
+    data: dataloader.TokenData, machine: runtime.Runtime, first_targets: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """
     This process's share of the validation file in fixed order, batches of windows, all of it or its first targets. The first
     process says how far it is.
     """
+    rows = max(1, FULL_EVAL_TOKENS // data.block_size)
     windows = data.full_windows("val", rows, machine.rank, machine.world_size, first_targets)
     if not machine.is_main:
         return windows

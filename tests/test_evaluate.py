@@ -16,7 +16,7 @@ import runtime
 import train
 from conftest import write_tokens
 from dev import embeddings
-from trainer import evaluate_all
+from trainer import summed_loss, whole_file
 
 
 @pytest.fixture(scope="module", params=["encoder_decoder", "decoder_only"])
@@ -59,10 +59,11 @@ def test_attention_dropout_is_the_only_one_left_on(finished, tiny_data):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model.eval = lambda: model  # evaluate_all() calls it
+    model.eval = lambda: model  # summed_loss() calls it
     data = dataloader.open_data(tiny_data, model.config.block_size)
     runtime.seed_everything(5)
-    total, count = evaluate_all(model, data, 8192 // 32, runtime.start("cpu", "float32", "off"))
+    machine = runtime.start("cpu", "float32", "off")
+    total, count = summed_loss(model, whole_file(data, machine), machine)
     assert line["val_loss"] == (total / count).item()
     [plain] = evaluate.main([str(finished), "--device=cpu", "--dtype=float32"])
     assert line["val_loss"] != plain["val_loss"] and line["attention_dropout"] == 0.3

@@ -30,7 +30,7 @@ from conftest import ROOT, make_model, write_tokens
 from data.pairs import prepare as pairs
 from model import Block, DecoderBlock
 from runs import group, read_runs
-from trainer import TrainConfig, Trainer, evaluate_all, learning_rate, make_optimizer, whole_file
+from trainer import TrainConfig, Trainer, learning_rate, make_optimizer, summed_loss, whole_file
 
 TINY = {
     "encoder_decoder": "--n_encoder_layer=1 --n_decoder_layer=1 --n_head=2 --n_cross_head=2 --n_embd=16 --block_size=32",
@@ -187,7 +187,7 @@ def test_a_few_steps_of_a_long_run_can_go_on(tiny_data, tmp_path, capsys):
     """Guards a run that ended inside its warm-up, by a note and not an error: it is no error when it is resumed either."""
     words = [word for word in arguments(tiny_data, tmp_path / "run") if not word.startswith("--warmup_iters")]
     train.main(words)
-    assert "ends the run inside its warm-up of 100 steps" in capsys.readouterr().err
+    assert "ends the run inside its warm-up of 100 steps" in capsys.readouterr().out
     assert train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_iters=8"])["steps"] == 8
 
 
@@ -490,14 +490,15 @@ def test_samples_of_pairs_are_those_of_sample_py(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
-def test_full_loss_is_exact_at_any_batch_size(tiny_data, name):
+def test_full_loss_is_exact_at_any_batch_size(tiny_data, name, monkeypatch):
     """Guards the number in every table: the same at batch sizes 1, 7, 64, equal to a loop over single windows, each token once."""
     data = dataloader.TokenData(tiny_data, 32)
     model = make_model(name, {}, vocab_size=256, block_size=32)
     machine = runtime.start("cpu", "float64", "off")
     losses = []
     for rows in (1, 7, 64):
-        total, count = evaluate_all(model, data, rows, machine)
+        monkeypatch.setattr("trainer.FULL_EVAL_TOKENS", rows * 32)
+        total, count = summed_loss(model, whole_file(data, machine), machine)
         losses.append((total / count).item())
         assert count == 3000
     assert np.ptp(losses) < 1e-9
@@ -510,7 +511,8 @@ def test_full_loss_is_exact_at_any_batch_size(tiny_data, name):
     log_p = torch.cat([model(val[None, i : i + 32])[0].log_softmax(-1)[0] for i in (0, 32, 64, 96)])
     part = -sum(log_p[i, val[i + 1]] for i in range(100))
     for rows in (1, 3):
-        total, count = evaluate_all(model, data, rows, machine, first_targets=100)
+        monkeypatch.setattr("trainer.FULL_EVAL_TOKENS", rows * 32)
+        total, count = summed_loss(model, whole_file(data, machine, first_targets=100), machine)
         assert count == 100 and abs(total - part) < 1e-9
 
 
@@ -527,13 +529,14 @@ def test_estimates_use_the_same_windows_every_time(tiny_data):
     trainer = Trainer(TrainConfig(batch_size=3, eval_iters=2), make_model("decoder_only", {}, vocab_size=256, block_size=32),
                             data, runtime.start("cpu", "float64", "off"))  # fmt: skip
     x, y = data.gather("val", data.eval_starts("val", 6))
-    assert abs(trainer.estimate("val") - trainer.raw_model(x, y)[1]["token"].item()) < 1e-12
+    assert abs(trainer.mean_loss(trainer.eval_batches("val"))[0] - trainer.raw_model(x, y)[1]["token"].item()) < 1e-12
 
 
 def test_best_is_the_lowest_validation_loss(tiny_data, tmp_path, monkeypatch):
     """Guards best/ against the weights of the last evaluation, of the highest loss, or of the lowest training loss."""
     losses = {"val": [5.0, 3.0, 4.0], "train": [3.0, 2.0, 1.0]}
-    monkeypatch.setattr(Trainer, "estimate", lambda trainer, split: losses[split][trainer.step // 3])
+    at = lambda trainer: {f"{split}_loss": values[trainer.step // 3] for split, values in losses.items()}  # noqa: E731
+    monkeypatch.setattr(Trainer, "estimates", at)
     summary = run(tiny_data, tmp_path)
     assert (summary["best_val_loss"], summary["best_step"], summary["train_loss"]) == (3.0, 3, 1.0)
     assert checkpoint.read_json(tmp_path / "best" / "trainer.json")["step"] == 3
@@ -543,7 +546,8 @@ def test_best_is_the_lowest_validation_loss(tiny_data, tmp_path, monkeypatch):
 def test_patience_ends_a_run_that_no_longer_improves(tiny_data, tmp_path, monkeypatch, capsys):
     """Guards patience: counted from the lowest loss, over a resume as well; what ended early is a finished run, and can go on."""
     losses = [5.0, 3.0, 4.0, 2.0, 2.5, 2.0, 1.0]  # of steps 0, 3, 6, ...; equal is not lower
-    monkeypatch.setattr(Trainer, "estimate", lambda trainer, split: losses[trainer.step // 3])
+    at = lambda trainer: dict.fromkeys(("train_loss", "val_loss"), losses[trainer.step // 3])  # noqa: E731
+    monkeypatch.setattr(Trainer, "estimates", at)
     more = ("--max_iters=18", "--patience=2")
     summary = run(tiny_data, tmp_path / "run", *more)
     assert (summary["steps"], summary["best_step"], summary["ended_early"]) == (15, 9, True)
@@ -887,10 +891,11 @@ def test_what_auto_means(monkeypatch):
 def test_long_work_says_how_far_it_is(tiny_data, monkeypatch, capsys):
     """Guards minutes of silence, and wrong shares: of two processes, of sizes that differ, of a part of the file."""
     monkeypatch.setattr(runtime, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("trainer.FULL_EVAL_TOKENS", 10 * 32)
     data, lines = dataloader.TokenData(tiny_data, 32), []
     for rank, world, first in ((0, 1, None), (0, 2, None), (1, 2, None), (0, 1, 640)):
         machine = runtime.Runtime(torch.device("cpu"), torch.float32, False, "", rank, world)
-        seen = sum(int((y >= 0).sum()) for _, y in whole_file(data, 10, machine, first))
+        seen = sum(int((y >= 0).sum()) for _, y in whole_file(data, machine, first))
         assert seen == sum(int((y >= 0).sum()) for _, y in data.full_windows("val", 10, rank, world, first))
         lines.append([line.split("%")[0] for line in capsys.readouterr().out.splitlines()])
     assert lines[0] == [f"evaluated: {round(i * 32000 / 3000)}" for i in range(1, 10)] and lines[2] == []
