@@ -43,7 +43,7 @@ POSITIONAL = f"{'|'.join(COMMANDS)}|compare FILE_A FILE_B ..."
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Run one benchmark; returns its rows."""
-    argv = ["compare" if word == "--compare" else word for word in (sys.argv[1:] if argv is None else argv)]
+    argv = sys.argv[1:] if argv is None else argv
     word = next((word for word in argv if not word.startswith("-")), None)
     sections = [COMMANDS[word][0]] if word in COMMANDS else [section for section, _ in COMMANDS.values()]
     settings = configurator.configure(argv, sections, description=__doc__, positional=POSITIONAL)

@@ -2,8 +2,8 @@
 Configuration in nanoGPT's habit, `python train.py config/x.py --key=value`, with typed frozen dataclasses behind it:
 defaults < config file < flags. A config file is parsed, never executed; a misspelt key is an error, never a new global.
 
-A section is a frozen dataclass that reads like nanoGPT's config block. The comment on a field's line is its help text,
-a comment line above it at its own indentation is a heading, and a deeper one goes on with the text above it:
+A section is a frozen dataclass that reads like nanoGPT's config block, with a default for every field. The comment on a field's
+line is its help text, a comment line above it at its own indentation is a heading, and a deeper one goes on with the text above:
 
     @dataclass(frozen=True)
     class TrainConfig:
@@ -164,15 +164,13 @@ def read_arguments(argv: list[str]) -> Arguments:
 # config files
 
 
-def read_config_file(path: str | Path) -> dict[str, object]:
+def read_config_file(path: str | Path, readers: tuple[Path, ...] = ()) -> dict[str, object]:
     """
     The assignments of a config file, in order. `base = "common.py"` (relative to this file) puts that file's values below
-    this one's. Raises ValueError for anything but `name = value` lines, FileNotFoundError for a missing file.
+    this one's; `readers` are the files whose base this one is. Raises ValueError for anything but `name = value` lines,
+    FileNotFoundError for a missing file.
     """
-    return _read_config_file(Path(path), ())
-
-
-def _read_config_file(path: Path, readers: tuple[Path, ...]) -> dict[str, object]:
+    path = Path(path)
     if path.is_dir():
         raise FileNotFoundError(f"{path} is a folder; name one of the config files in it")
     if not path.is_file():
@@ -207,7 +205,7 @@ def _read_config_file(path: Path, readers: tuple[Path, ...]) -> dict[str, object
         if name != "base":
             values[name] = value
         elif isinstance(value, str):
-            values = _read_config_file(path.parent / value, (*readers, path.resolve())) | values
+            values = read_config_file(path.parent / value, (*readers, path.resolve())) | values
         else:
             raise ValueError(f"{path} line {line.lineno}: base = {value!r}: the name of a config file was expected")
     return values
@@ -251,11 +249,8 @@ def resolve(cls: type, file_values: dict[str, object], flags: dict[str, str | bo
             elif key in file_values:
                 shown = f"{key} = {file_values[key]!r} in {source}"
                 values[key] = coerce(file_values[key], kind, is_text=False)
-            elif key not in defaults(cls):
-                raise ValueError(f"--{key}=... is missing: it has no default")
         except Mismatch as error:
-            default = f" (default {as_text(defaults(cls)[key])})" if key in defaults(cls) else ""
-            raise ValueError(f"{shown}: {error} was expected{default}") from None
+            raise ValueError(f"{shown}: {error} was expected (default {as_text(defaults(cls)[key])})") from None
     return cls(**values)
 
 
@@ -367,7 +362,7 @@ def annotations(cls: type) -> dict[str, object]:
 
 
 def defaults(cls: type) -> dict[str, object]:
-    return {field.name: field.default for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}
+    return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
 def to_dict(instance) -> dict[str, object]:
@@ -387,12 +382,7 @@ def from_dict(cls: type, values: dict[str, object]):
 
 def differences(instance) -> dict[str, object]:
     """The fields whose value is not the default."""
-    default = defaults(type(instance))
-    return {
-        key: getattr(instance, key)
-        for key in annotations(type(instance))
-        if key not in default or getattr(instance, key) != default[key]
-    }
+    return {key: value for key, default in defaults(type(instance)).items() if (value := getattr(instance, key)) != default}
 
 
 def print_differences(*instances) -> None:
@@ -421,8 +411,7 @@ def help_text(sections: list[type], description: str, positional: str, chooser: 
         for key, kind in annotations(cls).items():
             heading, comment = comments.get(key, ("", ""))
             lines += [f"  # {heading}"] if heading else []
-            default = f"[{as_text(defaults(cls)[key])}]" if key in defaults(cls) else "[required]"
-            lines.append(wrap(f"{f'  --{key}={help_type(kind)}':<40} {comment} {default}", indent=41))
+            lines.append(wrap(f"{f'  --{key}={help_type(kind)}':<40} {comment} [{as_text(defaults(cls)[key])}]", indent=41))
     return "\n".join(lines)
 
 
@@ -438,27 +427,26 @@ def help_type(kind: object) -> str:
 
 def field_comments(cls: type) -> dict[str, tuple[str, str]]:
     """For each field the heading above it and the comment on its line, read from the source (which may be out of reach)."""
+    try:
+        lines = textwrap.dedent(inspect.getsource(cls)).splitlines()
+    except (OSError, TypeError):
+        return {}
     found: dict[str, tuple[str, str]] = {}
-    for owner in reversed(cls.__mro__[:-1]):
-        try:
-            lines = textwrap.dedent(inspect.getsource(owner)).splitlines()
-        except (OSError, TypeError):
+    key, heading = "", ""
+    for line in lines[1:]:
+        code, comment = re.fullmatch(r"(.*?)(?:(?<!\S)#\s*(.*))?", line).groups(default="")
+        if re.match(r"    (def|@|class)\b", code):
+            break  # what follows are methods
+        if comment.startswith("fmt:"):  # a word to the formatter
             continue
-        key, heading = "", ""
-        for line in lines[1:]:
-            code, comment = re.fullmatch(r"(.*?)(?:(?<!\S)#\s*(.*))?", line).groups(default="")
-            if re.match(r"    (def|@|class)\b", code):
-                break  # what follows are methods
-            if comment.startswith("fmt:"):  # a word to the formatter
-                continue
-            if field := re.match(r"    (\w+)\s*:", code):
-                key = field[1]
-                found[key], heading = (heading, comment), ""
-            elif comment and (code.strip() or len(code) > 4):  # goes on with the field above
-                if key:
-                    found[key] = (found[key][0], f"{found[key][1]} {comment}".strip())
-            elif comment:
-                heading = f"{heading} {comment}".strip()
+        if field := re.match(r"    (\w+)\s*:", code):
+            key = field[1]
+            found[key], heading = (heading, comment), ""
+        elif comment and (code.strip() or len(code) > 4):  # goes on with the field above
+            if key:
+                found[key] = (found[key][0], f"{found[key][1]} {comment}".strip())
+        elif comment:
+            heading = f"{heading} {comment}".strip()
     return found
 
 

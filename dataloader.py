@@ -10,7 +10,6 @@ A data set is a folder with train.bin, val.bin (bare uint16 or uint32 token ids)
 Legend: N tokens of a split, T block_size, n windows.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -85,9 +84,7 @@ def prepare_command(folder: Path) -> str:
     """The command that writes this data set (again), as far as its folder and what is left of its meta.json tell."""
     if in_data(folder):
         return f"python {OFFLINE_SETS.get(folder.name, f'data/{folder.name}/prepare.py')}"
-    meta = None
-    with contextlib.suppress(OSError, ValueError):
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta = json_in(folder / "meta.json")
     if not isinstance(meta, dict):  # the wrong script would overwrite what is there with another kind of set
         return "the script that made it, which may be data/text/prepare.py, data/pairs/prepare.py or data/distill/prepare.py"
     name, pairs, teacher = meta.get("dataset"), meta.get("kind") == "pairs", meta.get("teacher")
@@ -98,6 +95,14 @@ def prepare_command(folder: Path) -> str:
     if name in known_sets() and pairs == (name == "numbers"):
         script = OFFLINE_SETS.get(name, f"data/{name}/prepare.py")
     return f"python {script} --out_dir {shlex.quote(str(folder))}"
+
+
+def json_in(path: Path) -> object:
+    """What a file holds, None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def read_meta(folder: Path) -> dict:

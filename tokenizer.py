@@ -39,12 +39,6 @@ class _Tokenizer:
         """Text of ids; bytes that are not UTF-8 (a sample may end inside a character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def encode_array(self, text: str) -> np.ndarray:
-        raise TypeError(f"{type(self).__name__} must define encode_array")
-
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        raise TypeError(f"{type(self).__name__} must define decode_bytes")
-
 
 class ByteTokenizer(_Tokenizer):
     """The 256 bytes of UTF-8. Byte 0, which no real text contains, separates documents."""

@@ -285,9 +285,10 @@ def take_bytes(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]
     """Whole documents until the next one would exceed max_bytes of UTF-8 (the first one always); None: all."""
     taken = 0
     for document in documents:
-        taken += len(to_utf8(document))
-        if max_bytes is not None and taken > max_bytes and taken > len(to_utf8(document)):
+        size = len(to_utf8(document))
+        if max_bytes is not None and taken > 0 and taken + size > max_bytes:
             return
+        taken += size
         yield document
 
 

@@ -76,8 +76,7 @@ def quantizer_config(config) -> QuantizerConfig:
 
 
 def make(config) -> "VectorBottleneck | GumbelBottleneck | HashBottleneck":
-    """The bottleneck that config.bottleneck names. Raises ValueError for settings that cannot work."""
-    check(config)
+    """The bottleneck that config.bottleneck names."""
     return {"gumbel": GumbelBottleneck, "semhash": HashBottleneck}.get(config.bottleneck, VectorBottleneck)(config)
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import runtime
-from dataloader import TokenData
+from dataloader import TokenData, json_in
 from latent.autoencoder import Autoencoder
 from latent.quantize import distributed
 
@@ -47,7 +47,7 @@ class CodeData:
         self.windows, path = len(starts), folder / "codes.bin"
         size = 2 * self.windows * int(np.prod(self.shape))  # bytes
         if not distributed() or dist.get_rank() == 0:
-            found = read_meta(folder)
+            found = json_in(folder / "meta.json")
             if found != meta or not path.is_file() or path.stat().st_size != size:
                 if found:
                     changed = ", ".join(key for key in meta if found.get(key) != meta[key]) or "codes.bin is damaged"
@@ -80,14 +80,6 @@ class CodeData:
 def begins_of_copies(T: int, S: int, copies: int) -> list[int]:
     """Tokens before the first window of each copy: spread over a window, and all different modulo S where copies <= S."""
     return [i * (T // copies // S * S) + i for i in range(copies)]
-
-
-def read_meta(folder: Path) -> dict:
-    """Contents of meta.json, or nothing where it is missing or damaged."""
-    try:
-        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
 
 
 @torch.no_grad()
