@@ -63,7 +63,7 @@ def evaluate(run: Path, config: EvaluateConfig, machine: runtime.Runtime) -> dic
     """Loss in nats per token and bits per byte of one run. Raises ValueError for models that predict no next token."""
     which = config.checkpoint or checkpoint.find_first(run, "last", "best").name.removesuffix(".old")
     model, _, state = checkpoint.load_run(run, which, machine.device)
-    if getattr(model, "predicts", "next") != "next":
+    if model.reconstructs:
         raise ValueError(f"{run} holds an autoencoder: it sees what it predicts, so its loss is not a language model's")
     model.to(machine.weight_dtype)
     name = config.dataset or checkpoint.read_config(run)[0]["dataset"]

@@ -326,7 +326,7 @@ def sample_together(
     `compile`, `int8`: see decode_logits.
     """
     check_prompts(model, [sample.tokens for sample in samples])
-    if writes_blocks(model):
+    if model.writes_blocks:
         if compile is not None or int8:
             raise ValueError("compile and int8 are for models that write one token a step, not blocks; leave them out")
         how = sampling if isinstance(sampling, BlockSampling) else BlockSampling((sampling,))
@@ -345,11 +345,6 @@ def sample_together(
                 sample.accept([token])
         idx = torch.cat((idx, chosen[:, None]), dim=1)  # a finished row goes on unread, to keep the batch rectangular
         yield
-
-
-def writes_blocks(model: torch.nn.Module) -> bool:
-    """Whether a model writes codes first and then several tokens at once."""
-    return getattr(model, "autoencoder", None) is not None or hasattr(model, "bottleneck")
 
 
 def filler(sample: Continuation) -> int:

@@ -285,6 +285,8 @@ class CausalModel(nn.Module):
 
     window = 0  # positions that self-attention sees, its own included; 0 = all
     side_by_side = True  # whether training passes may run at once: False where, dropout aside, they draw numbers or collect statistics
+    reconstructs = False  # whether it predicts tokens that it sees, so that its loss is no language model's
+    writes_blocks = False  # whether it writes codes first, and then several tokens at once
 
     def make_cache(self, capacity: int | None = None, static: bool = False) -> Cache:
         """An empty cache for `capacity` tokens (default: block_size), to be passed to forward()."""

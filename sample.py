@@ -105,7 +105,7 @@ class SampleConfig:
     def how(self, model: torch.nn.Module) -> generate.Sampling | generate.BlockSampling:
         """How this model chooses. Raises ValueError for settings that are of another kind of model."""
         levels = self.samplings()
-        if generate.writes_blocks(model):
+        if model.writes_blocks:
             if self.lookahead is not None:
                 raise ValueError("lookahead drafts single tokens, but this model writes blocks of them; use lookahead=none")
             return generate.BlockSampling(levels, generate.Sampling(self.token_temperature, seed=self.seed))
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> list[str]:
         prompt, written = [*text.encode(written.rstrip("\n")), separator], written.rstrip("\n") + text.decode([separator])
     if separator is not None and hasattr(model, "bottleneck") and separator in prompt[:-1]:
         raise ValueError("the prompt goes on behind the end of its question, but a latent transformer answers whole questions only")
-    if getattr(model, "predicts", "next") == "itself":
+    if model.reconstructs:
         keys = ("num_samples", "stop", "stream", "lookahead", "check", "json")
         if given := [key for key in keys if getattr(config, key) != getattr(SampleConfig, key)]:
             raise ValueError(f"{', '.join(given)}: {run} is an autoencoder, which gives its prompt back and nothing else; leave them out")

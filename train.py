@@ -116,9 +116,9 @@ def git_commit() -> str:
 
 def check_inputs(config: TrainConfig, model: torch.nn.Module, data: dataloader.TokenData, out: Path) -> None:
     """Raise ValueError for what does not go together: a model and its data, or the run directory and what the run reads."""
-    if config.eval_sample_tokens and reconstructs(model):
+    if config.eval_sample_tokens and model.reconstructs:
         raise ValueError(f"eval_sample_tokens={config.eval_sample_tokens}: {config.model} continues no text; leave it 0")
-    if isinstance(data, dataloader.PairData) and (reconstructs(model) or hasattr(model.config, "autoencoder")):
+    if isinstance(data, dataloader.PairData) and (model.reconstructs or hasattr(model.config, "autoencoder")):
         raise ValueError(
             f"{config.dataset} is a set of pairs, but {config.model} is made for whole texts; choose another model"
         )
@@ -130,11 +130,6 @@ def check_inputs(config: TrainConfig, model: torch.nn.Module, data: dataloader.T
     for key, folder in inputs.items():
         if folder is not None and Path(folder).resolve().is_relative_to(out.resolve()):
             raise ValueError(f"out_dir={out} is or holds what the run reads as its {key}, {folder}; write to another folder")
-
-
-def reconstructs(model: torch.nn.Module) -> bool:
-    """Whether the model predicts what it sees, so that its loss is no language model's."""
-    return getattr(model, "predicts", "next") == "itself"
 
 
 def make_sampler(config: TrainConfig, model: torch.nn.Module, data: dataloader.TokenData) -> Callable[[], str] | None:
@@ -294,7 +289,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
             trainer_state = {"step": trainer.step, "scaler": trainer.scaler.state_dict(), **state}
             checkpoint.save(out / "last", model, trainer.optimizer, trainer_state)
 
-    what = "reconstruction loss" if reconstructs(model) else "loss"
+    what = "reconstruction loss" if model.reconstructs else "loss"
 
     def evaluate() -> dict:
         """Estimate both losses, log, keep the checkpoints. Returns the estimates."""
@@ -391,7 +386,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         wandb_run.finish()
     if "exact_pairs" in summary:
         say(f"{summary['exact_pairs']:.2%} of {summary['pairs']:,} unseen pairs answered exactly")
-    found = f"{summary['token_accuracy']:.2%} right" if reconstructs(model) else f"{summary['val_bits_per_byte']:.4f} bits per byte"
+    found = f"{summary['token_accuracy']:.2%} right" if model.reconstructs else f"{summary['val_bits_per_byte']:.4f} bits per byte"
     say(
         f"done: validation {what} {summary['val_loss']:.4f} nats per token, {found} over {summary['val_tokens']:,} tokens; "
         f"{runtime.duration(state['seconds'])}; {out}/summary.json"
@@ -417,7 +412,7 @@ def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
         "torch": torch.__version__, "device": device_name(machine), "dtype": str(machine.dtype).removeprefix("torch."),
         "compiled": machine.compile, "world_size": machine.world_size, "lanes": trainer.lanes.count,
     }  # fmt: skip
-    if reconstructs(model):  # a loss that no language model's may be compared with
+    if model.reconstructs:  # a loss that no language model's may be compared with
         summary["reconstruction"] = True
     else:
         summary["val_bits_per_byte"] = val_loss / math.log(2) / data.bytes_per_token

@@ -44,7 +44,7 @@ def latent_models(config: LatentBench) -> list[tuple[str, torch.nn.Module, list[
     for run, is_baseline in ((config.baseline, True), (config.run, False)):
         if run is not None:
             model, text, _ = checkpoint.load_run(run, "best")
-            if generate.writes_blocks(model) == is_baseline or getattr(model, "predicts", "next") == "itself":
+            if model.writes_blocks == is_baseline or model.reconstructs:
                 kinds = "baseline=... takes a plain model, run=... one over codes"
                 raise ValueError(f"{'baseline' if is_baseline else 'run'}={run}: the wrong kind of model; {kinds}")
             separator = checkpoint.read_json(Path(run) / "config.json").get("separator")

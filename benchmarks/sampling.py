@@ -115,7 +115,7 @@ def sample_variants(model: torch.nn.Module, prompts: list[list[int]], config: Sa
         return work
 
     # with codes there is neither lookahead nor a static cache
-    codes = getattr(model.config, "latent_factor", 0) > 0 or generate.writes_blocks(model)
+    codes = getattr(model.config, "latent_factor", 0) > 0
     variants = [
         Variant("plain cached", plain(), model),
         Variant("plain uncached", plain(use_cache=False), model),
@@ -167,7 +167,7 @@ def bench_sample(config: SampleBench) -> list[dict]:
             models[name] = checkpoint.build(name, checkpoint.CONFIGS[name](vocab_size=50257, block_size=200, **shape))
     else:
         model, text, _ = checkpoint.load_run(config.run, "best", machine.device)
-        if getattr(model, "predicts", "next") == "itself":
+        if model.reconstructs:
             raise ValueError(f"run={config.run} is an autoencoder, which continues no text; give the run of a language model")
         if "separator" in checkpoint.read_json(Path(config.run) / "config.json"):
             raise ValueError(f"run={config.run} answers questions; python bench.py latent --run=... --prompt=QUESTION measures that")

@@ -128,7 +128,7 @@ class SwiGLU(nn.Module):
 class Autoencoder(CausalModel):
     """See the top of this file. Parameter names are part of the checkpoint format; those of the trunk are EncoderDecoder's."""
 
-    predicts, side_by_side = "itself", False
+    reconstructs, side_by_side = True, False
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()

@@ -117,9 +117,11 @@ class LatentTransformerConfig:
 class LatentTransformer(CausalModel):
     """See the top of this file. Parameter names are part of the checkpoint format."""
 
+    writes_blocks, side_by_side = True, False
+
     def __init__(self, config: LatentTransformerConfig):
         super().__init__()
-        self.config, self.side_by_side = config, False
+        self.config = config
         C, Z, S, D, K = config.n_embd, config.latent_dim, config.latent_factor, config.codebook_levels, config.codebook_size
         self.n_layer_cache = config.n_layer
         self.head_width = C // config.n_head

@@ -140,6 +140,8 @@ class Stack(CausalModel):
 class RQTransformer(CausalModel):
     """See the top of this file. Parameter names are part of the checkpoint format."""
 
+    writes_blocks = True
+
     def __init__(self, config: RQTransformerConfig):
         super().__init__()
         self.config, self.side_by_side = config, config.soft_labels == 0.0

@@ -40,7 +40,7 @@ class Teacher:
         self.machine = runtime.start(device, "float32", "off")
         self.model, self.tokenizer, trainer = checkpoint.load_run(run, which, self.machine.device)
         self.model.to(self.machine.weight_dtype)
-        if getattr(self.model, "predicts", "next") == "itself":
+        if self.model.reconstructs:
             raise ValueError(f"--run {run} is an autoencoder, which writes nothing new; give the run of a language model")
         generate.lay_out_for_decoding(self.model)
         self.sampling, self.batch = generate.Sampling(temperature, seed=seed), batch
