@@ -1,5 +1,5 @@
 """
-Numerical building blocks: LayerNorm, rotary positions, attention for short texts on a CPU, the output layer's loss. What is
+Numerical building blocks: rotary positions, dropout, attention for short texts on a CPU, the output layer's loss. What is
 written for speed states the plain computation it equals; tests hold it to that.
 
 Shapes: B batch, T tokens of this call, S keys, C width, H heads, D head width, V vocabulary.
@@ -15,19 +15,6 @@ from torch.nn import functional as F
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Losses and statistics are computed in float32 under bfloat16 autocast, and in float64 in float64 tests."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm whose bias, or whole affine part, can be absent."""
-
-    def __init__(self, width: int, bias: bool, affine: bool = True):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(width)) if affine and bias else None
-        self.width = width
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, (self.width,), self.weight, self.bias, 1e-5)
 
 
 def rotary_angles(positions: torch.Tensor, head_width: int) -> tuple[torch.Tensor, torch.Tensor]:

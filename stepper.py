@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from baseline_transformer.model import DecoderOnly
-from kernels import LayerNorm, rotary_angles
+from kernels import rotary_angles
 from latent.rq_transformer import RQTransformer
 from model import Block, Cache, CrossAttention, DecoderBlock, EncoderDecoder, LayerCache, SelfAttention
 
@@ -108,7 +108,7 @@ class RoundedProduct(Product):
 class Norm:
     """LayerNorm of rows, without the calls around it."""
 
-    def __init__(self, norm: LayerNorm | torch.nn.LayerNorm):
+    def __init__(self, norm: torch.nn.LayerNorm):
         self.weight, self.bias, self.shape = norm.weight, norm.bias, norm.weight.shape
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ class Layers:
         scale[:C] = 1 / math.sqrt(C // n_head)
         return self.product(linear.weight * scale[:, None], None if linear.bias is None else linear.bias * scale)
 
-    def pack_attention(self, layer: SelfAttention | CrossAttention, queries: torch.nn.Linear, norm: LayerNorm) -> tuple:
+    def pack_attention(self, layer: SelfAttention | CrossAttention, queries: torch.nn.Linear, norm: torch.nn.LayerNorm) -> tuple:
         return Norm(norm), self.queries_first(queries, layer.n_head), self.linear(layer.c_proj), layer.n_head
 
     def pack(self, block: Block | DecoderBlock) -> dict[str, tuple]:
@@ -254,7 +254,7 @@ class Memory:
         self.product = layers.product(torch.cat([w for w, _ in folded]), bias)  # (n 2C, C)
         self.layers, self.n_head = layers, decoder[0].cross_attn.n_head
 
-    def fold(self, norm: LayerNorm, linear: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def fold(self, norm: torch.nn.LayerNorm, linear: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias that do to a vector of mean 0 and variance 1 what norm's gain and bias, then linear, would."""
         bias = linear.bias
         if norm.bias is not None:

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import Dropout, LayerNorm, head_logits, head_loss
+from kernels import Dropout, head_logits, head_loss
 from latent.huggingface import PretrainedCache, PretrainedTrunk
 from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer
 from latent.resample import CausalDownsample, Upsample, doublings
@@ -116,7 +116,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, bias: bool):
         super().__init__()
-        self.norm = LayerNorm(width, bias)
+        self.norm = nn.LayerNorm(width, bias=bias)
         self.c_fc = nn.Linear(width, 8 * width, bias=bias)  # gate, value
         self.c_proj = nn.Linear(4 * width, width, bias=bias)
 
@@ -145,14 +145,14 @@ class Autoencoder(CausalModel):
         self.down = CausalDownsample(C, S, keep_partial=True, bias=config.bias)
         self.to_latent = nn.Linear(C, Z, bias=config.bias)
         self.refine_encoder = SwiGLU(Z, config.bias)
-        self.ln_latent = LayerNorm(Z, config.bias, affine=False)  # no gain: it would shrink to please the commitment loss
+        self.ln_latent = nn.LayerNorm(Z, elementwise_affine=False)  # no gain: it would shrink to please the commitment loss
         self.quantizer = ResidualQuantizer(config.quantizer_config())
         self.refine_decoder = SwiGLU(Z, config.bias)
         self.from_latent = nn.Linear(Z, C, bias=config.bias)
         self.up = Upsample(C, S, bias=config.bias)
         self.wpe_decoder = nn.Embedding(config.block_size, C) if learned else None
         self.decoder = nn.ModuleList(Block(*block) for _ in range(own_blocks * config.n_decoder_layer))
-        self.ln_f = LayerNorm(C, config.bias) if own_blocks else nn.Identity()  # a pretrained trunk ends with its own
+        self.ln_f = nn.LayerNorm(C, bias=config.bias) if own_blocks else nn.Identity()  # a pretrained trunk ends with its own
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # optimizer steps so far
         self.initialize([self.encoder, self.decoder])
         if config.freeze_codes:  # all that compress() runs; wte among it, although it is the output layer as well

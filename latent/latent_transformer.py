@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import Dropout, LayerNorm, at_least_float32, head_logits, head_loss, rotary_angles
+from kernels import Dropout, at_least_float32, head_logits, head_loss, rotary_angles
 from latent import bottleneck as bottlenecks
 from latent.quantize import CodeUsage, QuantizerConfig
 from latent.resample import CausalDownsample, ResidualConvBlock, UpLayer, doublings
@@ -133,26 +133,26 @@ class LatentTransformer(CausalModel):
         self.encoder = nn.ModuleList([Block(*block)])
         self.down = CausalDownsample(C, S, kernel=2, keep_partial=True, bias=config.bias)
         self.to_latent = nn.Linear(C, Z, bias=config.bias)
-        self.ln_latent = LayerNorm(Z, config.bias, affine=False)  # one scale for the bottleneck, see autoencoder.py
+        self.ln_latent = nn.LayerNorm(Z, elementwise_affine=False)  # one scale for the bottleneck, see autoencoder.py
         self.bottleneck = bottlenecks.make(config)
         # lp
         self.code_embedding = nn.Embedding(D * K, C)  # of all levels, one table after the other
         self.blocks = nn.ModuleList(Block(*block) for _ in range(config.n_layer))
-        self.ln_code = LayerNorm(C, config.bias)
+        self.ln_code = nn.LayerNorm(C, bias=config.bias)
         ends = config.task == "pairs"  # the first code of a latent may be K: there is no such latent
         self.heads = nn.ModuleList(nn.Linear(C, K + (ends and d == 0), bias=config.bias) for d in range(D))
         # ad
         steps = range(doublings(S))
         self.from_latent = nn.Linear(Z, C, bias=config.bias)
         self.up_convolutions = nn.ModuleList(ResidualConvBlock(C, bias=config.bias) for _ in steps)
-        self.up_norms = nn.ModuleList(LayerNorm(C, config.bias) for _ in steps)
+        self.up_norms = nn.ModuleList(nn.LayerNorm(C, bias=config.bias) for _ in steps)
         self.up_attention = nn.ModuleList(CrossAttention(*block) for _ in steps)
         self.up_layers = nn.ModuleList(UpLayer(C, config.bias) for _ in steps)
-        self.ln_memory = LayerNorm(C, config.bias) if S > 1 else None  # with S = 1 nothing is upsampled
+        self.ln_memory = nn.LayerNorm(C, bias=config.bias) if S > 1 else None  # with S = 1 nothing is upsampled
         self.decoder = nn.ModuleList(
             DecoderBlock(C, config.n_head, *block[1:], cross_first=False) for _ in range(config.n_decoder_layer)
         )
-        self.ln_f = LayerNorm(C, config.bias)
+        self.ln_f = nn.LayerNorm(C, bias=config.bias)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # optimizer steps so far
         self.initialize([self.encoder, self.blocks, self.decoder])
 

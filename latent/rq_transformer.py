@@ -35,7 +35,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from dataloader import TokenData
-from kernels import Dropout, LayerNorm, head_logits
+from kernels import Dropout, head_logits
 from latent.autoencoder import Autoencoder
 from latent.codes import CodeData
 from model import Block, Cache, CausalModel, check_fields, require
@@ -153,7 +153,7 @@ class RQTransformer(CausalModel):
         self.wpe_depth = nn.Parameter(torch.empty(D, C))  # p
         self.depth = Stack(config, config.n_depth_layer, D, "learned")
         self.heads = nn.ModuleList(
-            nn.Sequential(LayerNorm(C, config.bias), nn.Linear(C, K, bias=config.bias)) for _ in range(D)
+            nn.Sequential(nn.LayerNorm(C, bias=config.bias), nn.Linear(C, K, bias=config.bias)) for _ in range(D)
         )
         self.dropout = Dropout(config.dropout)
         self.register_buffer("vectors", torch.zeros(D, K, Z), persistent=False)  # E of the autoencoder that is attached

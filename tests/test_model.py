@@ -199,7 +199,7 @@ def test_every_earlier_token_matters(name, options):
 
 def torch_layer(block, decoder: bool) -> nn.Module:
     """torch's pre-norm layer with the weights of one of our blocks."""
-    C, heads = block.ln_1.width, block.attn.n_head
+    C, heads = len(block.ln_1.weight), block.attn.n_head
     kind = nn.TransformerDecoderLayer if decoder else nn.TransformerEncoderLayer
     layer = kind(C, heads, 4 * C, dropout=0.0, activation="gelu", norm_first=True, batch_first=True).double().eval()
 
