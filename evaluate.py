@@ -9,7 +9,6 @@ The validation loss of trained runs over a whole file, each token once, as the l
 evaluated, because it passed its probability to the attention kernel in training and evaluation alike.
 """
 
-import dataclasses
 import math
 import sys
 from dataclasses import dataclass
@@ -46,17 +45,11 @@ class EvaluateConfig:
 
 def keep_attention_dropout(model: torch.nn.Module, run: Path) -> None:
     """From now on attention weights are dropped in evaluation too. Raises ValueError where that cannot be or does nothing."""
-    if not isinstance(model, (EncoderDecoder, DecoderOnly)):  # the others have attention of their own, off model.place
+    if not isinstance(model, (EncoderDecoder, DecoderOnly)):  # the others have attention of their own
         raise ValueError(f"attention_dropout=True: {run} is neither of encoder_decoder nor of decoder_only; leave it out")
     if not model.config.dropout:
         raise ValueError(f"attention_dropout=True: {run} was trained without dropout, so there is none to leave on")
-    place = model.place
-
-    def with_dropout(*args, **kwargs):
-        positions, context = place(*args, **kwargs)
-        return positions, dataclasses.replace(context, dropout=model.config.dropout)
-
-    model.place = with_dropout
+    model.evaluation_dropout = model.config.dropout
 
 
 def evaluate(run: Path, config: EvaluateConfig, machine: runtime.Runtime) -> dict:

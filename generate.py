@@ -15,6 +15,7 @@ transformer (latent/latent_transformer.py) writes a whole target at a time: see 
 Shapes: B samples, T tokens, V vocabulary; S tokens of a block, M blocks of a context, D levels of codes, K codes of a level.
 """
 
+import codecs
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -151,7 +152,8 @@ class Continuation:
         self.tokens, self.n_prompt = list(prompt), len(prompt)
         self.limit, self.eos, self.tokenizer = len(prompt) + max_new_tokens, eos, tokenizer
         self.stop = tuple(s.encode() for s in stop)
-        self.write, self._stream, self._written = write, tokenizers.Utf8Stream(), 0
+        self.write, self._written = write, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
         self.bytes = b""  # of the output, up to the stop string
         self.reason = "length" if max_new_tokens == 0 else ""  # why it ended: "length", "eos", "stop"
 
@@ -205,10 +207,8 @@ class Continuation:
 
     def _flush(self, end: int) -> None:
         if self.write is not None:
-            text = self._stream.feed(self.bytes[self._written : end])
+            text = self._decoder.decode(self.bytes[self._written : end], final=self.finished)
             self._written = max(self._written, end)
-            if self.finished:
-                text += self._stream.finish()
             if text:
                 self.write(text)
 

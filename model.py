@@ -173,7 +173,7 @@ class Context:
     causal: bool  # mask is None and T == S: let the kernel mask
     rotary: dict[int, tuple[torch.Tensor, torch.Tensor]]  # head width -> cos, sin; empty with learned positions
     start: int | torch.Tensor  # tokens in the cache before this call
-    dropout: float  # of attention weights; 0 outside training
+    dropout: float  # of attention weights
     key_rotary: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None  # of keys that stand elsewhere than the queries
 
 
@@ -287,6 +287,7 @@ class CausalModel(nn.Module):
     side_by_side = True  # whether training passes may run at once: False where, dropout aside, they draw numbers or collect statistics
     reconstructs = False  # whether it predicts tokens that it sees, so that its loss is no language model's
     writes_blocks = False  # whether it writes codes first, and then several tokens at once
+    evaluation_dropout = 0.0  # of attention weights outside training: see evaluate.py
 
     def make_cache(self, capacity: int | None = None, static: bool = False) -> Cache:
         """An empty cache for `capacity` tokens (default: block_size), to be passed to forward()."""
@@ -318,7 +319,7 @@ class CausalModel(nn.Module):
             behind = positions[:, None] - (cached if static else torch.cat((cached, positions)))  # (T, S)
             mask = (behind < self.window) & (behind >= 0 if mask is None else mask)
         rotary = {width: rotary_angles(positions, width) for width in self.head_widths} if config.position == "rope" else {}
-        dropout = config.dropout if self.training else 0.0
+        dropout = config.dropout if self.training else self.evaluation_dropout
         return positions, Context(mask, causal=mask is None and start == 0, rotary=rotary, start=start, dropout=dropout)
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ whoever has a run directory can decode its samples, with no network, no cache an
 """
 
 import base64
-import codecs
 import json
 from pathlib import Path
 
@@ -194,20 +193,3 @@ def load(folder: str | Path) -> Tokenizer:
     except damage as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is damaged ({reason}); copy it again from the data set's folder") from error
-
-
-class Utf8Stream:
-    """Bytes of tokens in, text that is complete so far out: a token may end in the middle of a character.
-
-    The pieces, with the one from `finish`, add up to `decode` of all ids.
-    """
-
-    def __init__(self):
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def feed(self, data: bytes) -> str:
-        return self._decoder.decode(data)
-
-    def finish(self) -> str:
-        """The rest: U+FFFD if the bytes ended inside a character."""
-        return self._decoder.decode(b"", final=True)

@@ -98,11 +98,6 @@ class PretrainedCache:
     def length(self) -> int:
         return self.layers.get_seq_length()
 
-    def truncate(self, length: int) -> None:
-        """Forget everything after the first `length` tokens."""
-        assert 0 <= length <= self.length, f"cannot truncate a cache of {self.length} tokens to {length}"
-        self.layers.crop(length - self.length)  # negative: so many tokens less
-
 
 class PretrainedTrunk(nn.Module):
     """The layers and the final norm of a model, from embeddings (B, T, C) to states (B, T, C) for the output layer."""
