@@ -140,14 +140,12 @@ def draw_losses(curves: Curves, bits_per_nat: float, prefix: str) -> list[Path]:
         draw_lines(ax, curves, "train_loss", linestyle="--", linewidth=0.9, marker="")
         # the first drop, from ln(vocab_size), would flatten everything after it
         set_limits(ax, means(0.1 * end, "val_loss", "train_loss"))
-        ax.set_title("Loss on validation and training windows")
-        ax.set_ylabel("loss (nats per token)")
+        ax.set(title="Loss on validation and training windows", ylabel="loss (nats per token)")
 
     def last_part(ax) -> None:
         draw_lines(ax, curves, "val_loss", 0.4 * end, markers=4)
         set_limits(ax, means(0.4 * end, "val_loss"))
-        ax.set_title("Validation, last 60 % of training")
-        ax.set_ylabel("validation loss (nats per token)")
+        ax.set(title="Validation, last 60 % of training", ylabel="validation loss (nats per token)")
         right = ax.secondary_yaxis("right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat))
         right.set_ylabel("bits per byte")
 
@@ -158,15 +156,12 @@ def draw_losses(curves: Curves, bits_per_nat: float, prefix: str) -> list[Path]:
             ax.plot(train[late], val[late], **style | {"linewidth": 1.7})
         ax.invert_xaxis()  # training goes to the right
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.set_title("Validation at equal training loss, last 60 %")
-        ax.set_xlabel("loss on training windows (nats per token)")
-        ax.set_ylabel("validation loss (nats per token)")
+        labels = dict(xlabel="loss on training windows (nats per token)", ylabel="validation loss (nats per token)")
+        ax.set(title="Validation at equal training loss, last 60 %", **labels)
 
     def embedding(ax) -> None:
         draw_lines(ax, curves, "embedding_loss")
-        ax.set_yscale("log")
-        ax.set_title("Embedding loss")
-        ax.set_ylabel("embedding loss (unweighted)")
+        ax.set(yscale="log", title="Embedding loss", ylabel="embedding loss (unweighted)")
 
     panels = [whole, last_part]
     panels += [one_against_the_other] * any(map(has_parted, curves.values()))

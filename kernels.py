@@ -49,8 +49,8 @@ def drop(x: torch.Tensor, p: float) -> torch.Tensor:
 
 def kept(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
     """
-    0 with probability p, else 1 / (1 - p), drawn for each element on the CPU. torch draws the elements' numbers one after the
-    other; these are 16 bits each, four of a draw, so p is met to 2^-17, and the factor is that of the probability in use.
+    0 with probability p, else 1 / (1 - p), drawn for each element on the CPU. torch draws a number for each element; here 64 random
+    bits serve four of them, so p is rounded to a multiple of 2^-16, and the factor is that of the rounded p.
     """
     n, dropped = math.prod(shape), min(round(p * 2**16), 2**16 - 1)
     bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n]

@@ -220,7 +220,7 @@ T = TypeVar("T")
 
 
 def with_progress(items: Iterable[T], total: float, what: str, size: Callable[[T], float] = lambda item: 1) -> Iterator[T]:
-    """The items, of which `total` in sizes are awaited; says every half minute how far they are, and how long the rest will take."""
+    """Yields the items, whose sizes add up to `total`; says every half minute how much is done, and how long the rest will take."""
     began = said = time.perf_counter()
     done = 0.0
     for item in items:
@@ -239,9 +239,9 @@ def duration(seconds: float) -> str:
 
 class Lanes:
     """
-    Parts of a batch computed side by side on a CPU, each by a thread that has its share of torch's threads. All of these on one part
-    would wait for the slowest of them after every operation, which costs a tenth of the time where nothing else runs, and nearly
-    all of it beside other work (dev/LOG.md). Every lane holds gradients of its own until they are added up.
+    Parts of a batch computed side by side on a CPU, each by a thread that has its share of torch's threads. If all of torch's threads
+    worked on one part, they would wait for the slowest of them after every operation: a tenth of the time where nothing else runs,
+    nearly all of it beside other work (dev/LOG.md). Every lane holds gradients of its own until they are added up.
     """
 
     def __init__(self, count: int):

@@ -8,11 +8,11 @@ Train any model of the project: one loop for all.
 
 One *step* is one optimizer update on batch_size * gradient_accumulation_steps sequences of block_size tokens, however many
 processes share them. Which sequences those are, and every dropout mask, is a function of (seed, step) alone; that is why
-resuming, evaluating more often, or adding processes does not change a run. micro_batch_size, how many of them are computed at
-a time, changes rounding and, because each micro-batch draws its own, the dropout masks; of pairs, whose answers differ in length,
-also losses that are no means over tokens (of the embeddings, of codes) a little. lanes, into how many parts a CPU cuts those,
-does the same but for the masks: it is 1 where there are any. How many there are is settled when a run starts, by the threads
-that torch has then.
+resuming, evaluating more often, or adding processes does not change a run. micro_batch_size, how many sequences are computed at
+a time, changes rounding and, because each micro-batch draws its own, the dropout masks. On pairs, whose answers differ in length,
+it also changes a little those losses that are not means over tokens, of embeddings and of codes. lanes, the number of parts into
+which a CPU cuts a micro-batch, changes the same except the masks, as there are none where there are lanes. It is settled when a
+run starts, by the threads that torch has then.
 """
 
 import contextlib

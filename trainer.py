@@ -58,7 +58,7 @@ class TrainConfig:
     wandb_run_name: str | None = None  # name there; none: the name of out_dir
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products; weights stay float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products; weights are float32, or float64
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
     micro_batch_size: int | Literal["auto"] | None = None  # sequences at a time; none: batch_size; auto: what a GPU holds
     lanes: int | None = None  # parts of a micro-batch at once on a CPU, each on its share of threads; none: as many as pay

@@ -15,6 +15,7 @@ rotary positions that subtracts, wpe_next. For each table X, and X' its rows les
                  what random tokens would have there: 1 = unrelated, 0 = orthogonal
 """
 
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -114,20 +115,14 @@ def draw(rows: dict[str, list[dict]], prefix: str) -> list[Path]:
             values = np.array([run[key] for run in runs if key in run])
             drawn[label][key] = (np.arange(1.0, values.shape[-1] + 1) if values.size else np.zeros(0), values)
 
-    def panel(key: str):
-        def into(ax) -> None:
-            curves.draw_lines(ax, drawn, key, markers=4)
-            title, x, y = PANELS[key]
-            ax.set_title(title)
-            ax.set_xlabel(x)
-            ax.set_ylabel(y)
-            ax.set_yscale("log")
-            if key.endswith("spectrum"):
-                ax.set_ylim(bottom=1e-3)
+    def panel(ax, key: str) -> None:
+        curves.draw_lines(ax, drawn, key, markers=4)
+        title, x, y = PANELS[key]
+        ax.set(title=title, xlabel=x, ylabel=y, yscale="log")
+        if key.endswith("spectrum"):
+            ax.set_ylim(bottom=1e-3)
 
-        return into
-
-    return curves.save([panel(key) for key in PANELS], drawn, prefix)
+    return curves.save([functools.partial(panel, key=key) for key in PANELS], drawn, prefix)
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[dict]]:

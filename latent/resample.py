@@ -102,8 +102,6 @@ class ResidualConvBlock(nn.Module):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, L, C), mask (B, L) True = real -> (B, L, C), zero where masked."""
         x = zero_masked(x, mask)
-        if x.size(1) == 0:
-            return x
         return zero_masked(x + self.norm(convolve(self.conv, F.pad(x, (0, 0, 1, 1)))), mask)
 
 
