@@ -11,7 +11,7 @@ How fast it is: variants of one job side by side in one run, in turns (A B C, C 
     python bench.py train --size=stdlib             # optimizer steps of our models
     python bench.py train --compare_with=../nanoGPT/model.py --memory       # beside those of a nanoGPT
     python bench.py data --input=wikipedia.txt.xz   # text to tokens, and tokens to batches
-    python bench.py compare before.txt after.txt    # two saved outputs, row by row
+    python bench.py compare before.txt after.txt    # two saved outputs, row by row; --compare as well
 
 Prints a table, then one line of JSON.
 """
@@ -43,7 +43,7 @@ POSITIONAL = f"{'|'.join(COMMANDS)}|compare FILE_A FILE_B ..."
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Run one benchmark; returns its rows."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = ["compare" if word == "--compare" else word for word in (sys.argv[1:] if argv is None else argv)]
     word = next((word for word in argv if not word.startswith("-")), None)
     sections = [COMMANDS[word][0]] if word in COMMANDS else [section for section, _ in COMMANDS.values()]
     settings = configurator.configure(argv, sections, description=__doc__, positional=POSITIONAL)

@@ -14,14 +14,13 @@ import functools
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import curves
 from configurator import check_given, choice_text, configure, exit_on_user_error, is_number
-from runs import Row, Run, bits_per_nat, find_runs, group, judged_alike, read_runs, warn
+from runs import Row, Run, bits_per_nat, find_runs, group, judged_alike, markdown_table, read_runs, warn, write
 
 
 @dataclass(frozen=True)
@@ -142,19 +141,6 @@ def paired_difference(row: Row, reference: Row) -> Difference:
 
 
 # text
-
-
-def markdown_table(header: list[str], lines: list[list[str]]) -> str:
-    """Columns padded to equal width; all but the first are numbers and right-aligned. A | in a name does not end its cell."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-
-    def text(cells: list[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = f"| {'-' * widths[0]} | " + " | ".join("-" * (width - 1) + ":" for width in widths[1:]) + " |"
-    return "\n".join([text(header), rule, *map(text, lines)])
 
 
 def count(value: float) -> str:
@@ -304,14 +290,6 @@ def check_metrics(rows: list[Row], keys: tuple[str, ...]) -> None:
             )
         if not any(len(curve(row, key)[0]) for row in rows):
             raise ValueError(f"--metrics={key}: in no row is there a step at which all seeds logged it")
-
-
-def write(path: str, text: str) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:  # a full disk is reported without a name
-        raise OSError(error.errno, error.strerror, path) from None
 
 
 def as_json(rows: list[Row], differences: list[Difference]) -> str:

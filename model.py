@@ -335,9 +335,9 @@ class CausalModel(nn.Module):
                 if name.endswith("c_proj.weight"):
                     nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * len(stack)))
 
-    def get_num_params(self) -> int:
-        """Number of parameters without the tables of positions (that of tokens counts: it is the output layer too)."""
-        return sum(p.numel() for name, p in self.named_parameters() if "wpe" not in name)
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters; by default without the tables of positions (that of tokens counts: it is the output layer too)."""
+        return sum(p.numel() for name, p in self.named_parameters() if not (non_embedding and "wpe" in name))
 
     def flops_per_token(self) -> int:
         """

@@ -227,3 +227,27 @@ def group(runs: list[Run]) -> list[Row]:
             label += "'"
         labelled[label] = row._replace(label=label)
     return sorted(labelled.values(), key=lambda row: row.mean("val_loss"))
+
+
+# writing
+
+
+def markdown_table(header: list[str], lines: list[list[str]]) -> str:
+    """Columns padded to equal width; all but the first are numbers and right-aligned. A | in a name does not end its cell."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+
+    def text(cells: list[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = f"| {'-' * widths[0]} | " + " | ".join("-" * (width - 1) + ":" for width in widths[1:]) + " |"
+    return "\n".join([text(header), rule, *map(text, lines)])
+
+
+def write(path: str, text: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:  # a full disk is reported without a name
+        raise OSError(error.errno, error.strerror, path) from None

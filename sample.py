@@ -47,6 +47,7 @@ class SampleConfig:
     stream: bool = False  # print tokens as they come; needs num_samples=1
     cache: bool = True  # false: compute the whole context again for every token
     lookahead: str | None = None  # several tokens a step, the same text: W,N,G such as 4,3,4, see lookahead.py; auto tries some
+    prompt_lookup: bool = True  # lookahead also guesses the n-grams of prompt and output; false: only those of its window
     check: bool = False  # sample again by the plain path, if this was it without its cache; exit status 1 if texts differ
     compile: bool = False  # torch.compile for the steps of one token; takes a minute to start
     int8: bool = False  # weights in 8 bits: faster for one text on a CPU, and not quite the same model
@@ -73,6 +74,8 @@ class SampleConfig:
             if self.compile or not self.cache:
                 raise ValueError("lookahead needs cache=true and compile=false")
             self.setting()
+        if self.lookahead in (None, "auto"):
+            warn_ignored(self, ["prompt_lookup"], f"lookahead={self.lookahead or 'none'}")
         if self.compile and not self.cache:
             raise ValueError("compile=true compiles the step behind a cache; use cache=true")
         if self.int8 and (self.num_samples > 1 or self.lookahead is not None or self.compile or not self.cache):
@@ -90,7 +93,9 @@ class SampleConfig:
 
     def setting(self) -> Setting | None:
         """None: plain decoding, or what lookahead=auto begins with."""
-        return None if self.lookahead in (None, "auto") else lookahead.parse(self.lookahead)
+        if self.lookahead in (None, "auto"):
+            return None
+        return dataclasses.replace(lookahead.parse(self.lookahead), from_text=self.prompt_lookup)
 
     def samplings(self) -> tuple[generate.Sampling, ...]:
         """One for each level of codes, or one for all."""

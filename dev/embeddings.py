@@ -26,11 +26,10 @@ import safetensors.torch
 import torch
 
 import checkpoint
-import compare
 import configurator
 import curves
 import dataloader
-from runs import find_runs, group, read_runs
+from runs import find_runs, group, markdown_table, read_runs, write
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def table(rows: dict[str, list[dict]]) -> str:
             sd = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.2f}{sd}" if len(values) else "–")
         lines.append([label, str(len(runs)), *cells])
-    return compare.markdown_table(["run", "seeds", *(key.replace("_", " ") for key in SHOWN)], lines)
+    return markdown_table(["run", "seeds", *(key.replace("_", " ") for key in SHOWN)], lines)
 
 
 def draw(rows: dict[str, list[dict]], prefix: str) -> list[Path]:
@@ -135,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
         rows = {row.label: [{"run": str(run.path)} | measure(run.path) for run in row.runs] for row in grouped}
     print(table(rows))
     if options.json is not None:
-        compare.write(options.json, json.dumps(rows))
+        write(options.json, json.dumps(rows))
     if options.plot is not None:
         try:
             print(f"\npictures: {', '.join(file.as_posix() for file in draw(rows, options.plot))}")

@@ -264,12 +264,13 @@ def test_compare(tmp_path, capsys):
     report |= {"threads": 2}
     report["rows"] = [report["rows"][1] | {"tokens_per_second": 30.0, "peak_memory_bytes": 100}, {"variant": "c"}]
     two.write_text(json.dumps(report))
-    rows = bench.main(["compare", str(one), str(two)])
-    out = capsys.readouterr().out
-    assert [(row["variant"], row["quantity"], row["ratio"]) for row in rows] == [
-        ("b", "tokens_per_second", 1.5), ("b", "peak_memory_bytes", 0.25)]  # fmt: skip
-    assert "threads 1 -> 2" in out and f"not in {two}: a" in out and f"not in {one}: c" in out
-    assert json.loads(out.splitlines()[-1])["rows"] == rows
+    for words in (["compare", str(one), str(two)], ["--compare", str(one), str(two)]):
+        rows = bench.main(words)
+        out = capsys.readouterr().out
+        assert [(row["variant"], row["quantity"], row["ratio"]) for row in rows] == [
+            ("b", "tokens_per_second", 1.5), ("b", "peak_memory_bytes", 0.25)]  # fmt: skip
+        assert "threads 1 -> 2" in out and f"not in {two}: a" in out and f"not in {one}: c" in out
+        assert json.loads(out.splitlines()[-1])["rows"] == rows
     two.write_text(json.dumps(report | {"bench": "data"}))
     with pytest.raises(ValueError, match="only equals can be compared"):
         bench.main(["compare", str(one), str(two)])

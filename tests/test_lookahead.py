@@ -480,6 +480,10 @@ def test_sample_script_with_lookahead(tmp_path, capsys, monkeypatch):
         assert report["tokens_per_step"] == pytest.approx(60 / report["steps"]) and "tokens/step" in shown.err
     assert sample.main([*common, "--cache=false", "--check"]) == texts
     assert sample.main([*common, "--lookahead=4,3,4", "--stream"]) == texts
+    capsys.readouterr()
+    assert sample.main([*common, "--lookahead=0,4,4", "--prompt_lookup=false", "--json"]) == texts
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["drafted"], report["steps"]) == (0, 60), "without window and lookup nothing is guessed"
     monkeypatch.setattr(lookahead, "agreement", lambda first, draft, picks: [first, *draft])
     with pytest.raises(SystemExit) as stopped:
         sample.main([*common, "--lookahead=4,3,4", "--check"])

@@ -23,15 +23,16 @@ from trainer import TrainConfig
 # layers: a module may import those of lower ones
 
 MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
-           for folder in (".", "baseline_transformer", "benchmarks", "latent") for path in (ROOT / folder).glob("*.py")}  # fmt: skip
+           for folder in (".", "baseline_transformer", "benchmarks", "latent", "data", "data/*", "dev")
+           for path in ROOT.glob(f"{folder}/*.py")}  # fmt: skip
 LOW = {"model", "kernels", "configurator", "curves", "dataloader", "runtime", "tokenizer", "latent.resample", "latent.quantize"}
-SCRIPTS = {"train", "sample", "compare", "evaluate", "bench"}
+SCRIPTS = {"train", "sample", "compare", "evaluate", "bench", "dev.embeddings"} | {name for name in MODULES if name.endswith(".prepare")}
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of this project that a file imports, anywhere in it."""
+def imports(path: Path, nodes=ast.walk) -> set[str]:
+    """Modules of this project that a file imports, anywhere in it, or at its top with ast.iter_child_nodes."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -45,6 +46,7 @@ def test_who_may_import_whom():
         used = imports(path)
         if name == "model":
             assert all(module.startswith("latent.") or module == "kernels" for module in used), used
+            assert imports(path, ast.iter_child_nodes) == {"kernels"}, "latent/ is imported where a compression head is switched on"
         elif name in LOW:
             assert not used, f"{name} imports {used}"
         elif name.startswith(("baseline_transformer", "latent")):

@@ -28,7 +28,7 @@ import generate
 import runtime
 from configurator import exit_on_user_error
 from data import corpus
-from data.pairs.prepare import SEPARATOR, write_pairs
+from data.pairs.sides import SEPARATOR, write_pairs
 
 TRIES = 100  # places to look at, for each prompt wanted
 

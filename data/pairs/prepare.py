@@ -10,7 +10,7 @@ Pairs of texts, a question and its answer, as a data set: tokens x SEP y EOS of 
 import json
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, when run as a script
@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository r
 import tokenizer as tokenizers
 from configurator import exit_on_user_error
 from data import corpus
+from data.pairs.sides import SEPARATOR, write_pairs
 
-SEPARATOR = "\t"
 WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
     "twenty thirty forty fifty sixty seventy eighty ninety"
@@ -84,33 +84,6 @@ def read_pairs(path: Path, keys: tuple[str, str]) -> Iterator[tuple[str, str]]:
             if SEPARATOR in side or "\0" in side:
                 raise ValueError(f"{place}: a tab or a zero byte in the {name} side, which stand between sides and pairs here")
         yield x, y
-
-
-def write_pairs(
-    sided: Iterable[tuple[bool, str, str]],
-    tokenizer: tokenizers.Tokenizer,
-    out_dir: Path,
-    source: str,
-    name: str,
-    complete: Callable[[dict], None] = lambda meta: None,
-) -> dict:
-    """(is it validation?, x, y) of every pair -> a data set in out_dir; returns its meta, to which `complete` may add."""
-    target_bytes = target_tokens = 0
-
-    def documents() -> Iterator[tuple[bool, str, str, str]]:
-        nonlocal target_bytes, target_tokens
-        for val, x, y in sided:
-            if val:
-                target_bytes += len(tokenizers.to_utf8(y)) + 1
-                target_tokens += len(tokenizer.encode(y)) + 1
-            yield val, x, SEPARATOR, y  # apart: a byte-pair encoding may merge a tab with the word behind it
-
-    def add_to(meta: dict) -> None:
-        meta |= {"kind": "pairs", "separator": tokenizer.encode(SEPARATOR)[0], "end": tokenizer.eos}
-        meta["val"] |= {"target_bytes": target_bytes, "target_tokens": target_tokens}
-        complete(meta)
-
-    return corpus.write_sides(documents(), tokenizer, out_dir, source, name, complete=add_to)
 
 
 def main(argv: list[str] | None = None) -> dict:
