@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import checkpoint
 import evaluate
 import generate
+import generate_blocks
 import sample
 import train
 from data.pairs import prepare
@@ -348,8 +349,8 @@ def drawn_codes(model: LatentTransformer, how: BlockSampling, prompts: list[list
 
 def test_each_code_has_its_own_noise_and_the_settings_of_its_level(monkeypatch):
     """Guards the keys of the noise: drawn by it alone, codes of a target are not alike; and top_k=1, which leaves one code a level."""
-    keys, block_noise = [], generate.block_noise
-    monkeypatch.setattr(generate, "block_noise", lambda seed, *more: keys.append((seed, more[1])) or block_noise(seed, *more))
+    keys, block_noise = [], generate_blocks.block_noise
+    monkeypatch.setattr(generate_blocks, "block_noise", lambda seed, *more: keys.append((seed, more[1])) or block_noise(seed, *more))
     model = make_model(bottleneck="rq", codebook_levels=3, codebook_size=64)
     targets = drawn_codes(model, BlockSampling((Sampling(1e6),), Sampling(1e6)), [[1, 2, 3]], 32)
     assert len(targets) == 4 and all(len(set(codes.flatten().tolist())) > 3 for codes in targets)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import bench
 import checkpoint
 import generate
+import generate_blocks
 import sample
 import tokenizer
 import train
@@ -426,8 +427,8 @@ def test_every_block_has_its_own_noise():
 
 def test_tokens_have_other_noise_than_codes(monkeypatch):
     """Guards the keys of the noise: tokens that were drawn with the noise of their block's codes would depend on them twice."""
-    model, keys, block_noise = make_prior(), [], generate.block_noise
-    monkeypatch.setattr(generate, "block_noise", lambda seed, *more: keys.append((seed, more[1])) or block_noise(seed, *more))
+    model, keys, block_noise = make_prior(), [], generate_blocks.block_noise
+    monkeypatch.setattr(generate_blocks, "block_noise", lambda seed, *more: keys.append((seed, more[1])) or block_noise(seed, *more))
     continued(model, [[1, 2, 3, 4]], 20, BlockSampling((Sampling(1.0),), Sampling(1.0)))
     assert len(keys) == len(set(keys)) == 10  # five blocks, codes and tokens of each
 
@@ -460,7 +461,7 @@ def test_a_short_prompt_is_filled_in_front():
 
     assert text("ab") == text("\n\nab") and text("abcde") == text("\n\n\nabcde") != text("abcd")
     chars = Continuation([2, 1], 1, tokenizer.CharTokenizer("abc"))
-    assert generate.filler(chars) == 2 == generate.filler(Continuation([2, 1], 1))
+    assert generate_blocks.filler(chars) == 2 == generate_blocks.filler(Continuation([2, 1], 1))
     with pytest.raises(ValueError, match="one token a step, not blocks"):
         continued(model, [[1]], 4, GREEDY, compile="eager")
 

@@ -1,0 +1,150 @@
+"""
+generate.py's loop for models over codes, which write several tokens at a time: S tokens from the codes of a block
+(latent/rq_transformer.py), or a whole target from all its codes (latent/latent_transformer.py). Every code and every token is
+chosen with `pick` and the noise of its own position, as there.
+
+Shapes: B samples, T tokens, V vocabulary; S tokens of a block, M blocks of a context, D levels of codes, K codes of a level.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from code_stepper import CodeStepper
+from generate import BlockSampling, Continuation, context_start, gumbel_noise, pick
+from stepper import can_step
+
+
+def filler(sample: Continuation) -> int:
+    """The token that fills the block in which a prompt begins: a line break where it is one token, or the first token again."""
+    try:
+        newline = sample.tokenizer.encode("\n") if sample.tokenizer is not None else []
+    except ValueError:  # characters of a text without line breaks
+        newline = []
+    return newline[0] if len(newline) == 1 else sample.tokens[0]
+
+
+def block_noise(seed: int, samples: range, position: int, count: int, size: int) -> torch.Tensor:
+    """(B, count, size) Gumbel noise of one position in all samples, for `count` choices among `size`."""
+    return torch.stack([gumbel_noise(seed, sample, position, count * size) for sample in samples]).unflatten(1, (count, size))
+
+
+def sample_in_blocks(
+    model: torch.nn.Module, samples: list[Continuation], sampling: BlockSampling, use_cache: bool = True, first_sample: int = 0
+) -> Iterator[None]:
+    """
+    sample_together for a model over codes: at every step one spatial step, D depth steps that choose the codes of one block,
+    and its S tokens at once from the autoencoder's decoder.
+
+    A prompt is filled up to whole blocks in front (see filler), because new text begins with a new block. When the context is
+    full, the text of its last M // 2 blocks is encoded anew as the beginning of the next one; between that, codes are kept as
+    they were chosen. Without the cache everything behind the codes of the context is computed again for every code.
+    """
+    config, device = model.config, model.vectors.device
+    S, M, D = config.latent_factor, config.blocks, config.codebook_levels
+    levels = sampling.for_levels(D)
+    noise = functools.partial(block_noise, levels[0].seed, range(first_sample, first_sample + len(samples)))
+    idx = torch.tensor([[filler(sample)] * (-len(sample.tokens) % S) + sample.tokens for sample in samples], device=device)
+    table, codes = model.table(), None
+    step = CodeStepper(model, table) if use_cache and len(samples) == 1 and can_step(model) else None
+    while not all(sample.finished for sample in samples):
+        n = idx.size(1) // S  # blocks of text, hence the number of the next one
+        if codes is None or codes.size(1) == M:
+            kept = n if n < M else M // 2
+            codes = torch.empty(len(samples), 0, D, dtype=torch.int64, device=device)
+            if kept > 0:
+                codes = model.encode(idx[:, -kept * S :].contiguous(), None)[0]
+            spatial, depth = model.spatial.make_cache(), model.depth.make_cache()
+            decoder, known = model.autoencoder.make_decoder_cache(M), 0  # known: blocks in it
+        if step is not None and spatial.length == codes.size(1) > 0:
+            h = step.state(codes[0, -1].tolist(), spatial)
+        else:
+            h = model.states(codes, table, spatial if use_cache else None)[:, -1]
+        stack = codes.new_empty(len(samples), 0)  # (B, d)
+        drawn = [None] * D
+        if any(level.temperature > 0 for level in levels):
+            drawn = noise(n, D, config.codebook_size).unbind(1)
+        depth.truncate(0)
+        for d, level in enumerate(levels):
+            if step is not None:
+                logits = step.logits(h, stack[0].tolist(), depth)  # (1, K)
+            else:
+                logits = model.code_logits(h, stack, table, depth if use_cache else None)[:, -1]  # (B, K)
+            stack = torch.cat((stack, pick(logits, drawn[d], level)[:, None]), dim=1)
+        codes = torch.cat((codes, stack[:, None]), dim=1)  # (B, blocks in the context, D)
+        if step is not None and step.write is not None and known + 1 == codes.size(1):
+            logits = step.write(stack[0].tolist(), decoder)  # (S, V)
+        else:
+            logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)
+            logits = logits[:, -S:].flatten(0, 1)  # (B S, V)
+        known = codes.size(1) if use_cache else 0
+        drawn = None
+        if sampling.tokens.temperature > 0:  # positions from 2^31 on, out of the way of the codes'
+            drawn = noise(2**31 + n, S, config.vocab_size).flatten(0, 1)
+        chosen = pick(logits, drawn, sampling.tokens).unflatten(0, (-1, S))
+        for sample, tokens in zip(samples, chosen.tolist()):
+            if not sample.finished:
+                sample.accept(tokens)
+        idx = torch.cat((idx, chosen), dim=1)
+        yield
+
+
+def sample_targets(
+    model: torch.nn.Module, samples: list[Continuation], sampling: BlockSampling, use_cache: bool = True, first_sample: int = 0
+) -> Iterator[None]:
+    """
+    sample_together for a latent transformer: at every step the codes of one target, one by one, and all its tokens at once. Of a
+    text the tokens are then read as those of the prompt were, in front of the next target; a pair has one target.
+
+    Without the cache prefix and codes are read again for every code.
+    """
+    config, device = model.config, next(model.parameters()).device
+    S, D, K, pairs = config.latent_factor, config.codebook_levels, config.codebook_size, config.task == "pairs"
+    levels, most = sampling.for_levels(D), config.latents * D
+    noise = functools.partial(block_noise, levels[0].seed, range(first_sample, first_sample + len(samples)))
+    idx = torch.tensor([sample.tokens for sample in samples], device=device)  # (B, n)
+
+    cache, begin, h = None, 0, None
+    while not all(sample.finished for sample in samples):
+        n = idx.size(1)
+        if cache is None or begin != context_start(n, config.block_size):
+            begin, cache = context_start(n, config.block_size), model.make_cache()
+            h = model.wte.weight.new_empty(len(samples), 0, config.n_embd)
+        new = model.read(model.wte(idx[:, begin + h.size(1) :]), cache)
+        h = torch.cat((h.to(new.dtype), new), dim=1)  # (B, n - begin, C)
+        state, codes = h[:, -1], idx.new_empty(len(samples), 0)  # (B, codes so far)
+        going = torch.ones(len(samples), dtype=torch.bool, device=device)  # no "end" yet
+        drawn = [None] * most
+        if any(level.temperature > 0 for level in levels):
+            drawn = noise(n, most, K + 1).unbind(1)
+        for i in range(most):
+            logits = model.code_logits(state, i % D)
+            if i == 0:
+                logits = logits[:, :K]  # not even an empty target ends before its first latent
+            rows = None if drawn[i] is None else drawn[i][:, : logits.size(1)]
+            chosen = pick(logits, rows, levels[i % D])
+            if i % D == 0:
+                going = going & (chosen < K)
+                if not going.any():
+                    break
+            codes = torch.cat((codes, torch.where(going, chosen, -1)[:, None]), dim=1)
+            if i + 1 < most and use_cache:
+                state = model.read(model.embed_codes(codes[:, i:], i), cache)[:, -1]
+            elif i + 1 < most:
+                vectors = torch.cat((model.wte(idx[:, begin:]), model.embed_codes(codes)), dim=1)
+                state = model.read(vectors, model.make_cache())[:, -1]
+        cache.truncate(n - begin)
+        logits = model.write(codes.unflatten(1, (-1, D)), h)  # (B, m S, V)
+        drawn = None
+        if sampling.tokens.temperature > 0:  # positions from 2^31 on, out of the way of the codes'
+            drawn = noise(2**31 + n, *logits.shape[1:]).flatten(0, 1)
+        chosen = pick(logits.flatten(0, 1), drawn, sampling.tokens).unflatten(0, (len(samples), -1))
+        lengths = (codes[:, ::D] >= 0).sum(1) * S
+        for sample, tokens, length in zip(samples, chosen.tolist(), lengths.tolist()):
+            if not sample.finished:
+                sample.accept(tokens[:length])
+            if pairs and not sample.finished:
+                sample.end("length")
+        idx = torch.cat((idx, chosen), dim=1)
+        yield
