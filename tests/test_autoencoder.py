@@ -285,6 +285,21 @@ def test_compiles_without_graph_breaks(options):
         assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-9), name
 
 
+def test_frozen_codes_do_not_depend_on_the_precision(monkeypatch):
+    """Guards freeze_codes under bfloat16: the decoder learns to read the codes that are stored, which float32 makes."""
+    model = make(torch.float32, freeze_codes=True)
+    model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in initialized().state_dict().items()})
+    model.train()
+    idx, seen, expand = tokens(64, 16), [], model.expand
+    monkeypatch.setattr(model, "expand", lambda z: seen.append(z) or expand(z))
+    for precise in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not precise):
+            model(idx, idx)
+            seen.append(model.quantizer.decode(model.encode(idx)))
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[2], seen[3]), "rounding changes no code: this test would see nothing"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # measures
 
@@ -297,8 +312,9 @@ def test_measures_add_up_and_are_what_they_say(options):
     targets = right_padded(idx, lengths)
     whole = model.measure(idx, targets)
     parts = [model.measure(idx[a:b], targets[a:b]) for a, b in ((0, 1), (1, 4), (4, 6))]
+    empty = model.measure(torch.zeros(2, 16, dtype=torch.int64), torch.full((2, 16), -1))  # rows that fill up the last batch
     for name, value in whole.items():
-        assert value.dtype == torch.float64
+        assert value.dtype == torch.float64 and not empty[name].any(), name
         assert torch.allclose(sum(part[name] for part in parts), value, rtol=1e-12, atol=0), name
     report = model.summarize(whole)
 

@@ -720,6 +720,9 @@ def test_curve_takes_the_steps_that_all_seeds_have(tmp_path):
     tokens, losses = compare.curve(rows_of(tmp_path)["a"], "val_loss")
     assert tokens.tolist() == [0, 4000, 6000] and losses.tolist() == [[0, 4, 6], [0, 8, 12]]
     assert len(compare.curve(rows_of(tmp_path)["a"], "embedding_loss")[0]) == 0
+    (write_run(tmp_path / "a_s3", 3) / "metrics.jsonl").unlink()
+    again, same = compare.curve(rows_of(tmp_path)["a"], "val_loss")
+    assert again.tolist() == tokens.tolist() and same.tolist() == losses.tolist(), "a seed without a log hides no curve"
 
 
 @pytest.fixture

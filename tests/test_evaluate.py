@@ -52,6 +52,15 @@ def test_a_short_text_can_be_evaluated(finished, tmp_path):
     assert line["val_tokens"] == len(text) - 1
 
 
+def test_double_precision_is_that_of_the_weights_too(finished, tiny_data):
+    """Guards --dtype=float64 of a run in float32: its weights have to be widened, or nothing is computed in another precision."""
+    [line] = evaluate.main([str(finished), "--device=cpu", "--dtype=float64", "--final_eval_tokens=320"])
+    model = checkpoint.load_run(finished, "last")[0].double()
+    machine = runtime.Runtime(torch.device("cpu"), torch.float64, False, "")
+    total, count = summed_loss(model, whole_file(dataloader.TokenData(tiny_data, 32), machine, 320), machine)
+    assert line["val_loss"] == pytest.approx((total / count).item(), rel=1e-13)
+
+
 def test_attention_dropout_is_the_only_one_left_on(finished, tiny_data):
     """Guards against dropping nothing, or embeddings and residual branches as well: training mode with these at 0 says the same."""
     [line] = evaluate.main([str(finished), "--attention_dropout", "--seed=5", "--device=cpu", "--dtype=float32"])

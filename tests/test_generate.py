@@ -94,6 +94,13 @@ def test_filter_equals_its_definition(top_k, top_p):
             assert torch.isfinite(filtered[row, token])
 
 
+def test_top_p_that_is_met_exactly_needs_no_more():
+    """Guards the edge of top-p: of four equal tokens two have half of the probability, and a third one is too many."""
+    for top_p, kept in ((0.25, 1), (0.5, 2), (0.51, 3), (0.75, 3), (1.0, 4)):
+        filtered = generate.filter_logits(torch.zeros(1, 4, dtype=torch.float64), Sampling(1.0, None, top_p))
+        assert torch.isfinite(filtered[0]).tolist() == [i < kept for i in range(4)]
+
+
 def test_gumbel_max_draws_from_the_softmax():
     """Guards the coupling: temperature scales the noise, not the logits after it; chi-square over 20,000 seeds."""
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -3.0]])

@@ -189,6 +189,9 @@ def test_quantize_dropout():
     assert (quantizer.codebook.pending_count.sum(-1) == 240).all()
     quantizer.eval()
     assert all((quantizer(torch.randn(4, 6, dtype=torch.float64)).codes >= 0).all() for _ in range(10))
+    always = make(quantize_dropout=1.0)  # a probability of 1 leaves out a level every time
+    depths = {int((always(torch.randn(1, 6, dtype=torch.float64)).codes >= 0).sum()) for _ in range(40)}
+    assert depths == {1, 2}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

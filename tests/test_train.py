@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,11 +103,11 @@ def test_learns_a_text_by_heart(tmp_path, model):
 
 
 def test_accumulation_does_not_change_the_result(tiny_data, tmp_path):
-    """Guards the scaling of the loss: 8 x 1, 4 x 2 and 2 x 4 sequences are the same step."""
+    """Guards the scaling of the loss, and the tokens that are said to be read: 8 x 1, 4 x 2 and 2 x 4 sequences are the same step."""
     runs = []
     for batch, accumulation in ((8, 1), (4, 2), (2, 4)):
         out = tmp_path / f"{batch}"
-        run(
+        summary = run(
             tiny_data,
             out,
             f"--batch_size={batch}",
@@ -114,6 +115,7 @@ def test_accumulation_does_not_change_the_result(tiny_data, tmp_path):
             "--dtype=float64",
             "--eval_iters=1",
         )
+        assert summary["tokens"] == records(out, "train")[-1]["tokens"] == 6 * 8 * 32
         runs.append([r["loss"] for r in records(out, "train")])
     assert np.ptp(runs, axis=0).max() < 1e-10
 
@@ -167,6 +169,16 @@ def test_resume_equals_an_uninterrupted_run(tiny_data, tmp_path, reference):
     read = lambda o: json.loads((o / "summary.json").read_text())["val_loss"]  # noqa: E731
     assert read(out) == read(full)
     assert checkpoint.read_json(out / "config.json")["train"]["max_iters"] == 6, "a finished run would look unfinished"
+
+
+def test_the_scale_of_the_loss_is_restored(tiny_data, tmp_path):
+    """Guards float16: with the scale of a new run gradients may overflow again, and steps that an unbroken run makes are left out."""
+    for out, iterations in ((tmp_path / "full", (6,)), (tmp_path / "halves", (3, 6))):
+        for i in iterations:
+            run(tiny_data, out, "--dtype=float16", f"--max_iters={i}", "--lr_decay_iters=6", *["--resume"] * (i != iterations[0]))
+    one, two = (checkpoint.read_json(tmp_path / name / "last" / "trainer.json")["scaler"] for name in ("full", "halves"))
+    assert one == two and one["_growth_tracker"] > 3, "the second half knows nothing of the first"
+    assert same(weights(tmp_path / "full"), weights(tmp_path / "halves"))
 
 
 def test_a_run_that_ends_where_it_was_stopped_is_evaluated_there(tiny_data, tmp_path, monkeypatch):
@@ -450,9 +462,10 @@ def test_crash_between_the_two_renames(tmp_path, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", crash)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(run / "last", model, None, {"step": 2})
-    assert checkpoint.read_json(checkpoint.find(run, "last") / "trainer.json")["step"] == 1
+    for _ in range(2):  # the second time the old one is all there is
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(run / "last", model, None, {"step": 2})
+        assert checkpoint.read_json(checkpoint.find(run, "last") / "trainer.json")["step"] == 1
     monkeypatch.undo()
     checkpoint.save(run / "last", model, None, {"step": 3})
     assert checkpoint.read_json(checkpoint.find(run, "last") / "trainer.json")["step"] == 3
@@ -658,6 +671,25 @@ def test_every_micro_batch_draws_its_own_random_numbers(tiny_data):
     assert seeds(1) == seeds(2) and len(set(seeds(1) + seeds(1, seed=2))) == 16
 
 
+def test_evaluations_do_not_slow_down_the_log(tiny_data, tmp_path, monkeypatch):
+    """Guards tokens/s, also that by which processes settle how often they ask each other: the speed of training alone."""
+    clock, update, estimates = [0.0], Trainer.update, Trainer.estimates
+
+    def taking(seconds: float, work):
+        def timed(trainer):
+            clock[0] += seconds
+            return work(trainer)
+
+        return timed
+
+    monkeypatch.setattr(Trainer, "update", taking(2.0, update))
+    monkeypatch.setattr(Trainer, "estimates", taking(1000.0, estimates))
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    summary = run(tiny_data, tmp_path / "run")
+    assert {record["tokens_per_second"] for record in records(tmp_path / "run", "train")} == {4 * 32 / 2.0}
+    assert summary["tokens_per_second"] == 4 * 32 / 2.0 and summary["seconds"] == 6 * 2.0 + 3 * 1000.0
+
+
 class Frozen(DecoderOnly):
     """Its token table has a learning rate of 0."""
 
@@ -666,6 +698,30 @@ class Frozen(DecoderOnly):
 
     def backbone_rate(self, step: int) -> float:
         return 0.0
+
+
+def test_a_backbone_is_decayed_like_the_rest():
+    """Guards the groups of a model with a backbone: each parameter in one of them, decayed if it would be without a backbone."""
+    decay = []
+    for cls in (DecoderOnly, Frozen):
+        model = cls(DecoderOnlyConfig(n_layer=1, n_embd=16, block_size=12, bias=True))
+        groups = make_optimizer(model, TrainConfig(), torch.device("cpu")).param_groups
+        assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+        of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        decay.append([of[id(p)] for p in model.parameters()])
+    assert decay[0] == decay[1] and set(decay[0]) == {0.0, 0.1}
+
+
+def test_gradients_are_clipped_at_their_own_scale(tiny_data):
+    """Guards float16, whose loss is scaled up: the norm that is clipped, and logged, is that of the gradients without the scale."""
+    norms = []
+    for dtype in (torch.float32, torch.float16):
+        model = make_model("decoder_only", {}, dtype=torch.float32, vocab_size=256)
+        trainer = make_trainer(tiny_data, model, batch_size=4, grad_clip=0.1)
+        trainer.machine = runtime.Runtime(torch.device("cpu"), dtype, False, "")
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=dtype == torch.float16)
+        norms.append(trainer.update()["grad_norm"].item())
+    assert norms[1] == pytest.approx(norms[0], rel=0.02) and norms[0] > 0.1
 
 
 def test_clipping_looks_at_what_moves(tiny_data):
@@ -1268,6 +1324,21 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
     with pytest.raises(RuntimeError, match="the machine is gone"):
         run(tiny_data, out, "--overwrite")
     assert not (out / "summary.json").exists() and [record["step"] for record in records(out, "eval")] == [0]
+
+
+def test_a_run_begins_without_anything_of_an_earlier_one(reference, tiny_data, tmp_path):
+    """Guards --overwrite behind a crash: a folder under its second name would pass for a checkpoint of the new run."""
+    out = shutil.copytree(reference, tmp_path / "run")
+    for name in ("last", "best"):
+        for suffix in (".old", ".tmp"):
+            shutil.copytree(out / name, out / (name + suffix))
+    settings = checkpoint.read_json(out / "config.json")
+    for folder in (out, tmp_path / "new"):
+        checkpoint.start_run(settings, tiny_data, folder)
+    assert snapshot(out) == snapshot(tmp_path / "new")
+    for which in ("last", "best"):
+        with pytest.raises(FileNotFoundError, match="holds no weights"):
+            checkpoint.find(out, which)
 
 
 @pytest.mark.parametrize("seldom", ["--eval_interval=1000", "--log_interval=1000"])
