@@ -331,7 +331,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
                 lap(training=False)
             if trainer.step >= config.max_iters:
                 break
-            if config.patience and trainer.step - state["best_step"] >= config.patience * config.eval_interval:
+            stalled = config.patience and trainer.step - state["best_step"] >= config.patience * config.eval_interval
+            if stalled and state["evaluated"] == trainer.step:  # and saved
                 say(f"patience={config.patience}: no val loss is lower than that of step {state['best_step']}")
                 break
             # several processes have to stop at one step; they ask each other every few seconds, because they wait for it, and torchrun

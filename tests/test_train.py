@@ -559,7 +559,7 @@ def test_best_is_the_lowest_validation_loss(tiny_data, tmp_path, monkeypatch):
 def test_patience_ends_a_run_that_no_longer_improves(tiny_data, tmp_path, monkeypatch, capsys):
     """Guards patience: counted from the lowest loss, over a resume as well; what ended early is a finished run, and can go on."""
     losses = [5.0, 3.0, 4.0, 2.0, 2.5, 2.0, 1.0]  # of steps 0, 3, 6, ...; equal is not lower
-    at = lambda trainer: dict.fromkeys(("train_loss", "val_loss"), losses[trainer.step // 3])  # noqa: E731
+    at = lambda trainer: dict.fromkeys(("train_loss", "val_loss"), losses[-(-trainer.step // 3)])  # noqa: E731
     monkeypatch.setattr(Trainer, "estimates", at)
     more = ("--max_iters=18", "--patience=2")
     summary = run(tiny_data, tmp_path / "run", *more)
@@ -570,6 +570,11 @@ def test_patience_ends_a_run_that_no_longer_improves(tiny_data, tmp_path, monkey
     assert run(tiny_data, tmp_path / "two", *more, "--lr_decay_iters=18", "--resume")["steps"] == 15
     summary = run(tiny_data, tmp_path / "run", *more, "--patience=3", "--resume")
     assert (summary["steps"], summary["best_step"], summary["ended_early"]) == (18, 18, False)
+    losses[:] = [5.0, 4.0, 3.5, 3.0, *[6.0] * 9]  # the lowest is where a run ended, between two evaluations of the longer one
+    run(tiny_data, tmp_path / "odd", "--max_iters=7", "--lr_decay_iters=30", "--patience=1")
+    summary = run(tiny_data, tmp_path / "odd", "--max_iters=30", "--lr_decay_iters=30", "--patience=1", "--resume")
+    assert (summary["best_step"], summary["steps"]) == (7, 12)
+    assert checkpoint.read_json(tmp_path / "odd" / "last" / "trainer.json")["step"] == 12, "it ends where it was saved"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
