@@ -18,6 +18,7 @@ import os
 import pickle
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -257,7 +258,8 @@ def read_config(run: Path) -> tuple[dict, str, object]:
     name = settings["train"]["model"]
     if name not in list(MODELS):
         raise ValueError(f"{run / 'config.json'}: unknown model '{name}'; this version knows {', '.join(MODELS)}")
-    return settings["train"], name, configurator.from_dict(CONFIGS[name], settings["model"])
+    with warnings.catch_warnings(action="ignore"):  # what has no effect was said when the run was made
+        return settings["train"], name, configurator.from_dict(CONFIGS[name], settings["model"])
 
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:

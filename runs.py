@@ -3,6 +3,7 @@ Finished runs, read from their directories, and rows of them: runs with equal se
 without its _seed1, -seed1 or _s1. Everything that a table, a curve or a test is about begins here.
 """
 
+import contextlib
 import glob
 import json
 import math
@@ -115,8 +116,8 @@ def read_run(path: Path) -> Run:
         raise ValueError(f"{path}: summary.json lacks {', '.join(missing)}: written by another version?")
     if not 0 < (loss := summary["val_loss"]) < math.inf:
         raise ValueError(f"{path}: its validation loss is {loss}: {'impossible' if math.isfinite(loss) else 'it diverged'}")
-    planned, steps = settings.get("max_iters"), summary.get("steps")
-    if is_number(planned) and is_number(steps) and steps < planned and not summary.get("ended_early"):  # resumed since then
+    planned, steps = last_step(path, settings, summary), summary.get("steps")
+    if is_number(planned) and is_number(steps) and steps < planned:  # resumed since then
         raise ValueError(f"{path}: summary.json is of step {steps} of {planned}: not a finished run")
     settings = {key: value for key, value in settings.items() if key not in NOT_OF_A_ROW and value is not None}
     if isinstance(learned := summary.get("train_hash"), str):
@@ -155,6 +156,15 @@ def read_lines(path: Path) -> list[dict]:
     if broken:
         warn(f"{path}: {broken} half-written or damaged line{'s' * (broken > 1)} passed over")
     return records
+
+
+def last_step(path: Path, settings: dict, summary: dict) -> object:
+    """The step at which a run is finished: that of its last checkpoint where patience has ended it, else as its settings say."""
+    if not summary.get("ended_early"):
+        return settings.get("max_iters")
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # copied without its checkpoints
+        return json.loads((path / "last" / "trainer.json").read_text("utf-8"))["step"]
+    return summary.get("steps")
 
 
 def judged_alike(runs: list[Run]) -> list[Run]:

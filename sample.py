@@ -273,8 +273,8 @@ def main(argv: list[str] | None = None) -> list[str]:
         else:
             number, place = first_difference(samples, others)
             found = f"ANOTHER text, sample {number} from its token {place} on"
-            if machine.dtype != torch.float32:
-                found += f" (dtype={config.dtype} rounds by how many tokens are computed together; is it so in float32?)"
+            if machine.dtype in (torch.bfloat16, torch.float16):
+                found += f" ({machine.dtype} rounds by how many tokens are computed together; is it so with --dtype=float32?)"
         print(f"check: the {path} path gives {found}, at {speed}", file=sys.stderr)
     if config.json:
         print(json.dumps(report))

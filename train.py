@@ -187,7 +187,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     autoencoder = None
     if hasattr(model_config, "autoencoder"):  # a model over the codes of a frozen one, which settles all sizes of text and codes
         encoder_run = Path(model_config.autoencoder)
-        if config.resume and not encoder_run.is_dir() and (out / "autoencoder").is_dir():
+        if config.resume and not (encoder_run / "config.json").exists() and (out / "autoencoder").is_dir():
             encoder_run = out / "autoencoder"  # the run's copy
             say(f"note: {model_config.autoencoder} is gone, {encoder_run} serves")
         autoencoder = checkpoint.load_autoencoder(encoder_run)
@@ -231,11 +231,11 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     machine.barrier()  # everybody has read before anybody writes
     if machine.is_main and not resumed:
         checkpoint.check_free(out, config.overwrite)
+    if hasattr(model, "training_data"):  # may take long, so that it comes before there is a run to resume
+        trainer.train_data = model.training_data(data, encoder_run / "codes")
     wandb_run = None
     if machine.is_main and config.wandb != "off":  # before anything is deleted: it may fail
         wandb_run = open_wandb(config, settings, out, (resumed or {}).get("wandb_id"))
-    if hasattr(model, "training_data"):  # may take long, so that it comes before there is a run to resume
-        trainer.train_data = model.training_data(data, encoder_run / "codes")
     if resumed:
         folder = checkpoint.find(out, "last")
         checkpoint.load_weights(model, folder)

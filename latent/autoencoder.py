@@ -176,6 +176,9 @@ class Autoencoder(CausalModel):
 
     def compress(self, idx: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens idx (B, T), mask (B, T) True = real, all of them in front -> latents (B, M, Z) and which are real (B, M)."""
+        if self.config.freeze_codes and torch.is_autocast_enabled(idx.device.type):  # half precision would change the codes
+            with torch.autocast(idx.device.type, enabled=False):
+                return self.compress(idx, mask)
         positions, context = self.place(idx)
         x = self.wte(idx)
         if self.trunk is not None:
@@ -212,8 +215,7 @@ class Autoencoder(CausalModel):
         """
         mask = None if targets is None else targets >= 0
         if self.training and self.config.freeze_codes:
-            with torch.autocast(idx.device.type, enabled=False):  # codes must not depend on the precision
-                z, losses = self.quantizer.decode(self.encode(idx, mask)), {}
+            z, losses = self.quantizer.decode(self.encode(idx, mask)), {}
         else:
             latent, real = self.compress(idx, mask)
             z, _, losses, _ = self.quantizer(latent, real)

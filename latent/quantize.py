@@ -450,9 +450,10 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def encode(self, z: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """z (..., Z) -> codes (..., D), -1 where mask (...) is False. The codes of forward(), and nothing else happens."""
-        vectors = self.vectors()
-        rows, valid = self.flatten(z, mask, vectors[0])
-        codes = torch.stack(self.lookup(rows, vectors)[0], -1)
+        with torch.autocast(z.device.type, enabled=False):
+            vectors = self.vectors()
+            rows, valid = self.flatten(z, mask, vectors[0])
+            codes = torch.stack(self.lookup(rows, vectors)[0], -1)
         return torch.where(valid[:, None], codes, -1).unflatten(0, z.shape[:-1])
 
     @torch.no_grad()

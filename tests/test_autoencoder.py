@@ -286,18 +286,19 @@ def test_compiles_without_graph_breaks(options):
 
 
 def test_frozen_codes_do_not_depend_on_the_precision(monkeypatch):
-    """Guards freeze_codes under bfloat16: the decoder learns to read the codes that are stored, which float32 makes."""
-    model = make(torch.float32, freeze_codes=True)
-    model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in initialized().state_dict().items()})
-    model.train()
-    idx, seen, expand = tokens(64, 16), [], model.expand
-    monkeypatch.setattr(model, "expand", lambda z: seen.append(z) or expand(z))
-    for precise in (True, False):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not precise):
-            model(idx, idx)
-            seen.append(model.quantizer.decode(model.encode(idx)))
-    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
-    assert not torch.equal(seen[2], seen[3]), "rounding changes no code: this test would see nothing"
+    """Guards freeze_codes under bfloat16: the decoder learns, and is judged on, the codes that are stored, which float32 makes."""
+    weights = {name: t.float() if t.is_floating_point() else t for name, t in initialized().state_dict().items()}
+    idx, seen = tokens(64, 16), {}
+    for frozen in (True, False):
+        model = make(torch.float32, freeze_codes=frozen)
+        model.load_state_dict(weights)
+        stored, expand = model.quantizer.decode(model.encode(idx)), model.expand
+        for training in (True, False):
+            monkeypatch.setattr(model, "expand", lambda z, key=(frozen, training), e=expand: seen.update({key: z}) or e(z))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                model.train(training)(idx, idx)
+    assert torch.equal(seen[True, True], stored) and torch.equal(seen[True, False], stored)
+    assert not torch.equal(seen[False, False], stored), "rounding changes no code: this test would see nothing"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -566,6 +566,11 @@ def test_patience_ends_a_run_that_no_longer_improves(tiny_data, tmp_path, monkey
     assert (summary["steps"], summary["best_step"], summary["ended_early"]) == (15, 9, True)
     assert "patience=2: no val loss is lower than that of step 9" in capsys.readouterr().out
     assert read_runs([tmp_path / "run"])[0].summary["steps"] == 15
+    shutil.copytree(tmp_path / "run", tmp_path / "resumed")
+    trainer = checkpoint.read_json(tmp_path / "resumed" / "last" / "trainer.json")
+    checkpoint.write_json(tmp_path / "resumed" / "last" / "trainer.json", trainer | {"step": 17})
+    with pytest.raises(ValueError, match="summary.json is of step 15 of 17"):  # resumed and stopped since then
+        read_runs([tmp_path / "resumed"])
     run(tiny_data, tmp_path / "two", *more, "--max_iters=12", "--lr_decay_iters=18")
     assert run(tiny_data, tmp_path / "two", *more, "--lr_decay_iters=18", "--resume")["steps"] == 15
     summary = run(tiny_data, tmp_path / "run", *more, "--patience=3", "--resume")
