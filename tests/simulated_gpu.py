@@ -114,7 +114,8 @@ def moved(tensor: torch.Tensor, *where, device=None, dtype: torch.dtype | None =
 def simulated_gpu() -> Iterator[None]:
     """Within it torch.cuda has one GPU, too old for bfloat16 and torch.compile."""
     answers = dict(is_available=True, device_count=1, get_device_capability=(6, 0), get_device_name="simulated", set_device=None,
-                   max_memory_allocated=2**20, synchronize=None, empty_cache=None, reset_peak_memory_stats=None)  # fmt: skip
+                   max_memory_allocated=2**20, synchronize=None, empty_cache=None, reset_peak_memory_stats=None,
+                   is_current_stream_capturing=False)  # fmt: skip
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
