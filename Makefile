@@ -27,13 +27,13 @@ ROWS := $(filter-out common,$(patsubst config/stdlib/%.py,%,$(wildcard config/st
 table: $(foreach row,$(ROWS),$(foreach seed,1 2 3,out/stdlib/$(row)_s$(seed)/summary.json))
 	$(RUN) compare.py $(^D) --reference=baseline --output=out/stdlib/table.md --plot=out/stdlib/curves
 
-# an interrupted run goes on where it stopped; a finished one of the table stays as it is
+# an interrupted run goes on where it stopped (last.old: it crashed as it saved); a finished one of the table stays as it is
 out/stdlib/%/summary.json: | $(VENV)/.installed
 	run=$*; $(RUN) train.py config/stdlib/$${run%_s*}.py --seed=$${run##*_s} --out_dir=out/stdlib/$* \
-		$$(test -d out/stdlib/$*/last && echo --resume || echo --overwrite)
+		$$(test -d out/stdlib/$*/last -o -d out/stdlib/$*/last.old && echo --resume || echo --overwrite)
 
 out/%/summary.json: $(VENV)/.installed
-	$(RUN) train.py config/$*.py --out_dir=out/$* $$(test -d out/$*/last && echo --resume || echo --overwrite)
+	$(RUN) train.py config/$*.py --out_dir=out/$* $$(test -d out/$*/last -o -d out/$*/last.old && echo --resume || echo --overwrite)
 
 test: $(VENV)/.installed
 	$(RUN) -m ruff check .

@@ -128,9 +128,13 @@ def start_run(settings: dict, data_folder: Path, out: Path) -> None:
 
 def copy_autoencoder(run: Path, out: Path) -> None:
     """Make a run directory self-contained: what sampling needs of the autoencoder's run goes to out/autoencoder."""
-    shutil.copytree(find_first(run, "best", "last"), out / "autoencoder" / "best", ignore=shutil.ignore_patterns("optimizer.*"))
+    weights, copy = find_first(run, "best", "last"), out / "autoencoder"
+    (copy / "best").mkdir(parents=True)
+    # contents without modes: the copy of a read-only run has to be removable
+    for name in ("model.safetensors", "trainer.json"):
+        shutil.copyfile(weights / name, copy / "best" / name)
     for name in ("config.json", tokenizer.FILE_NAME):
-        shutil.copyfile(run / name, out / "autoencoder" / name)
+        shutil.copyfile(run / name, copy / name)
 
 
 def first_flags(run: Path) -> set[str]:
@@ -149,7 +153,7 @@ def read_trainer(folder: Path, needed: tuple[str, ...], advice: str) -> dict:
 
 
 def end_last_line(path: Path) -> None:
-    """Put a line end behind a record that a crash has cut off, or the next one would be lost with it."""
+    """Put a line end after a record that a crash has cut off, or the next one would be lost with it."""
     with open(path, "ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)

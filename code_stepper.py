@@ -30,7 +30,7 @@ class BlockWriter:
 
     @stepping()
     def __call__(self, codes: list[int], cache: Cache) -> torch.Tensor:
-        """Codes of one block behind those in the cache -> logits (S, V)."""
+        """Codes of one block after those in the cache -> logits (S, V)."""
         z = sum(book[code] for book, code in zip(self.books, codes))[None]  # (1, Z)
         norm, c_fc, c_proj = self.refine
         gate, value = c_fc(norm(z)).chunk(2, dim=-1)
@@ -63,14 +63,14 @@ class CodeStepper:
 
     @stepping()
     def state(self, stack: list[int], cache: Cache) -> torch.Tensor:
-        """The spatial state h (1, C) behind one more stack, which is appended to the cache (that holds the start at least)."""
+        """The spatial state h (1, C) after one more stack, which is appended to the cache (that holds the start at least)."""
         h = self.spatial(self.embed(stack), self.spatial.place(cache.length, 1), cache.layers)
         cache.length += 1
         return h
 
     @stepping()
     def logits(self, h: torch.Tensor, codes: list[int], cache: Cache) -> torch.Tensor:
-        """Logits (1, K) of the code behind the first `codes` of a stack, all but the last of which are in the cache."""
+        """Logits (1, K) of the code after the first `codes` of a stack, all but the last of which are in the cache."""
         level = cache.length
         assert level == len(codes), f"{len(codes)} codes, but the cache holds {level} steps"
         x = h.type_as(self.wpe) if level == 0 else self.from_sum(self.embed(codes))

@@ -327,7 +327,7 @@ def type_text(kind: object) -> str:
 
 
 def check_given(config: object, *keys: str) -> None:
-    """Raise ValueError for settings of a dataclass with nothing behind --key=, or with ~/, which a shell expands behind a space only."""
+    """Raise ValueError for settings of a dataclass with nothing after --key=, or with ~/, which a shell expands after a space only."""
     for key in keys:
         value = getattr(config, key)
         if value in ("", ()):

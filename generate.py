@@ -264,9 +264,9 @@ def lay_out_for_decoding(model: torch.nn.Module) -> None:
 
 def cached_step(model: torch.nn.Module, int8: bool = False) -> Callable:
     """
-    A function (idx, cache) from the tokens (B, T) behind those in the cache, which takes them in, to the logits (B, V) of the
-    next. With positions (T,), mask (T, S) and slots `read` (R,), as in lookahead.py, to the logits (R, V) behind those of one text.
-    On a CPU a Stepper computes one token of one text and what has a mask (int8: see there), the model's own forward pass all else.
+    step(idx, cache) appends the tokens idx (B, T) to the cache and returns the logits (B, V) of the next token. With positions (T,),
+    mask (T, S) and slots `read` (R,), for one text, as in lookahead.py, it returns the logits (R, V) after each of those slots.
+    On a CPU a Stepper (int8: see there) computes single tokens of one text and passes with a mask; the model's forward pass all else.
     """
     stepper, steps = None, can_step(model)
 
@@ -353,9 +353,13 @@ def generate(
     sampling: Sampling | BlockSampling | None = None,
     eos: int | None = None,
     use_cache: bool = True,
+    tokenizer: tokenizers.Tokenizer | None = None,
 ) -> list[list[int]]:
-    """New token ids for each prompt (all of one length). The model should be in evaluation mode."""
-    samples, was_training = [Continuation(prompt, max_new_tokens, eos=eos) for prompt in prompts], model.training
+    """
+    New token ids for each prompt (all of one length), computed in evaluation mode. Models that write blocks need the tokenizer to
+    give the text of sample.py: see generate_blocks.filler.
+    """
+    samples, was_training = [Continuation(prompt, max_new_tokens, tokenizer, eos) for prompt in prompts], model.training
     model.eval()
     try:
         for _ in sample_together(model, samples, sampling or Sampling(), use_cache):

@@ -39,7 +39,7 @@ def sample_in_blocks(
 
     A prompt is filled up to whole blocks in front (see filler), because new text begins with a new block. When the context is
     full, the text of its last M // 2 blocks is encoded anew as the beginning of the next one; between that, codes are kept as
-    they were chosen. Without the cache everything behind the codes of the context is computed again for every code.
+    they were chosen. Without the cache everything after the codes of the context is computed again for every code.
     """
     config, device = model.config, model.vectors.device
     S, M, D = config.latent_factor, config.blocks, config.codebook_levels

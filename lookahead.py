@@ -2,9 +2,9 @@
 Lookahead decoding (Fu et al. 2024, arXiv:2402.02057) that samples: several tokens a step, and token for token the text of
 plain decoding, at any temperature.
 
-Why that is possible. With the noise of generate.py, plain decoding is a deterministic function: the token behind a prefix is
+Why that is possible. With the noise of generate.py, plain decoding is a deterministic function: the token after a prefix is
 pick(logits(prefix), noise[position]). So a draft, wherever it comes from, can be *checked*: its first token must be the one that
-is picked behind the text, its second the one picked behind the first, and so on. Drafts decide how many tokens a step emits,
+is picked after the text, its second the one picked after the first, and so on. Drafts decide how many tokens a step emits,
 never which (Daliri, Musco and Suresh 2024, arXiv:2408.07978). The guesses below use the same noise: two different
 distributions with common noise choose the same token far more often than with independent noise, see `coupling`.
 
@@ -97,7 +97,7 @@ class Pool:
 class Layout(NamedTuple):
     """The tokens of a step, in order: y_p, the drafts, level 0 without its column 0 (which is y_p), levels 1..N-2."""
 
-    chains: list[list[int]]  # for each token the slots that it sees, itself last: a text of its own behind the cache
+    chains: list[list[int]]  # for each token the slots that it sees, itself last: a text of its own after the cache
     offsets: torch.Tensor  # (T,) its position, from p
     mask: torch.Tensor  # bool (T, T), the chains
     read: torch.Tensor  # (R,) slots whose picks are needed: y_p, the drafts, the last level
@@ -134,7 +134,7 @@ def layout(window: int, ngram: int, drafts: int, length: int, device: torch.devi
 
 
 def agreement(first: int, draft: tuple[int, ...], picks: list[int]) -> list[int]:
-    """What to emit if `draft` was checked: the pick behind the text, and the one behind each of its tokens that was right."""
+    """What to emit if `draft` was checked: the pick after the text, and the one after each of its tokens that was right."""
     emitted = [first]
     for token, following in zip(draft, picks):
         if token != emitted[-1]:
@@ -196,7 +196,7 @@ class Lookahead:
         """One step as at the top of this file. It is smaller where the context ends, down to y_p alone."""
         tokens, cache, W, N = self.sample.tokens, self.cache, self.setting.window, self.setting.ngram
         p, held = len(tokens) - 1, cache.length
-        room = self.start + self.block_size - len(tokens)  # positions of the context behind y_p
+        room = self.start + self.block_size - len(tokens)  # positions of the context after y_p
         width, length = max(0, min(W, room - N + 3)), min(N - 1, room)
         if self.setting.from_text:
             for i in range(self.noted, len(tokens) - N + 1):
@@ -242,10 +242,11 @@ def tune(run: Lookahead, steps: int = 12) -> Iterator[str]:
     """
     speeds = {}
     for setting in (None, *AUTO):
-        run.use(setting)
+        if not run.sample.finished:
+            run.use(setting)
         for number in range(steps):
             if run.sample.finished:
-                yield f"lookahead=auto: the text ended before all settings were tried; its last steps were {setting or 'plain'}"
+                yield f"lookahead=auto: the text ended before all settings were tried; its last steps were {run.setting or 'plain'}"
                 return
             if number == steps // 3:  # from here on the pool is no longer empty
                 began, made = time.perf_counter(), len(run.sample.tokens)

@@ -71,7 +71,7 @@ class EncoderDecoderConfig:
     latent_dim: int = 64  # width of a latent
     codebook_size: int = 512  # codes K of a level
     codebook_levels: int = 4  # levels D; a latent says D log2(K) bits
-    commitment_weight: float = 0.0  # factor of the loss that draws latents to their codes, see there
+    commitment_weight: float = 0.0  # factor of the commitment loss: latent/compression.py, point 5
 
     def __post_init__(self):
         check_fields(self, "vocab_size", "block_size", "n_encoder_layer", "n_decoder_layer", "n_head", "n_cross_head", "n_embd")
@@ -157,7 +157,7 @@ class Cache:
         self.length = length
 
     def keep(self, length: int, start: int, count: int) -> None:
-        """Keep the first `length` tokens and, moved up behind them, the `count` tokens from slot `start` on."""
+        """Keep the first `length` tokens and, moved up after them, the `count` tokens from slot `start` on."""
         assert self.states is None or count == 0 or start == length, "latents are made of consecutive tokens"
         assert 0 <= length <= start and start + count <= self.length, f"{length=} {start=} {count=} of {self.length} tokens"
         for layer in self.layers if count and start > length else ():
@@ -312,7 +312,7 @@ class CausalModel(nn.Module):
         if mask is None and static:
             mask = torch.arange(cache.capacity, device=idx.device) <= positions[:, None]
         elif mask is None and start > 0 and T > 1:
-            # is_causal would align its triangle with the *first* key, which is wrong behind a cache: write the mask out
+            # is_causal would align its triangle with the *first* key, which is wrong after a cache: write the mask out
             mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
         if self.window > 0 and windowed:
             cached = torch.arange(cache.capacity if static else start, device=idx.device)  # a token's slot is its position
@@ -438,7 +438,7 @@ class EncoderDecoder(CausalModel):
         return e, h
 
     def next_position(self, positions: torch.Tensor) -> torch.Tensor:
-        """Embedding (T, C) of the position behind each, the one whose token is predicted."""
+        """Embedding (T, C) of the position after each, the one whose token is predicted."""
         return self.wpe(positions + 1) if self.wpe is not None else self.wpe_next(positions)
 
     def forward(
@@ -474,7 +474,8 @@ class EncoderDecoder(CausalModel):
 
         if targets is None:
             return head_logits(x, self.wte.weight), {}
-        losses = dict.fromkeys(("token", "total"), head_loss(x, self.wte.weight, targets))
+        loss = head_loss(x, self.wte.weight, targets)
+        losses = {"token": loss, "total": loss}
         if self.embedding_loss is not None and self.training:
             losses["embedding"] = self.embedding_loss(e, h)
             losses["total"] = losses["token"] + self.config.embedding_loss_weight * losses["embedding"]

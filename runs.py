@@ -116,7 +116,8 @@ def read_run(path: Path) -> Run:
     if missing:
         raise ValueError(f"{path}: summary.json lacks {', '.join(missing)}: written by another version?")
     if not 0 < (loss := summary["val_loss"]) < math.inf:
-        raise ValueError(f"{path}: its validation loss is {loss}: {'impossible' if math.isfinite(loss) else 'it diverged'}")
+        why = "a damaged file, or a text that says nothing" if math.isfinite(loss) else "it diverged"
+        raise ValueError(f"{path}: its validation loss is {loss}: {why}")
     planned, steps = last_step(path, settings, summary), summary.get("steps")
     if is_number(planned) and is_number(steps) and steps < planned:  # resumed since then
         raise ValueError(f"{path}: summary.json is of step {steps} of {planned}: not a finished run")

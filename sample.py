@@ -133,6 +133,8 @@ def read_prompt(word: str) -> str:
         if word == "-":
             if sys.stdin is None:
                 raise ValueError("prompt=-: there is no standard input; give the prompt itself, or FILE:path")
+            if hasattr(sys.stdin, "reconfigure"):  # whatever the locale says: Windows would read UTF-8 in its own code page
+                sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
             text = sys.stdin.read()
             check_utf8("prompt", text)
             return text
@@ -140,7 +142,7 @@ def read_prompt(word: str) -> str:
             path = Path(word.removeprefix("FILE:"))
             if not path.is_file():
                 raise FileNotFoundError(f"prompt={word}: there is no such file")
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")  # without the byte order mark of some Windows editors
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt={word}: not {error.encoding} at byte {error.start}; convert it to UTF-8") from None
     return word

@@ -39,7 +39,7 @@ def can_step(model: torch.nn.Module) -> bool:
 @contextlib.contextmanager
 def stepping() -> Iterator[None]:
     """
-    What all steps run in: no gradients, no autocast (Product has its own dtypes), and no oneDNN, whose start takes 6 to 20
+    What all steps run in: no gradients, no autocast (Product has its own dtypes), and no oneDNN, whose start takes 9 to 26
     microseconds a call: for a few hundred numbers torch's own gelu and products in bfloat16 are several times as fast.
     """
     onednn = torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags would set more than this, and warn
@@ -126,7 +126,7 @@ class Place(NamedTuple):
 
 
 class Rotation:
-    """Rotary embedding of queries, keys and values at once: model.rotate for the first two, values stay as they are."""
+    """Rotary embedding of queries, keys and values at once: kernels.rotate for the first two; values stay as they are."""
 
     def __init__(self, block_size: int, head_width: int, like: torch.Tensor):
         half = head_width // 2
@@ -186,7 +186,7 @@ class Layers:
     # ------------------------------------------------------------------------------------------------------------------
 
     def place(self, start: int, n: int, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None) -> Place:
-        """n rows behind `start` ones; their positions (n,) if they are not their slots; mask (n, S) True = sees, None: all."""
+        """n rows after `start` ones; their positions (n,) if they are not their slots; mask (n, S) True = sees, None: all."""
         where = slice(start, start + n) if positions is None else positions
         bias = None if mask is None else torch.zeros(mask.shape, dtype=self.state_dtype).masked_fill_(~mask, -math.inf)
         rotary = {width: rotation.at(where) for width, rotation in self.rotations.items()}
@@ -276,7 +276,7 @@ class Memory:
 
 
 class Stepper:
-    """`stepper(tokens, cache)` appends tokens to the cache of a text, and gives the logits behind them."""
+    """`stepper(tokens, cache)` appends tokens to the cache of a text, and gives the logits after them."""
 
     def __init__(self, model: EncoderDecoder | DecoderOnly, int8: bool = False):
         """int8: weights of all products in 8 bits. That is another model, within a percent in each product, and a faster one."""
@@ -309,7 +309,7 @@ class Stepper:
     ) -> torch.Tensor:  # fmt: skip
         """
         One token, or n with positions (n,) and a mask (n, S) of what they see; they are appended to the cache. Gives the logits (n, V)
-        behind them, or behind those rows of them that are to be `read`.
+        after them, or after those rows of them that are to be `read`.
         """
         here, own, cross = self.decoder.place(cache.length, len(tokens), positions, mask), cache.layers, None
         x = self.wte[torch.tensor(tokens)]  # (n, C)

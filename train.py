@@ -10,9 +10,9 @@ One *step* is one optimizer update on batch_size * gradient_accumulation_steps s
 processes share them. Which sequences those are, and every dropout mask, is a function of (seed, step) alone; that is why
 resuming, evaluating more often, or adding processes does not change a run. micro_batch_size, how many sequences are computed at
 a time, changes rounding and, because each micro-batch draws its own, the dropout masks. On pairs, whose answers differ in length,
-it also changes a little those losses that are not means over tokens, of embeddings and of codes. lanes, the number of parts into
-which a CPU cuts a micro-batch, changes the same except the masks, as there are none where there are lanes. It is settled when a
-run starts, by the threads that torch has then.
+it also changes, a little, the losses that are not means over target tokens: the embedding loss and those of codes. lanes, the
+number of parts of a micro-batch that a CPU computes side by side, changes the same things but for dropout, which lanes exclude; the
+number is chosen when a run starts, from torch's number of threads at that time, and kept when it is resumed.
 """
 
 import contextlib
@@ -56,28 +56,29 @@ def run_dir(config: TrainConfig, config_file: Path | None) -> Path:
     return Path("out", *below, config_file.stem)
 
 
-OF_A_COMMAND = {"resume", "overwrite", "out_dir"}  # and not of a run
+COMMAND_ONLY = {"resume", "overwrite", "out_dir"}  # say what one command does; no settings of a run
 
 
-def settings_of_run(config_file: Path | None, said: dict, flags: dict) -> dict[str, object]:
+def settings_of_run(config_file: Path | None, file_values: dict, flags: dict) -> dict[str, object]:
     """
-    What --resume need not be told again: of the settings of the run that goes on those that were flags, and those that the config
-    file, which may have changed, does not say. Empty for a new run. Raises ValueError or FileNotFoundError where there is no such run.
+    The settings that --resume takes from the run: those that were flags when it was started or resumed before, and those that the
+    config file does not set. All others are read from the config file again, which may have changed. Empty for a new run. Raises
+    ValueError or FileNotFoundError where there is no such run.
     """
-    where = (*OF_A_COMMAND, "model")
-    file_values, flag_values = ({key: values[key] for key in where if key in values} for values in (said, flags))
-    config = configurator.resolve(TrainConfig, file_values, flag_values, config_file)
+    where = (*COMMAND_ONLY, "model")
+    from_file, from_flags = ({key: values[key] for key in where if key in values} for values in (file_values, flags))
+    config = configurator.resolve(TrainConfig, from_file, from_flags, config_file)
     if not config.resume:
         return {}
     out = run_dir(config, config_file)
     checkpoint.find(out, "last")
     settings, name, model_config = checkpoint.read_config(out)
     first = checkpoint.first_flags(out)
-    asked = flags.get("model") or (name if "model" in first else said.get("model", name))
+    asked = flags.get("model") or (name if "model" in first else file_values.get("model", name))
     if asked != name:
         raise ValueError(f"{out} is a run of model={name}, not {asked}: leave that out, or name another run")
     stored = configurator.to_dict(configurator.from_dict(TrainConfig, settings)) | configurator.to_dict(model_config)
-    return {key: stored[key] for key in stored.keys() - OF_A_COMMAND if key in first or key not in said}
+    return {key: stored[key] for key in stored.keys() - COMMAND_ONLY if key in first or key not in file_values}
 
 
 def open_wandb(config: TrainConfig, settings: dict, out: Path, run_id: str | None):
@@ -141,7 +142,9 @@ def make_sampler(config: TrainConfig, model: torch.nn.Module, data: dataloader.T
     if isinstance(data, dataloader.PairData):  # a question ends where its answer begins
         prompt.append(data.separator)
     generate.check_prompts(model, [prompt])
-    return lambda: text.decode(generate.generate(model, [prompt], config.eval_sample_tokens, sampling, text.eos)[0])
+    return lambda: text.decode(
+        generate.generate(model, [prompt], config.eval_sample_tokens, sampling, text.eos, tokenizer=text)[0]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,7 +223,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     if config.activation_checkpointing:
         runtime.checkpoint_activations(model, (Block, DecoderBlock))
     trainer = Trainer(config, model, data, machine)
-    flags = (parsed.flags | (checkpoint.first_flags(out) if config.resume else set())) - OF_A_COMMAND
+    flags = (parsed.flags | (checkpoint.first_flags(out) if config.resume else set())) - COMMAND_ONLY
     settings = {"train": configurator.to_dict(config), "model": configurator.to_dict(model_config), "flags": sorted(flags)}
     if isinstance(data, dataloader.PairData):
         settings["separator"] = data.separator  # sample.py has no other way to know that a prompt is a question
@@ -335,8 +338,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
             if stalled and state["evaluated"] == trainer.step:  # and saved
                 say(f"patience={config.patience}: no val loss is lower than that of step {state['best_step']}")
                 break
-            # several processes have to stop at one step; they ask each other every few seconds, because they wait for it, and torchrun
-            # kills them half a minute after a signal
+            # All processes have to stop at the same step. They ask each other only every few seconds, because all wait for the answer,
+            # and that often, because torchrun kills them half a minute after a signal.
             asked = trainer.step % ask_every == 0
             if asked and machine.in_any_process(bool(interrupted)):
                 if not all(p.isfinite().all() for p in model.parameters()):

@@ -48,7 +48,7 @@ class TrainConfig:
     # evaluation and logging
     eval_interval: int = 250  # steps between evaluations; each writes the last/ checkpoint
     eval_iters: int = 20  # batches of an evaluation: the same windows every time, and in every run with as many sequences
-    patience: int | None = None  # end the run behind so many evaluations without a lower val_loss; best/ has the lowest
+    patience: int | None = None  # end the run after this many evaluations in a row without a lower val_loss; best/ has the lowest
     final_eval_tokens: int | None = None  # validation tokens that the final evaluation predicts; none: the whole file
     log_interval: int = 10  # steps between progress lines
     eval_sample_tokens: int = 0  # length of a sample printed at evaluations; 0: none
@@ -244,8 +244,9 @@ class Trainer:
             runtime.seed_everything(config.seed, self.step, number)
             if machine.world_size > 1:  # exchange gradients once a step, not once a micro-batch
                 self.train_model.require_backward_grad_sync = i == len(mine) - 1
-            # the token loss is a mean over targets: one counts the same in whatever micro-batch, and DDP averages over processes.
-            # So do other losses where all sequences have as many; of pairs, theirs depend a little on how they are cut.
+            # weighted by its share of the step's targets, a micro-batch's mean loss makes every target of the step count the same; times
+            # world_size, because DDP averages gradients over processes. Losses that are not means over targets get the same weights:
+            # exact where all sequences have equally many targets; on pairs they depend a little on the micro-batches.
             lanes, here = min(self.lanes.count, count), targets[first : first + count]
             shares = [float(part.sum() / every) for part in np.array_split(here, lanes)]
             if lanes == 1:
@@ -283,7 +284,8 @@ class Trainer:
                 sums = self.gradients(self.micro_batch_size)
             if config.grad_clip > 0 or self.is_logged(self.step + 1):
                 self.scaler.unscale_(self.optimizer)
-                moving = [p for group in self.optimizer.param_groups if group["lr"] > 0 for p in group["params"]]
+                groups = [group for group in self.optimizer.param_groups if group["lr"] > 0 or rate == 0]  # not the frozen one
+                moving = [p for group in groups for p in group["params"]]
                 sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(moving, config.grad_clip or math.inf) / machine.world_size
             self.scaler.step(self.optimizer)
             self.scaler.update()

@@ -7,7 +7,7 @@ name only). S tokens become one stack of D codes out of K, and the codes become 
 1. Encoding is causal and aligned to blocks of S tokens: the codes of a prefix are those of the whole text on complete blocks,
    or nothing that was trained on codes could continue a prompt.
 2. Decoding is causal by blocks: position t of block j sees all positions of the blocks up to j (in a trunk of Hugging Face, those
-   up to t), so text can be written as its codes arrive. Nothing else needs a mask there: what stands behind the end of a text is
+   up to t), so text can be written as its codes arrive. Nothing else needs a mask there: what stands after the end of a text is
    in later blocks.
 3. It predicts tokens that it has seen: `token` is the cross-entropy of a reconstruction, never a language model's loss.
 
@@ -36,7 +36,7 @@ class AutoencoderConfig:
     block_size: int = 256  # longest text, tokens; a multiple of latent_factor
     latent_factor: int = 4  # tokens S that become one latent, a power of two
     n_encoder_layer: int = 1  # blocks in front of the codes
-    n_decoder_layer: int = 3  # blocks behind them
+    n_decoder_layer: int = 3  # blocks after them
     n_head: int = 4  # attention heads
     n_embd: int = 128  # width C
     bias: bool = False  # biases in linear layers, convolutions and LayerNorms
@@ -191,7 +191,7 @@ class Autoencoder(CausalModel):
         return self.ln_latent(self.refine_encoder(self.to_latent(x))), mask
 
     def expand(self, z: torch.Tensor, cache: Cache | PretrainedCache | None = None) -> torch.Tensor:
-        """Quantized latents z (B, M, Z), of the blocks behind those in the cache -> states (B, M S, C) for the output layer."""
+        """Quantized latents z (B, M, Z), of the blocks after those in the cache -> states (B, M S, C) for the output layer."""
         x = self.up(self.from_latent(self.refine_decoder(z)))
         S, start = self.config.latent_factor, cache.length if cache is not None else 0
         block = torch.arange(start + x.size(1), device=x.device) // S
@@ -242,7 +242,7 @@ class Autoencoder(CausalModel):
 
     def decode(self, codes: torch.Tensor, cache: Cache | PretrainedCache | None = None) -> torch.Tensor:
         """
-        Codes (B, M, d) of the first d <= D levels -> logits (B, M S, V). With a cache they are those of the blocks behind
+        Codes (B, M, d) of the first d <= D levels -> logits (B, M S, V). With a cache they are those of the blocks after
         the ones already in it, and are appended to it. Raises ValueError beyond block_size, or for too many levels.
         """
         return head_logits(self.expand(self.quantizer.decode(codes), cache), self.wte.weight)
@@ -273,8 +273,8 @@ class Autoencoder(CausalModel):
 
     def backbone_rate(self, step: int) -> float:
         """
-        Factor of the backbone's learning rate in step 0, 1, ... A rate of 0 freezes it: nothing else would keep its gradient
-        statistics warm, have it in the optimizer from the start, and let gradients through to what lies in front of it.
+        Factor of the backbone's learning rate in step 0, 1, ... While frozen it has a rate of 0 instead of requires_grad=False, so
+        that it is in the optimizer from the start, with moments up to date when it thaws.
         """
         return 0.0 if step < self.config.freeze_backbone_iters else self.config.backbone_lr_scale
 

@@ -49,7 +49,7 @@ class CodeData:
         if not distributed() or dist.get_rank() == 0:
             found = json_in(folder / "meta.json")
             if found != meta or not path.is_file() or path.stat().st_size != size:
-                if found:
+                if isinstance(found, dict):
                     changed = ", ".join(key for key in meta if found.get(key) != meta[key]) or "codes.bin is damaged"
                     print(f"note: {folder} does not hold what is needed ({changed}): the codes are extracted again")
                 extract(folder, data, autoencoder, starts, meta)

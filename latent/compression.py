@@ -9,7 +9,7 @@ latents in place of the encoder states.
    it predicts is token t + 1, so nothing leaks. That the codebooks move only in `step()`, after the optimizer's, is part of it.
 2. A slot stands at position m S - 1, the start therefore at -1: rotary keys are turned by it, and with learned positions a table
    of the head's own, one row a latent, says which block it was (codes should not have to).
-3. Latents are made when their block is complete, and again from the encoder states when sampling goes on behind a cache: those of
+3. Latents are made when their block is complete, and again from the encoder states when sampling goes on after a cache: those of
    the block and of the one before it are all that a convolution of kernel 3 sees. So the head has no state besides the states.
 4. Without a `window` on self-attention the latents are redundant, and a model learns to do without them. `measure` asks how much
    they say: the loss with all latents zeroed, and with those of the text in the next row.
@@ -44,7 +44,7 @@ class StateCache:
         self.h: torch.Tensor | None = None
 
     def append(self, h: torch.Tensor, start: int) -> torch.Tensor:
-        """Write h (B, T, C) behind the first `start` states; return all start + T of them."""
+        """Write h (B, T, C) after the first `start` states; return all start + T of them."""
         if self.h is None:
             self.h = h.new_zeros(h.size(0), self.capacity, h.size(2))
         self.h[:, start : start + h.size(1)] = h

@@ -187,7 +187,7 @@ class LatentTransformer(CausalModel):
     # ae, lp, ad
 
     def ae(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Targets y (B, J, N), -1 behind their end -> latents (B, J, M, Z), and which of them are real (B, J, M)."""
+        """Targets y (B, J, N), -1 after their end -> latents (B, J, M, Z), and which of them are real (B, J, M)."""
         rows = y.flatten(0, 1)  # (B, J, N) -> (B J, N)
         mask, N = rows >= 0, rows.size(1)
         x = self.dropout(self.wte(rows.clamp(min=0)))
@@ -202,7 +202,7 @@ class LatentTransformer(CausalModel):
         return self.ln_latent(self.to_latent(x)).unflatten(0, y.shape[:2]), real.unflatten(0, y.shape[:2])
 
     def embed_codes(self, codes: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Vectors (..., n, C) of flat codes (..., n), number `first` of a target and those behind it; those of -1 mean nothing."""
+        """Vectors (..., n, C) of flat codes (..., n), number `first` of a target and those after it; those of -1 mean nothing."""
         level = (first + torch.arange(codes.size(-1), device=codes.device)) % self.config.codebook_levels
         return self.code_embedding(codes.clamp(min=0) + self.config.codebook_size * level)
 
@@ -234,7 +234,7 @@ class LatentTransformer(CausalModel):
         return h, states.unflatten(2, (M, D))
 
     def read(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """The stack of lp() over vectors x (B, n, C) behind those in the cache, one target at a time -> states (B, n, C)."""
+        """The stack of lp() over vectors x (B, n, C) after those in the cache, one target at a time -> states (B, n, C)."""
         positions = cache.length + torch.arange(x.size(1), device=x.device)
         mask = None  # one vector sees all
         if x.size(1) > 1:
@@ -255,17 +255,18 @@ class LatentTransformer(CausalModel):
         fed: torch.Tensor | None = None, where_fed: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """
-        Latents z (B, J, M, Z), real where latent_real (B, J, M), of targets that start at `starts` (J,) behind the prefix of
+        Latents z (B, J, M, Z), real where latent_real (B, J, M), of targets that start at `starts` (J,) after the prefix of
         states h (B, P, C), real (B, P) -> states (B, J, M S, C) for the output layer. In the warm-up the decoder gets the tokens
         fed (B, J, M S) instead of what the latents say, at the positions where_fed (B, J, M S).
         """
         J, L, place = z.size(1), z.size(2), torch.arange(h.size(1), device=h.device)
         memory, seen = h if self.ln_memory is None else self.ln_memory(h), place < starts[:, None]  # (J, P)
 
-        def to_memory(L: int, stride: int) -> tuple[torch.Tensor, Context]:
-            positions = (starts[:, None] + stride * torch.arange(L, device=h.device)).flatten()  # (J L,)
-            mask = seen.repeat_interleave(L, dim=0)
-            mask = mask if real is None else mask & real[:, None, None]
+        def to_memory(length: int, stride: int) -> tuple[torch.Tensor, Context]:
+            """Positions (J length,) of queries that stand `stride` tokens apart in each target, and the context in which they see h."""
+            positions = (starts[:, None] + stride * torch.arange(length, device=h.device)).flatten()
+            mask = seen.repeat_interleave(length, dim=0)  # (J length, P)
+            mask = mask if real is None else mask & real[:, None, None]  # (B, 1, J length, P)
             return positions, self.context(positions, mask, keys=place)
 
         x, mask, stride = self.from_latent(z).flatten(0, 1), latent_real.flatten(0, 1), self.config.latent_factor
@@ -277,7 +278,7 @@ class LatentTransformer(CausalModel):
             x = x + attention(query, memory, to_memory(L, stride)[1]).unflatten(1, (J, L)).flatten(0, 1)
             x = up(x)
             mask, L, stride = mask.repeat_interleave(2, dim=1), 2 * L, stride // 2
-        x = x.unflatten(0, (-1, J))  # (B, J, L, C); what is not real is behind all that is, out of the decoder's sight
+        x = x.unflatten(0, (-1, J))  # (B, J, L, C); what is not real is after all that is, out of the decoder's sight
         if fed is not None:
             x = torch.where(where_fed[..., None], self.dropout(self.wte(fed)), x)
         positions, context = to_memory(L, 1)
@@ -320,7 +321,7 @@ class LatentTransformer(CausalModel):
         code_nats, end_nats = [], idx.new_zeros((), dtype=torch.float32)
         for d in range(config.codebook_levels):
             label = codes[..., d]  # (B, J, M)
-            if config.task == "pairs" and d == 0:  # "end" stands behind the last latent, where there is room for it
+            if config.task == "pairs" and d == 0:  # "end" stands after the last latent, where there is room for it
                 is_end = (latent_real.sum(-1, keepdim=True) == torch.arange(config.latents, device=idx.device)) & (
                     y[..., :1] >= 0
                 )
@@ -341,7 +342,7 @@ class LatentTransformer(CausalModel):
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[None, dict[str, torch.Tensor]]:
         """
-        Rows idx (B, T), targets (B, T) the tokens behind them, -1 = not counted: for pairs those of y are counted, for text all,
+        Rows idx (B, T), targets (B, T) the tokens after them, -1 = not counted: for pairs those of y are counted, for text all,
         or all up to an end. No logits (codes come before tokens: see read, code_logits, write), but the losses by name: `total`
         (to minimise), `reconstruction` (nats per token given the codes; in training as the warm-up feeds it), `code` (nats per
         code), what the bottleneck adds (`commitment` or `usage`, unweighted), and `token`, the bound, nats per token. Raises
@@ -374,7 +375,7 @@ class LatentTransformer(CausalModel):
 
     def write(self, codes: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """
-        Codes (B, m, D) of the first m latents of a target, -1 behind its end, and the states h (B, P, C) of all text before it ->
+        Codes (B, m, D) of the first m latents of a target, -1 after its end, and the states h (B, P, C) of all text before it ->
         logits (B, m S, V) of its tokens.
         """
         starts = torch.tensor([h.size(1)], device=h.device)

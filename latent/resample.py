@@ -10,7 +10,7 @@ convolution of kernel 2 and stride 2 and therefore stays inside a block.
 
 Every layer is x + LayerNorm(convolution(relu(x))), the shortcut averaging or repeating positions where the length changes. The
 order matters: relu keeps zeros, and normalization comes last, so masked states, zeroed once in front of a layer, stand for
-exactly the zero padding behind the end, and padding on the right changes nothing. Normalization is per position only: any norm
+exactly the zero padding after the end, and padding on the right changes nothing. Normalization is per position only: any norm
 over time (GroupNorm, BatchNorm) would tell a position about later ones.
 
 Shapes: B batch, L positions, C width, S tokens per latent, k kernel size, M latents.

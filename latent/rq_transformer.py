@@ -8,8 +8,8 @@ of one stack, so a text costs M + M D short steps instead of attention over M D 
     u_m = sum_d e_{m,d}                               (start, u_1 .. u_{M-1}) -> spatial -> h_1 .. h_M
     v_{m,1} = h_m + p_1;  v_{m,d} = W sum_{i<d} e_{m,i} + p_d   -> depth -> logits_{m,d} = head_d(.), over K codes
 
-1. h_m knows the stacks before m and reaches depth d > 1 only through attention, so the depth transformer always has the whole
-   prefix of its stack behind it, in training and, through its cache, in every step of sampling.
+1. h_m knows the stacks before m and reaches depth d > 1 only through attention, so the depth transformer always sees
+   the whole prefix of its stack: in training, and through its cache in every step of sampling.
 2. Both transformers are blocks of model.py, the spatial one with rotary positions; the levels have theirs in p. `states` and
    `code_logits` take all codes so far and compute what their cache does not hold yet: training, prefill and steps are one path.
 3. One projection a level: with a table shared by all depths (1, 2, 3) and (3, 2, 1) would be the same context. E_d is divided by
@@ -128,7 +128,7 @@ class Stack(CausalModel):
         self.blocks = nn.ModuleList(Block(config.n_embd, config.n_head, config.bias, config.dropout) for _ in range(n_layer))
 
     def forward(self, x: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        """x (B, n, C), behind what is in the cache -> (B, n, C)."""
+        """x (B, n, C), after what is in the cache -> (B, n, C)."""
         _, context = self.place(x, cache)
         for i, block in enumerate(self.blocks):
             x = block(x, context, cache.layers[i] if cache is not None else None)
@@ -207,7 +207,7 @@ class RQTransformer(CausalModel):
     def embed(self, codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """
         Vectors e (..., d, C) of the codes (..., d) of the first d levels. Those of -1 mean nothing: a block without text stands
-        behind all text, where nothing that counts looks at it.
+        after all text, where nothing that counts looks at it.
         """
         K = table.size(1)
         return F.embedding(

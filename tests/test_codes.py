@@ -151,10 +151,11 @@ def test_store_is_reused_or_made_again(data, tmp_path, capsys):
     assert "data_hash" in store(autoencoder(seed=1), elsewhere)[1]
     (folder / "codes.bin").write_bytes((folder / "codes.bin").read_bytes()[:-2])
     assert "codes.bin is damaged" in store(autoencoder(seed=1), elsewhere)[1]
-    (folder / "meta.json").write_text("{")
+    for damaged in ("{", "[1]"):
+        (folder / "meta.json").write_text(damaged)
+        store(autoencoder(seed=1), elsewhere)
     store(autoencoder(seed=1), elsewhere)
-    store(autoencoder(seed=1), elsewhere)
-    assert extractions == [True, False, True, True, True, True, True, False]
+    assert extractions == [True, False, True, True, True, True, True, True, False]
     assert json.loads((folder / "meta.json").read_text())["windows"] == 374
 
 

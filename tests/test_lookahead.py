@@ -178,6 +178,9 @@ def test_setting_may_change_between_steps():
     short = Lookahead(case["model"], start(case | {"max_new_tokens": 8}), case["sampling"], None)
     said = [line for line in lookahead.tune(short, steps=6) if line]
     assert short.sample.finished and "the text ended before all settings were tried" in said[0], "no word of what was fastest"
+    shorter = Lookahead(case["model"], start(case | {"max_new_tokens": 6}), case["sampling"], None)
+    said = [line for line in lookahead.tune(shorter, steps=6) if line]
+    assert shorter.setting is None and "its last steps were plain" in said[0], "a setting that made no step is said to have made some"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from latent import codes
 from latent.autoencoder import Autoencoder, AutoencoderConfig
 from latent.rq_transformer import RQTransformer, RQTransformerConfig, soft_codes
 from model import Context, rotary_angles
+from trainer import TrainConfig
 
 AUTOENCODER = dict(
     vocab_size=31, block_size=24, latent_factor=4, latent_dim=6, codebook_size=7, codebook_levels=3,
@@ -551,8 +553,14 @@ def test_learns_codes_by_heart(tmp_path):
 def test_a_run_directory_is_all_that_sampling_needs(own_autoencoder, tiny_data, tmp_path, capsys):
     """Guards self-containment: with the autoencoder's run, its store of codes and the data set gone, the same text comes out."""
     out = tmp_path / "prior"
+    for folder in (own_autoencoder, own_autoencoder / "best"):
+        folder.chmod(0o555)
     run("rq_transformer", tiny_data, out, f"--autoencoder={own_autoencoder}", "--eval_sample_tokens=9")
+    for folder in (own_autoencoder, own_autoencoder / "best"):
+        folder.chmod(0o755)
     assert "sample: " in capsys.readouterr().out
+    copies = (out / "autoencoder", out / "autoencoder" / "best")
+    assert all(folder.stat().st_mode & 0o200 for folder in copies), "a copy that --overwrite could not remove"
     words = [str(out), "--prompt=def f", "--max_new_tokens=70", "--device=cpu", "--temperature=1.0,0.8", "--top_k=5"]
     before = sample.main([*words, "--num_samples=2", "--token_temperature=0.5", "--check"])
     shutil.rmtree(own_autoencoder)
@@ -566,6 +574,19 @@ def test_a_run_directory_is_all_that_sampling_needs(own_autoencoder, tiny_data, 
     ):
         with pytest.raises(ValueError, match=message):
             sample.main([str(out), "--device=cpu", *flags])
+
+
+def test_the_sample_of_an_evaluation_is_that_of_sample_py(own_autoencoder, tiny_data, tmp_path):
+    """Guards the block in which a prompt begins: without the tokenizer it is filled with other tokens, and the text is another."""
+    run("rq_transformer", tiny_data, tmp_path / "prior", f"--autoencoder={own_autoencoder}")
+    model, text, _ = checkpoint.load_run(tmp_path / "prior")
+    disturb(model)
+    disturb(model.autoencoder)
+    config = TrainConfig(eval_sample_tokens=40, eval_sample_prompt="d")
+    written = Continuation(text.encode("d"), 40, text, text.eos)
+    for _ in generate.sample_together(model, [written], Sampling(seed=config.seed)):
+        pass
+    assert train.make_sampler(config, model, SimpleNamespace(folder=tiny_data))() == text.decode(written.output)
 
 
 def test_a_run_begins_behind_its_codes(autoencoder_run, tiny_data, tmp_path, monkeypatch):

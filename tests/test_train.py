@@ -757,6 +757,8 @@ def test_the_gradient_norm_is_logged_and_changes_nothing(tiny_data, tmp_path):
     norms = {record["step"]: record["grad_norm"] for record in records(tmp_path / "b", "train")}
     assert {record["step"]: record["grad_norm"] for record in records(tmp_path / "a", "train")} == {4: norms[4], 6: norms[6]}
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    run(tiny_data, tmp_path / "c", "--lr_decay_iters=3", "--min_lr=0")
+    assert all(record["grad_norm"] > 0 for record in records(tmp_path / "c", "train")), "of steps at a rate of 0 as well"
 
 
 class SmallMemory(DecoderOnly):
@@ -1432,6 +1434,11 @@ def test_sample_script(reference, capsys, monkeypatch, tmp_path):
     )
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert plain == streamed == several[:1] and report["tokens"] == 60 and report["samples"] == 3
+    (tmp_path / "p.txt").write_bytes("\ufeffä".encode())  # a byte order mark, as some editors write it; and a pipe of Windows
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeffä".encode()), encoding="latin-1"))
+    for prompt in (f"FILE:{tmp_path / 'p.txt'}", "-"):
+        sample.main([str(reference), f"--prompt={prompt}", "--max_new_tokens=1", "--json", "--device=cpu"])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["prompt_tokens"] == 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab\udcff"))  # as some locales hand on a byte that is no UTF-8
     with pytest.raises(ValueError, match="is not UTF-8"):
         sample.main([str(reference), "--prompt=-"])

@@ -6,8 +6,8 @@ Sequence-level distillation (arXiv:1606.07947): a data set whose training side w
     python train.py config/latent/numbers_8.py --dataset=numbers_distilled
 
 Pairs keep their x and get the run's y; an answer that is empty, has no end, or is not UTF-8 is left out. A text is a prompt from a
-random place of the training side and what the run writes behind it, up to its block_size or the first byte that is not UTF-8
-(a model of bytes can write those); where nothing stands behind the prompt it is left out. The validation side stays as it was, so
+random place of the training side and what the run writes after it, up to its block_size or the first byte that is not UTF-8
+(a model of bytes can write those); where nothing stands after the prompt it is left out. The validation side stays as it was, so
 losses can be compared with those of runs on the original. Text number i draws the noise of sample number i in sample.py, and pairs
 are numbered by the length of x, then as they come; so neither --batch nor --device changes what is drawn.
 """
@@ -101,7 +101,7 @@ class Teacher:
             yield True, self.tokenizer.decode(x[:-1]), self.tokenizer.decode(y)
 
     def texts(self, data: dataloader.TokenData, count: int, prompt_tokens: int) -> Iterator[tuple[bool, str]]:
-        """(is it validation?, document): `count` prompts with what the run writes behind them, and validation as it is."""
+        """(is it validation?, document): `count` prompts with what the run writes after them, and validation as it is."""
         for sample in self.continuations(self.prompts(data, count, prompt_tokens)):
             text = utf8_part(sample.bytes)
             if not text:

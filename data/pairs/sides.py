@@ -1,6 +1,6 @@
 """
-A set of pairs (x, y) on disk: documents x SEPARATOR y with an end behind each, so that meta.json also says which token stands between
-and which behind, and how much of the validation side is y, the part that is predicted.
+A set of pairs (x, y) on disk: documents x SEPARATOR y with an end after each, so that meta.json also says which token stands between
+and which after, and how much of the validation side is y, the part that is predicted.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +29,7 @@ def write_pairs(
             if val:
                 target_bytes += len(tokenizers.to_utf8(y)) + 1
                 target_tokens += len(tokenizer.encode(y)) + 1
-            yield val, x, SEPARATOR, y  # apart: a byte-pair encoding may merge a tab with the word behind it
+            yield val, x, SEPARATOR, y  # apart: a byte-pair encoding may merge a tab with the word after it
 
     def add_to(meta: dict) -> None:
         meta |= {"kind": "pairs", "separator": tokenizer.encode(SEPARATOR)[0], "end": tokenizer.eos}
