@@ -337,6 +337,14 @@ def load_autoencoder(run: str | Path) -> Autoencoder:
     return model
 
 
+def has_codebooks(run: Path, codebook_hash: str) -> bool:
+    """Whether a run holds an autoencoder with the codebooks of that hash."""
+    try:
+        return load_autoencoder(run).codebook_hash() == codebook_hash
+    except ValueError:
+        return False
+
+
 def check_tokenizers(data_folder: Path, run: str | Path) -> None:
     """Raise ValueError unless a data set has the tokenizer of a run."""
     if read_json(data_folder / tokenizer.FILE_NAME) != read_json(Path(run) / tokenizer.FILE_NAME):

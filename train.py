@@ -189,10 +189,10 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     machine.barrier()
     autoencoder = None
     if hasattr(model_config, "autoencoder"):  # a model over the codes of a frozen one, which settles all sizes of text and codes
-        encoder_run = Path(model_config.autoencoder)
-        if config.resume and not (encoder_run / "config.json").exists() and (out / "autoencoder").is_dir():
-            encoder_run = out / "autoencoder"  # the run's copy
-            say(f"note: {model_config.autoencoder} is gone, {encoder_run} serves")
+        encoder_run, copy = Path(model_config.autoencoder), out / "autoencoder"
+        if config.resume and copy.is_dir() and not checkpoint.has_codebooks(encoder_run, model_config.codebook_hash):
+            encoder_run = copy
+            say(f"note: {model_config.autoencoder} is gone or has other codebooks by now: the run goes on with its own copy, {copy}")
         autoencoder = checkpoint.load_autoencoder(encoder_run)
         model_config = model_config.fitted_to(autoencoder, parsed.given)
     data = dataloader.open_data(dataloader.resolve(config.dataset), model_config.block_size)
