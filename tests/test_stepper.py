@@ -72,7 +72,7 @@ def test_logits_are_not_rounded_to_half_precision(name):
     """Guards the choice of tokens: in bfloat16 the two largest logits are often equal, and then rounding would choose."""
     model = make_model(name, {}, dtype=torch.float32)
     tokens = torch.randint(model.config.vocab_size, (model.config.block_size,))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         for logits in (*paths(model, tokens, 3), model(tokens[None])[0]):
             assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
 
