@@ -273,8 +273,11 @@ class Trainer:
         """
         config, machine = self.config, self.machine
         rate = learning_rate(config, self.step)
+        moving = []  # all parameters but those of a frozen backbone
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * (self.raw_model.backbone_rate(self.step) if group["backbone"] else 1.0)
+            share = self.raw_model.backbone_rate(self.step) if group["backbone"] else 1.0
+            group["lr"] = rate * share
+            moving += group["params"] if share > 0 else []
         with self.lanes.shared_threads():
             if config.micro_batch_size == "auto" and machine.world_size == 1:  # one of several cannot repeat a step alone
                 while (sums := self.if_it_fits(self.gradients, self.micro_batch_size)) is None:
@@ -284,8 +287,6 @@ class Trainer:
                 sums = self.gradients(self.micro_batch_size)
             if config.grad_clip > 0 or self.is_logged(self.step + 1):
                 self.scaler.unscale_(self.optimizer)
-                groups = [group for group in self.optimizer.param_groups if group["lr"] > 0 or rate == 0]  # not the frozen one
-                moving = [p for group in groups for p in group["params"]]
                 sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(moving, config.grad_clip or math.inf) / machine.world_size
             self.scaler.step(self.optimizer)
             self.scaler.update()
