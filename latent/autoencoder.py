@@ -5,7 +5,8 @@ name only). S tokens become one stack of D codes out of K, and the codes become 
     tokens -> causal trunk -> down -> Linear to Z -> refine -> norm -> D codes -> refine -> Linear to C -> up -> trunk -> logits
 
 1. Encoding is causal and aligned to blocks of S tokens: the codes of a prefix are those of the whole text on complete blocks,
-   or nothing that was trained on codes could continue a prompt.
+   or nothing that was trained on codes could continue a prompt. encoder_context=block keeps a latent to the tokens of its own
+   block, so that the same S tokens have the same codes wherever they stand.
 2. Decoding is causal by blocks: position t of block j sees all positions of the blocks up to j (in a trunk of Hugging Face, those
    up to t), so text can be written as its codes arrive. Nothing else needs a mask there: what stands after the end of a text is
    in later blocks.
@@ -42,6 +43,7 @@ class AutoencoderConfig:
     bias: bool = False  # biases in linear layers, convolutions and LayerNorms
     dropout: float = 0.0  # on embeddings, attention weights and residual branches, in training only
     position: Literal["learned", "rope"] = "rope"  # a table added to the input, or rotary keys and queries
+    encoder_context: Literal["prefix", "block"] = "prefix"  # what a latent may know: all tokens so far, or those of its block
     # codes: latent/quantize.py explains them
     latent_dim: int = 64  # width Z of a latent
     codebook_size: int = 512  # codes K of a level
@@ -76,6 +78,11 @@ class AutoencoderConfig:
         require(
             self.pretrained is None or self.position == "rope",
             f"position={self.position}: backbone={self.backbone} has positions of its own; leave position out",
+        )
+        require(
+            self.encoder_context == "prefix" or (self.position == "rope" and self.backbone is None),
+            f"encoder_context=block: position={self.position} and backbone={self.backbone} would tell a block more than its tokens; "
+            "set position to rope and backbone to none",
         )
         require(
             self.pretrained is not None or self.backbone_config is None,
@@ -142,7 +149,8 @@ class Autoencoder(CausalModel):
         self.wpe = nn.Embedding(config.block_size, C) if learned else None
         self.dropout = Dropout(config.dropout)
         self.encoder = nn.ModuleList(Block(*block) for _ in range(own_blocks * config.n_encoder_layer))
-        self.down = CausalDownsample(C, S, keep_partial=True, bias=config.bias)
+        kernel = 2 if config.encoder_context == "block" else 3
+        self.down = CausalDownsample(C, S, kernel, keep_partial=True, bias=config.bias)
         self.to_latent = nn.Linear(C, Z, bias=config.bias)
         self.refine_encoder = SwiGLU(Z, config.bias)
         self.ln_latent = nn.LayerNorm(Z, elementwise_affine=False)  # no gain: it would shrink to please the commitment loss
@@ -179,7 +187,12 @@ class Autoencoder(CausalModel):
         if self.config.freeze_codes and torch.is_autocast_enabled(idx.device.type):  # half precision would change the codes
             with torch.autocast(idx.device.type, enabled=False):
                 return self.compress(idx, mask)
-        positions, context = self.place(idx)
+        positions = own_block = None
+        if self.config.encoder_context == "block":
+            S, text = self.config.latent_factor, torch.arange(idx.size(1), device=idx.device)
+            positions = text % S
+            own_block = (text // S == (text // S)[:, None]) & (text <= text[:, None])  # (T, T)
+        positions, context = self.place(idx, positions=positions, mask=own_block)
         x = self.wte(idx)
         if self.trunk is not None:
             x = self.trunk(x)

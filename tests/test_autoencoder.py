@@ -27,6 +27,7 @@ OPTIONS = [
     {"position": "learned", "latent_factor": 2, "bias": True},
     {"latent_factor": 8, "codebook_kind": "simvq"},
     {"latent_factor": 1, "shared_codebook": True, "quantizer_gradient": "rotation"},
+    {"encoder_context": "block"},
 ]
 IDS = ["-".join(map(str, o.values())) or "default" for o in OPTIONS]
 
@@ -88,6 +89,26 @@ def test_codes_of_a_prefix_are_those_of_the_text(options):
         prefix = model.encode(idx[:, :length])
         assert prefix.shape[1] == math.ceil(length / S)
         assert torch.equal(prefix[:, : length // S], codes[:, : length // S])
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+@pytest.mark.parametrize("context", ["prefix", "block"])
+def test_what_a_latent_knows(context, factor):
+    """Guards encoder_context: one kernel or mask too wide, and the same tokens have other codes elsewhere; one too narrow, and
+    a latent misses a token of its block."""
+    model = make(encoder_context=context, latent_factor=factor)
+    idx = tokens(4, 16)
+    before = model.compress(idx, None)[0]
+    for position in range(16):
+        changed = idx.clone()
+        changed[:, position] = (changed[:, position] + 7) % 31
+        moved = (model.compress(changed, None)[0] != before).any(-1)  # (B, M)
+        own = position // factor
+        assert moved[:, own].all() and not moved[:, :own].any()
+        assert (moved[:, own + 1 :].all() if context == "prefix" else not moved[:, own + 1 :].any())
+    if context == "block":
+        shifted = model.compress(torch.cat((tokens(4, factor, seed=2), idx[:, :-factor]), 1), None)[0]
+        assert (shifted[:, 1:] - before[:, :-1]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=IDS)
@@ -553,6 +574,8 @@ def test_backbone_of_a_run(tiny_data, tmp_path, position):
         ({"quantize_after": -1}, "quantize_after=-1 must not be negative"),
         ({"freeze_backbone_iters": 5}, "there is none; set backbone"),
         ({"dropout": 1.0}, "dropout=1.0"),
+        ({"encoder_context": "block", "position": "learned"}, "encoder_context=block: position=learned"),
+        ({"encoder_context": "block", "backbone": "out/trunk"}, "backbone=out/trunk would tell a block more"),
     ],
 )
 def test_settings_that_cannot_work(options, message):
