@@ -17,15 +17,12 @@ number is chosen when a run starts, from torch's number of threads at that time,
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +36,11 @@ import generate
 import runtime
 import tokenizer
 from model import Block, DecoderBlock
+from recorder import Recorder
 from trainer import TrainConfig, Trainer, exact_pairs, learning_rate, whole_file
 
 # ----------------------------------------------------------------------------------------------------------------------
-# reporting
+# where a run is, and what it was given
 
 
 def run_dir(config: TrainConfig, config_file: Path | None) -> Path:
@@ -81,23 +79,6 @@ def settings_of_run(config_file: Path | None, file_values: dict, flags: dict) ->
     return {key: stored[key] for key in stored.keys() - COMMAND_ONLY if key in first or key not in file_values}
 
 
-def open_wandb(config: TrainConfig, settings: dict, out: Path, run_id: str | None):
-    """A Weights & Biases run. Raises ValueError where there can be none."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(f"wandb={config.wandb}, but wandb is not installed: pip install wandb, or leave --wandb=off") from None
-    name, new = config.wandb_run_name or out.name, not (out / "wandb").exists()
-    try:
-        return wandb.init(
-            project=config.wandb_project, name=name, config=settings, mode=config.wandb, dir=str(out), id=run_id, resume="allow"
-        )
-    except wandb.Error as error:  # not logged in, or no network
-        if new:
-            shutil.rmtree(out / "wandb", ignore_errors=True)
-        raise ValueError(f"wandb={config.wandb}: {error}; run `wandb login`, or use --wandb=offline") from None
-
-
 def git_commit() -> str:
     """Commit of the code, with + when it has uncommitted changes; "unknown" outside a git checkout."""
 
@@ -109,6 +90,59 @@ def git_commit() -> str:
         return git("rev-parse", "--short=10", "HEAD").strip() + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# from settings to a model with its data
+
+
+def check_warmup(config: TrainConfig, flags: set[str], say: Callable) -> None:
+    """Raise ValueError for a warm-up that would never end, unless somebody tries a few steps of a long run: they get those."""
+    if config.resume or not 0 < config.max_iters < config.warmup_iters:
+        return
+    if "warmup_iters" in flags or "max_iters" not in flags:
+        raise ValueError(
+            f"warmup_iters={config.warmup_iters} is beyond max_iters={config.max_iters}: the warm-up would never end; lower it"
+        )
+    say(f"note: max_iters={config.max_iters} ends the run inside its warm-up of {config.warmup_iters} steps")
+
+
+def find_autoencoder(config: TrainConfig, model_config, out: Path, say: Callable) -> Path | None:
+    """Run directory of the frozen autoencoder of a model over codes: the run's own copy where the original is no longer."""
+    if not hasattr(model_config, "autoencoder"):
+        return None
+    original, copy = Path(model_config.autoencoder), out / "autoencoder"
+    if config.resume and copy.is_dir() and not checkpoint.has_codebooks(original, model_config.codebook_hash):
+        say(f"note: {original} is gone or has other codebooks by now: the run goes on with its own copy, {copy}")
+        return copy
+    return original
+
+
+def open_data(config: TrainConfig, model_config, encoder_run: Path | None, given: dict) -> tuple[dataloader.TokenData, object]:
+    """The data set of a run, and its model's config with the sizes that the data and a backbone settle."""
+    data = dataloader.open_data(dataloader.resolve(config.dataset), model_config.block_size)
+    if encoder_run is not None:
+        checkpoint.check_tokenizers(data.folder, encoder_run)
+    elif "vocab_size" not in given:
+        model_config = dataclasses.replace(model_config, vocab_size=data.vocab_size)
+    if model_config.vocab_size < data.vocab_size:
+        raise ValueError(f"vocab_size={model_config.vocab_size} is too small for {config.dataset}: it needs {data.vocab_size}")
+    return data, checkpoint.fit_backbone(model_config, given)
+
+
+def build_model(config: TrainConfig, model_config, data: dataloader.TokenData) -> torch.nn.Module:
+    """The model as training begins with it, on the CPU: random weights, or those of init_from or of a backbone."""
+    runtime.seed_everything(config.seed)
+    model = checkpoint.build(config.model, model_config)
+    if config.resume:
+        return model  # its checkpoint brings all weights, those of a backbone among them
+    if config.init_from:
+        checkpoint.init_from(model, Path(config.init_from))
+        if Path(config.init_from).suffix != ".pt":
+            checkpoint.check_tokenizers(data.folder, config.init_from)
+    elif getattr(model_config, "backbone", None):
+        checkpoint.load_backbone(model, model_config)
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,7 +182,7 @@ def make_sampler(config: TrainConfig, model: torch.nn.Module, data: dataloader.T
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the loop
+# the whole of it
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -174,47 +208,24 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: configurator.Settings, out: Path) -> dict:
+    """One run, from its settings to its summary."""
     say = print if machine.is_main else (lambda *args, **kwargs: None)
     say(machine.reasons)
-    if 0 < config.max_iters < config.warmup_iters and not config.resume:
-        if "warmup_iters" in parsed.flags or "max_iters" not in parsed.flags:
-            raise ValueError(
-                f"warmup_iters={config.warmup_iters} is beyond max_iters={config.max_iters}: the warm-up would never end; lower it"
-            )
-        # somebody tries a few steps of a long run: that is what they get
-        say(f"note: max_iters={config.max_iters} ends the run inside its warm-up of {config.warmup_iters} steps")
+    check_warmup(config, parsed.flags, say)
     commit = git_commit()  # now: by the end of a long run the checkout may have moved on
     if machine.is_main:
         dataloader.prepare_if_missing(config.dataset)
     machine.barrier()
-    autoencoder = None
-    if hasattr(model_config, "autoencoder"):  # a model over the codes of a frozen one, which settles all sizes of text and codes
-        encoder_run, copy = Path(model_config.autoencoder), out / "autoencoder"
-        if config.resume and copy.is_dir() and not checkpoint.has_codebooks(encoder_run, model_config.codebook_hash):
-            encoder_run = copy
-            say(f"note: {model_config.autoencoder} is gone or has other codebooks by now: the run goes on with its own copy, {copy}")
+
+    encoder_run, autoencoder = find_autoencoder(config, model_config, out, say), None
+    if encoder_run is not None:  # it settles all sizes of text and codes
         autoencoder = checkpoint.load_autoencoder(encoder_run)
         model_config = model_config.fitted_to(autoencoder, parsed.given)
-    data = dataloader.open_data(dataloader.resolve(config.dataset), model_config.block_size)
-    if autoencoder is not None:
-        checkpoint.check_tokenizers(data.folder, encoder_run)
-    elif "vocab_size" not in parsed.given:
-        model_config = dataclasses.replace(model_config, vocab_size=data.vocab_size)
-    if model_config.vocab_size < data.vocab_size:
-        raise ValueError(f"vocab_size={model_config.vocab_size} is too small for {config.dataset}: it needs {data.vocab_size}")
-    model_config = checkpoint.fit_backbone(model_config, parsed.given)
+    data, model_config = open_data(config, model_config, encoder_run, parsed.given)
     config = dataclasses.replace(config, out_dir=str(out))
     if machine.is_main:
         configurator.print_differences(config, model_config)
-
-    runtime.seed_everything(config.seed)
-    model = checkpoint.build(config.model, model_config)
-    if config.init_from and not config.resume:  # both bring all weights, those of a backbone among them
-        checkpoint.init_from(model, Path(config.init_from))
-        if Path(config.init_from).suffix != ".pt":
-            checkpoint.check_tokenizers(data.folder, config.init_from)
-    if getattr(model_config, "backbone", None) and not (config.init_from or config.resume):
-        checkpoint.load_backbone(model, model_config)
+    model = build_model(config, model_config, data)
     check_inputs(config, model, data, out)
     write_sample = make_sampler(config, model, data)
     model.to(device=machine.device, dtype=machine.weight_dtype)
@@ -222,180 +233,165 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         model.attach(autoencoder)
     if config.activation_checkpointing:
         runtime.checkpoint_activations(model, (Block, DecoderBlock))
-    trainer = Trainer(config, model, data, machine)
+
     flags = (parsed.flags | (checkpoint.first_flags(out) if config.resume else set())) - COMMAND_ONLY
     settings = {"train": configurator.to_dict(config), "model": configurator.to_dict(model_config), "flags": sorted(flags)}
     if isinstance(data, dataloader.PairData):
         settings["separator"] = data.separator  # sample.py has no other way to know that a prompt is a question
-    # `seconds` is everything since the start, `train_seconds` only the updates; both go on in a resumed run
-    state = {"best_val_loss": None, "best_step": 0, "evaluated": None, "seconds": 0.0, "train_seconds": 0.0, "wandb_id": None}
-    state |= {"data_hash": data.both_hash, "micro_batch_size": None, "lanes": 1, "decay_ends": []}
-    resumed = checkpoint.read_run(settings, data.both_hash, out) if config.resume else None
-    machine.barrier()  # everybody has read before anybody writes
-    if machine.is_main and not resumed:
-        checkpoint.check_free(out, config.overwrite)
-    if hasattr(model, "training_data"):  # may take long, so that it comes before there is a run to resume
-        trainer.train_data = model.training_data(data, encoder_run / "codes")
-    wandb_run = None
-    if machine.is_main and config.wandb != "off":  # before anything is deleted: it may fail
-        wandb_run = open_wandb(config, settings, out, (resumed or {}).get("wandb_id"))
-    if resumed:
-        folder = checkpoint.find(out, "last")
-        checkpoint.load_weights(model, folder)
-        checkpoint.load_optimizer(model, trainer.optimizer, folder)
-        trainer.scaler.load_state_dict(resumed["scaler"])
-        if machine.is_main:  # only now: nothing was wrong with the checkpoint
-            checkpoint.write_json(out / "config.json", settings)
-            checkpoint.end_last_line(out / "metrics.jsonl")
-            if not (out / tokenizer.FILE_NAME).exists():
-                shutil.copyfile(data.folder / tokenizer.FILE_NAME, out / tokenizer.FILE_NAME)
-        trainer.step = resumed["step"]
-        state = {key: resumed.get(key, value) for key, value in state.items()}  # older runs have not all of them
-        if config.lanes is None and not trainer.no_lanes_because():  # whatever the number of threads is now
-            trainer.lanes = runtime.Lanes(state["lanes"])
-        say(f"resuming {out} at step {trainer.step}")
-    elif machine.is_main:
-        checkpoint.start_run(settings, data.folder, out)
-        if autoencoder is not None:
-            checkpoint.copy_autoencoder(encoder_run, out)
-
-    state["lanes"] = trainer.lanes.count
-    if config.micro_batch_size == "auto":
-        if state["micro_batch_size"] is not None:  # what the run found before it was stopped: then it goes on bit for bit
-            trainer.micro_batch_size = state["micro_batch_size"]
-        elif machine.device.type == "cuda":
-            trainer.find_micro_batch_size()
-        say(f"micro_batch_size=auto: {trainer.micro_batch_size} of the {trainer.sequences} sequences of a step at once")
-    tokens_per_step = trainer.sequences * model_config.block_size  # of pairs padding counts: it is computed, too
+    trainer = Trainer(config, model, data, machine)
+    record = Recorder(trainer, out, say)
+    record.begin(settings, encoder_run)
+    lanes = trainer.lanes.count
     say(
         f"{config.model}: {model.get_num_params():,} parameters, {model.flops_per_token() / 1e6:.1f} MFLOP per token; "
-        f"{config.dataset}: {len(data.train):,} training and {len(data.val):,} validation tokens; {tokens_per_step:,} tokens a step"
-        f"{', padding included' if isinstance(data, dataloader.PairData) else ''}"
-        f"{f', in {trainer.lanes.count} lanes' if trainer.lanes.count > 1 else ''}"
+        f"{config.dataset}: {len(data.train):,} training and {len(data.val):,} validation tokens; "
+        f"{record.tokens_per_step:,} tokens a step{', padding included' if isinstance(data, dataloader.PairData) else ''}"
+        f"{f', in {lanes} lanes' if lanes > 1 else ''}"
     )
-    state["wandb_id"] = wandb_run.id if wandb_run else None
+    estimates = loop(trainer, record, write_sample)
 
-    def log(record: dict) -> None:
-        if machine.is_main:
-            with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({key: value if is_finite(value) else None for key, value in record.items()}) + "\n")
-            if wandb_run:
-                kind = record["kind"]
-                wandb_run.log(
-                    {f"{kind}/{key}": value for key, value in record.items() if key not in ("kind", "step")}, record["step"]
-                )
+    record.lap(training=False)
+    say(f"evaluating on {'the whole validation file' if config.final_eval_tokens is None else 'part of the validation file'}")
+    summary = {"run": out.name, "commit": commit, **summarize(trainer, record.state, estimates or trainer.estimates())}
+    record.finish(summary)
+    if "exact_pairs" in summary:
+        say(f"{summary['exact_pairs']:.2%} of {summary['pairs']:,} unseen pairs answered exactly")
+    found = f"{summary['token_accuracy']:.2%} right" if model.reconstructs else f"{summary['val_bits_per_byte']:.4f} bits per byte"
+    say(
+        f"done: validation {name_of_loss(model)} {summary['val_loss']:.4f} nats per token, {found} over {summary['val_tokens']:,} "
+        f"tokens; {runtime.duration(record.state['seconds'])}; {out}/summary.json"
+    )
+    return summary
 
-    def save_last() -> None:
-        if machine.is_main:
-            if config.micro_batch_size == "auto":
-                state["micro_batch_size"] = trainer.micro_batch_size
-            trainer_state = {"step": trainer.step, "scaler": trainer.scaler.state_dict(), **state}
-            checkpoint.save(out / "last", model, trainer.optimizer, trainer_state)
 
-    what = "reconstruction loss" if model.reconstructs else "loss"
+# ----------------------------------------------------------------------------------------------------------------------
+# the loop
 
-    def evaluate() -> dict:
-        """Estimate both losses, log, keep the checkpoints. Returns the estimates."""
-        record = {"step": trainer.step, "tokens": trainer.step * tokens_per_step, "kind": "eval", **trainer.estimates()}
-        stop_if_not_finite(record["val_loss"], trainer.step, out)
-        if trainer.step > 0:  # of an untrained model there is nothing to say
-            record |= trainer.measure(trainer.eval_batches("val"))
-        accuracy = f", accuracy {record['token_accuracy']:.2%}" if "token_accuracy" in record else ""
-        say(f"step {trainer.step}: train {what} {record['train_loss']:.4f}, val {what} {record['val_loss']:.4f}{accuracy}")
-        log(record)
-        if write_sample and machine.is_main:
-            say(f"sample: {write_sample()!r}")
-        state["evaluated"] = trainer.step
-        if state["best_val_loss"] is None or record["val_loss"] < state["best_val_loss"]:
-            state.update(best_val_loss=record["val_loss"], best_step=trainer.step)
-            if machine.is_main:
-                checkpoint.save(out / "best", model, None, {"step": trainer.step, **state})
-        save_last()
-        return record
 
-    clock = time.perf_counter()
-
-    def lap(training: bool) -> None:
-        """Add the time since the last lap to the seconds of the run and, after training, to those of that."""
-        nonlocal clock
-        before, clock = clock, time.perf_counter()
-        state["seconds"] += clock - before
-        state["train_seconds"] += (clock - before) * training
-
-    estimates, rate_tokens, logged_at = None, 0, state["train_seconds"]  # the last two for tokens/s, the speed of training alone
+def loop(trainer: Trainer, record: Recorder, write_sample: Callable[[], str] | None) -> dict | None:
+    """
+    Train until max_iters, or until patience has had enough. Returns the estimates of the last evaluation, None where a resumed
+    run had made it already. Raises KeyboardInterrupt, after saving, when the run is told to stop.
+    """
+    config, machine, state, say = trainer.config, trainer.machine, record.state, record.say
+    estimates, tokens, logged_at = None, 0, state["train_seconds"]  # the last two for tokens/s, the speed of training alone
     ask_every = 1  # steps: in how many one of several processes looks whether another has been interrupted
     with interruptible() as interrupted:
         while True:
             due = trainer.step % config.eval_interval == 0 or trainer.step >= config.max_iters
             if due and state["evaluated"] != trainer.step:
                 machine.wait()
-                lap(training=True)
-                estimates = evaluate()
-                lap(training=False)
+                record.lap(training=True)
+                estimates = evaluate(trainer, record, write_sample)
+                record.lap(training=False)
             if trainer.step >= config.max_iters:
-                break
+                return estimates
             stalled = config.patience and trainer.step - state["best_step"] >= config.patience * config.eval_interval
             if stalled and state["evaluated"] == trainer.step:  # and saved
                 say(f"patience={config.patience}: no val loss is lower than that of step {state['best_step']}")
-                break
+                return estimates
             # All processes have to stop at the same step. They ask each other only every few seconds, because all wait for the answer,
             # and that often, because torchrun kills them half a minute after a signal.
             asked = trainer.step % ask_every == 0
             if asked and machine.in_any_process(bool(interrupted)):
-                if not all(p.isfinite().all() for p in model.parameters()):
-                    stop_if_not_finite(math.nan, trainer.step, out)
-                lap(training=True)
-                save_last()
-                machine.barrier()  # half a minute after one process has left torchrun ends the others, writing or not
-                say(f"stopped at step {trainer.step}; {out}/last is saved: --resume --out_dir={shlex.quote(str(out))} goes on")
-                raise KeyboardInterrupt
-            if state["decay_ends"][-1:] != [config.decay_end]:
-                if state["decay_ends"]:
-                    say(
-                        f"note: the learning rate decays until step {config.decay_end} from now on, until here it was "
-                        f"{state['decay_ends'][-1]}: not the run that it would have been in one piece; give --lr_decay_iters from "
-                        "the start to go on later"
-                    )
-                state["decay_ends"].append(config.decay_end)
+                stop(trainer, record)
+            record.note_decay()
             sums = trainer.update()
-            rate_tokens += tokens_per_step
+            tokens += record.tokens_per_step
             if trainer.is_logged(trainer.step):
                 values = {name: machine.sum_over_processes(value).item() for name, value in sums.items()}  # waits for the device
-                stop_if_not_finite(values["total"], trainer.step, out)
-                lap(training=True)
-                speed = rate_tokens / (state["train_seconds"] - logged_at)
-                logged_at, rate_tokens = state["train_seconds"], 0
+                stop_if_not_finite(values["total"], trainer.step, record.out)
+                record.lap(training=True)
+                speed = tokens / (state["train_seconds"] - logged_at)
+                logged_at, tokens = state["train_seconds"], 0
                 if machine.world_size > 1:
                     speeds = machine.sum_over_processes(torch.tensor(speed)).item() / machine.world_size  # the same for all of them
-                    ask_every = max(1, min(config.log_interval, int(5 * speeds / tokens_per_step)))
-                rate = learning_rate(config, trainer.step - 1)
-                left = (config.max_iters - trainer.step) * tokens_per_step / speed
-                named = {"loss": values.pop("total"), **{k if k == "grad_norm" else f"{k}_loss": v for k, v in values.items()}}
-                shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in named.items() if key != "token_loss")
-                say(
-                    f"step {trainer.step}/{config.max_iters}: {shown}, lr {rate:.2e}, {speed:,.0f} tokens/s, "
-                    f"{runtime.duration(state['seconds'])} gone, {runtime.duration(left)} to go",
-                    flush=True,
-                )
-                log({"step": trainer.step, "tokens": trainer.step * tokens_per_step, "kind": "train", **named, "lr": rate,
-                     "tokens_per_second": speed, "seconds": state["seconds"]})  # fmt: skip
+                    ask_every = max(1, min(config.log_interval, int(5 * speeds / record.tokens_per_step)))
+                report(values, speed, config, record)
 
-    lap(training=False)
-    say(f"evaluating on {'the whole validation file' if config.final_eval_tokens is None else 'part of the validation file'}")
-    summary = {"run": out.name, "commit": commit, **summarize(trainer, state, estimates or trainer.estimates())}
-    if machine.is_main:
-        checkpoint.write_json(out / "summary.json", summary)
-    if wandb_run:
-        wandb_run.summary.update(summary)
-        wandb_run.finish()
-    if "exact_pairs" in summary:
-        say(f"{summary['exact_pairs']:.2%} of {summary['pairs']:,} unseen pairs answered exactly")
-    found = f"{summary['token_accuracy']:.2%} right" if model.reconstructs else f"{summary['val_bits_per_byte']:.4f} bits per byte"
-    say(
-        f"done: validation {what} {summary['val_loss']:.4f} nats per token, {found} over {summary['val_tokens']:,} tokens; "
-        f"{runtime.duration(state['seconds'])}; {out}/summary.json"
+
+def evaluate(trainer: Trainer, record: Recorder, write_sample: Callable[[], str] | None) -> dict:
+    """Estimate both losses, log them, keep the checkpoints. Returns the estimates."""
+    found, step, what = trainer.estimates(), trainer.step, name_of_loss(trainer.raw_model)
+    stop_if_not_finite(found["val_loss"], step, record.out)
+    if step > 0:  # of an untrained model there is nothing to say
+        found |= trainer.measure(trainer.eval_batches("val"))
+    accuracy = f", accuracy {found['token_accuracy']:.2%}" if "token_accuracy" in found else ""
+    record.say(f"step {step}: train {what} {found['train_loss']:.4f}, val {what} {found['val_loss']:.4f}{accuracy}")
+    record.log("eval", found)
+    if write_sample and trainer.machine.is_main:
+        record.say(f"sample: {write_sample()!r}")
+    record.save(found["val_loss"])
+    return found
+
+
+def report(values: dict[str, float], speed: float, config: TrainConfig, record: Recorder) -> None:
+    """Print and log what a step gave: its losses, `total` among them, and the tokens/s since the step reported before."""
+    step = record.trainer.step
+    rate, left = learning_rate(config, step - 1), (config.max_iters - step) * record.tokens_per_step / speed
+    named = {"loss": values["total"]}
+    named |= {name if name == "grad_norm" else f"{name}_loss": value for name, value in values.items() if name != "total"}
+    shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in named.items() if key != "token_loss")
+    record.say(
+        f"step {step}/{config.max_iters}: {shown}, lr {rate:.2e}, {speed:,.0f} tokens/s, "
+        f"{runtime.duration(record.state['seconds'])} gone, {runtime.duration(left)} to go",
+        flush=True,
     )
-    return summary
+    record.log("train", {**named, "lr": rate, "tokens_per_second": speed, "seconds": record.state["seconds"]})
+
+
+def stop(trainer: Trainer, record: Recorder) -> None:
+    """Save, and raise KeyboardInterrupt."""
+    if not all(p.isfinite().all() for p in trainer.raw_model.parameters()):
+        stop_if_not_finite(math.nan, trainer.step, record.out)
+    record.lap(training=True)
+    record.save_last()
+    trainer.machine.barrier()  # half a minute after one process has left torchrun ends the others, writing or not
+    out = record.out
+    record.say(f"stopped at step {trainer.step}; {out}/last is saved: --resume --out_dir={shlex.quote(str(out))} goes on")
+    raise KeyboardInterrupt
+
+
+def name_of_loss(model: torch.nn.Module) -> str:
+    return "reconstruction loss" if model.reconstructs else "loss"
+
+
+@contextlib.contextmanager
+def interruptible():
+    """
+    Inside, Ctrl-C and SIGTERM (a cluster's warning) do not stop the program between two halves of an update, but append to
+    the yielded list, which is to be looked at between steps. A second Ctrl-C stops at once (lanes when they have computed their
+    gradients); a second SIGTERM does not: a cluster and torchrun may both send one.
+    """
+    received: list[int] = []
+
+    def remember(number: int, frame) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield received
+        return
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_if_not_finite(loss: float, step: int, out: Path) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss became {loss} at step {step}; "
+            + (f"{out}/last holds the last good checkpoint; " if (out / "last").is_dir() else "")
+            + "try a lower learning_rate, grad_clip=1.0, or another dtype"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the summary
 
 
 def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
@@ -436,45 +432,6 @@ def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
         with machine.autocast():
             summary["exact_pairs"], summary["pairs"] = exact_pairs(model, data)
     return summary
-
-
-@contextlib.contextmanager
-def interruptible():
-    """
-    Inside, Ctrl-C and SIGTERM (a cluster's warning) do not stop the program between two halves of an update, but append to
-    the yielded list, which is to be looked at between steps. A second Ctrl-C stops at once (lanes when they have computed their
-    gradients); a second SIGTERM does not: a cluster and torchrun may both send one.
-    """
-    received: list[int] = []
-
-    def remember(number: int, frame) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield received
-        return
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def is_finite(value: object) -> bool:
-    """False for the numbers that JSON does not know: the norm of a float16 gradient that overflowed."""
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def stop_if_not_finite(loss: float, step: int, out: Path) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss became {loss} at step {step}; "
-            + (f"{out}/last holds the last good checkpoint; " if (out / "last").is_dir() else "")
-            + "try a lower learning_rate, grad_clip=1.0, or another dtype"
-        )
 
 
 def device_name(machine: runtime.Runtime) -> str:

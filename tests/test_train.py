@@ -22,6 +22,7 @@ import checkpoint
 import configurator
 import dataloader
 import generate
+import recorder
 import runtime
 import sample
 import tokenizer
@@ -694,7 +695,7 @@ def test_evaluations_do_not_slow_down_the_log(tiny_data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "update", taking(2.0, update))
     monkeypatch.setattr(Trainer, "estimates", taking(1000.0, estimates))
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(recorder, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     summary = run(tiny_data, tmp_path / "run")
     assert {record["tokens_per_second"] for record in records(tmp_path / "run", "train")} == {4 * 32 / 2.0}
     assert summary["tokens_per_second"] == 4 * 32 / 2.0 and summary["seconds"] == 6 * 2.0 + 3 * 1000.0
