@@ -148,6 +148,17 @@ def read_prompt(word: str) -> str:
     return word
 
 
+def encode_prompt(written: str, text: tokenizer.Tokenizer, separator: int | None) -> tuple[str, list[int]]:
+    """The prompt as it is printed and its tokens; `separator` ends the question of a model of pairs. Raises ValueError without any."""
+    prompt = text.encode(written)
+    if separator is not None and separator not in prompt:
+        written = written.rstrip("\n")
+        return written + text.decode([separator]), [*text.encode(written), separator]
+    if prompt or text.eos is not None:
+        return written, prompt or [text.eos]
+    raise ValueError("the prompt is empty, and this tokenizer has no end-of-document token to begin with; give a prompt")
+
+
 def look_ahead(
     model: torch.nn.Module, sample: generate.Continuation, config: SampleConfig, how: generate.Sampling, counts: dict
 ) -> Iterator[None]:
@@ -166,13 +177,13 @@ def look_ahead(
     }  # fmt: skip
 
 
-def first_difference(samples: list[generate.Continuation], others: list[generate.Continuation]) -> tuple[int, int]:
-    """Number of the first sample that is another text, and of the first of its tokens that is, both from 0."""
-    for number, (one, other) in enumerate(zip(samples, others)):
+def first_difference(samples: list[generate.Continuation], others: list[generate.Continuation]) -> tuple[int, int] | None:
+    """Number of the first sample that is another text, and of the first of its tokens that is, both from 0; None if all are the same."""
+    for number, (one, other) in enumerate(zip(samples, others, strict=True)):
         if (one.output, one.reason) != (other.output, other.reason):
             pairs = itertools.zip_longest(one.output, other.output)
             return number, next((place for place, (a, b) in enumerate(pairs) if a != b), len(one.output))
-    raise AssertionError("they are the same")
+    return None
 
 
 @torch.no_grad()
@@ -204,17 +215,8 @@ def main(argv: list[str] | None = None) -> list[str]:
     if config.int8 and (isinstance(how, generate.BlockSampling) or not stepper.can_step(model)):
         raise ValueError("int8=true is for encoder-decoders and decoder-only models, without window and latents, on a CPU")
 
-    written = read_prompt(config.prompt)
-    prompt = text.encode(written)
-    if not prompt:
-        if text.eos is None:
-            raise ValueError(
-                "the prompt is empty, and this tokenizer has no end-of-document token to begin with; give a prompt"
-            )
-        prompt = [text.eos]
     separator = checkpoint.read_json(Path(run) / "config.json").get("separator")
-    if separator is not None and separator not in prompt:  # a model of pairs: the prompt is a question
-        prompt, written = [*text.encode(written.rstrip("\n")), separator], written.rstrip("\n") + text.decode([separator])
+    written, prompt = encode_prompt(read_prompt(config.prompt), text, separator)
     if separator is not None and hasattr(model, "bottleneck") and separator in prompt[:-1]:
         raise ValueError("the prompt goes on behind the end of its question, but a latent transformer answers whole questions only")
     if model.reconstructs:
@@ -266,21 +268,16 @@ def main(argv: list[str] | None = None) -> list[str]:
         others = start()
         others_cache = not config.cache or config.lookahead is not None or config.compile
         seconds = timed(generate.sample_together(model, others, how, others_cache))
-        same = [(sample.output, sample.reason) for sample in samples] == [(other.output, other.reason) for other in others]
-        report |= {"same": same, "plain_tokens_per_second": sum(len(other.output) for other in others) / seconds}
-        path = "plain cached" if others_cache else "uncached"
-        speed = f"{report['plain_tokens_per_second']:.1f} tokens/s"
-        if same:
-            found = "the same text"
-        else:
-            number, place = first_difference(samples, others)
-            found = f"ANOTHER text, sample {number} from its token {place} on"
-            if machine.dtype in (torch.bfloat16, torch.float16):
-                found += f" ({machine.dtype} rounds by how many tokens are computed together; is it so with --dtype=float32?)"
-        print(f"check: the {path} path gives {found}, at {speed}", file=sys.stderr)
+        differs = first_difference(samples, others)
+        speed = sum(len(other.output) for other in others) / seconds
+        report |= {"same": differs is None, "plain_tokens_per_second": speed}
+        found = "the same text" if differs is None else "ANOTHER text, sample {} from its token {} on".format(*differs)
+        if differs and machine.dtype in (torch.bfloat16, torch.float16):
+            found += f" ({machine.dtype} rounds by how many tokens are computed together; is it so with --dtype=float32?)"
+        print(f"check: the {'plain cached' if others_cache else 'uncached'} path gives {found}, at {speed:.1f} tokens/s", file=sys.stderr)
     if config.json:
         print(json.dumps(report))
-    if config.check and not same:
+    if config.check and differs:
         raise SystemExit(1)
     return [sample.text for sample in samples]
 
