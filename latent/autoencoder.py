@@ -80,11 +80,6 @@ class AutoencoderConfig:
             f"position={self.position}: backbone={self.backbone} has positions of its own; leave position out",
         )
         require(
-            self.encoder_context == "prefix" or (self.position == "rope" and self.backbone is None),
-            f"encoder_context=block: position={self.position} and backbone={self.backbone} would tell a block more than its tokens; "
-            "set position to rope and backbone to none",
-        )
-        require(
             self.pretrained is not None or self.backbone_config is None,
             "backbone_config belongs to backbone=hf:...; leave it out",
         )
@@ -180,19 +175,19 @@ class Autoencoder(CausalModel):
         idle = sum((1 - share) * p.numel() for module, share in shares for p in module.parameters())
         again = 0 if self.trunk is None else self.trunk.flops_again(config.block_size)
         lookup = 2 * config.codebook_levels * config.codebook_size * config.latent_dim / S
-        return round(super().flops_per_token() - 6 * idle + again + lookup)
+        unseen = (config.block_size - S) * config.n_encoder_layer if config.encoder_context == "block" else 0  # keys
+        return round(super().flops_per_token() - 6 * idle - 12 * config.n_embd * unseen + again + lookup)
 
     def compress(self, idx: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens idx (B, T), mask (B, T) True = real, all of them in front -> latents (B, M, Z) and which are real (B, M)."""
         if self.config.freeze_codes and torch.is_autocast_enabled(idx.device.type):  # half precision would change the codes
             with torch.autocast(idx.device.type, enabled=False):
                 return self.compress(idx, mask)
-        positions = own_block = None
-        if self.config.encoder_context == "block":
-            S, text = self.config.latent_factor, torch.arange(idx.size(1), device=idx.device)
-            positions = text % S
-            own_block = (text // S == (text // S)[:, None]) & (text <= text[:, None])  # (T, T)
-        positions, context = self.place(idx, positions=positions, mask=own_block)
+        (B, T), S = idx.shape, self.config.latent_factor
+        if self.config.encoder_context == "block":  # every block is a text of its own: (B, T) -> (B M, S)
+            mask = torch.ones_like(idx, dtype=torch.bool) if mask is None else mask
+            idx, mask = (F.pad(given, (0, -T % S)).reshape(-1, S) for given in (idx, mask))
+        positions, context = self.place(idx)
         x = self.wte(idx)
         if self.trunk is not None:
             x = self.trunk(x)
@@ -201,7 +196,8 @@ class Autoencoder(CausalModel):
             for block in self.encoder:
                 x = block(x, context)
         x, mask = self.down(x, mask)
-        return self.ln_latent(self.refine_encoder(self.to_latent(x))), mask
+        z = self.ln_latent(self.refine_encoder(self.to_latent(x)))
+        return z.unflatten(0, (B, -1)).flatten(1, 2), None if mask is None else mask.reshape(B, -1)  # (B M, 1, Z) -> (B, M, Z)
 
     def expand(self, z: torch.Tensor, cache: Cache | PretrainedCache | None = None) -> torch.Tensor:
         """Quantized latents z (B, M, Z), of the blocks after those in the cache -> states (B, M S, C) for the output layer."""
