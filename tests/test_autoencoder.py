@@ -17,6 +17,7 @@ import compare
 import sample
 import train
 from conftest import ROOT, write_tokens
+from dev import codes
 from latent.autoencoder import Autoencoder, AutoencoderConfig
 
 TINY = dict(vocab_size=31, block_size=16, latent_factor=4, n_encoder_layer=2, n_decoder_layer=2, n_head=2, n_embd=12,
@@ -453,6 +454,17 @@ def test_learns_a_text_by_heart(by_heart, capsys):
         sample.main([str(out), "--device=cpu", "--check", "--json"])
     with pytest.raises(ValueError, match="run is an autoencoder"):
         compare.main([str(out), "--plot=none"])
+
+
+def test_codes_that_see_their_block_only_are_settled(tiny_data, tmp_path, capsys):
+    """Guards encoder_context through the scripts, and dev/codes.py: whatever the codes, their blocks settle them, or do not."""
+    for context in ("prefix", "block"):
+        run(tiny_data, tmp_path / context, f"--encoder_context={context}", "--learning_rate=1e-2")
+        found = codes.main([str(tmp_path / context)])[str(tmp_path / context)]
+        assert (found["repeated"] == 1.0) == (context == "block")
+        assert f"{found['repeated']:.2%} of repeated blocks" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="model=decoder_only; codes are those of an autoencoder"):
+        codes.main([str(ROOT / "results" / "models" / "baseline")])
 
 
 def test_loaded_run_has_the_same_codes(by_heart):

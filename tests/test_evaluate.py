@@ -15,7 +15,7 @@ import evaluate
 import runtime
 import train
 from conftest import write_tokens
-from dev import embeddings
+from dev import codes, embeddings
 from trainer import summed_loss, whole_file
 
 
@@ -174,6 +174,19 @@ def test_embeddings_of_known_tables(finished, monkeypatch):
     found = embeddings.measure(finished)
     assert found["overlap"] == pytest.approx(0, abs=1e-12) and found["tokens_common"] == pytest.approx(1, abs=1e-3)
     assert found["tokens_rank"] == pytest.approx(C - 2)
+
+
+def test_codes_of_known_tables():
+    """Guards the definitions at the top of dev/codes.py: a code that its block does not settle counts, a rare block does not."""
+    often, rare, once = (1, 2), (3, 4), (5, 6)
+    blocks = [often] * 40 + [rare] * 4 + [once]
+    stacks = [(7, 0)] * 20 + [(7, 1)] * 10 + [(8, 1)] * 10 + [(9, 0)] * 3 + [(9, 1)] + [(0, 0)]
+    found = codes.settled(blocks, stacks)
+    assert found["repeated"] == pytest.approx((20 + 3) / 44)
+    of_level = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))  # 30 of (7, .), 10 of (8, .)
+    assert found["unsettled"] == pytest.approx([of_level, 1.5])  # 1.5 = 1/2 * 1 + 2 * 1/4 * 2
+    found = codes.settled([often] * 40, [(7, 0)] * 40)
+    assert found == {"repeated": 1.0, "unsettled": [0.0, 0.0]}
 
 
 def test_embeddings_of_a_run(finished, tmp_path, capsys):

@@ -26,7 +26,8 @@ MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): 
            for folder in (".", "baseline_transformer", "benchmarks", "latent", "data", "data/*", "dev")
            for path in ROOT.glob(f"{folder}/*.py")}  # fmt: skip
 LOW = {"model", "kernels", "configurator", "curves", "dataloader", "runtime", "tokenizer", "latent.resample", "latent.quantize"}
-SCRIPTS = {"train", "sample", "compare", "evaluate", "bench", "dev.embeddings"} | {name for name in MODULES if name.endswith(".prepare")}
+SCRIPTS = {"train", "sample", "compare", "evaluate", "bench"}
+SCRIPTS |= {name for name in MODULES if name.startswith("dev.") or name.endswith(".prepare")}
 
 
 def imports(path: Path, nodes=ast.walk) -> set[str]:
