@@ -163,13 +163,16 @@ def end_last_line(path: Path) -> None:
 
 def read_run(settings: dict, data_hash: str, out: Path) -> dict:
     """The trainer state to resume from. Raises FileNotFoundError where there is none, ValueError if the run is another one."""
-    old = read_json(out / "config.json")
+    old, (_, _, model_config) = read_json(out / "config.json"), read_config(out)
     needed = ("step", "scaler", "data_hash", "best_val_loss", "seconds", "train_seconds")
     trainer = read_trainer(find(out, "last"), needed, "start the run again")
     changed = [
         f"{key}={new.get(key)!r} (was {before.get(key)!r})"
-        for before, new, free in ((old["train"], settings["train"], FREE_ON_RESUME), (old["model"], settings["model"], set()))
-        for key in sorted(before.keys() & new.keys())  # one that older runs have not had has its default
+        for before, new, free in (
+            (old["train"], settings["train"], FREE_ON_RESUME),
+            (configurator.to_dict(model_config), settings["model"], set()),
+        )
+        for key in sorted(before.keys() & new.keys())  # a model's that older runs have not had has its default
         if key not in free and before.get(key) != new.get(key)
     ]
     if changed:

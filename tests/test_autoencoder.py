@@ -492,6 +492,17 @@ def test_resume_equals_an_unbroken_run(tiny_data, tmp_path):
         assert summaries[0][key] == summaries[1][key]
 
 
+def test_a_setting_that_an_older_run_has_not_had(tiny_data, tmp_path):
+    """Guards resuming a run from before encoder_context with a config file that has since been given it: one line, not shapes."""
+    run(tiny_data, tmp_path, "--max_iters=2")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["model"]["encoder_context"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"encoder_context='block' \(was 'prefix'\); resume with"):
+        run(tiny_data, tmp_path, "--max_iters=3", "--resume", "--encoder_context=block")
+    assert run(tiny_data, tmp_path, "--max_iters=3", "--resume")["steps"] == 3
+
+
 def test_a_run_without_k_means_says_so(tiny_data, tmp_path):
     """Guards against accuracies that are those of random codebooks: a run that ends before its codebooks are made of data."""
     with pytest.warns(UserWarning, match="the codebooks were never made of data"):
