@@ -163,13 +163,13 @@ def end_last_line(path: Path) -> None:
 
 def read_run(settings: dict, data_hash: str, out: Path) -> dict:
     """The trainer state to resume from. Raises FileNotFoundError where there is none, ValueError if the run is another one."""
-    old, (_, _, model_config) = read_json(out / "config.json"), read_config(out)
+    was, _, model_config = read_config(out)
     needed = ("step", "scaler", "data_hash", "best_val_loss", "seconds", "train_seconds")
     trainer = read_trainer(find(out, "last"), needed, "start the run again")
     changed = [
         f"{key}={new.get(key)!r} (was {before.get(key)!r})"
         for before, new, free in (
-            (old["train"], settings["train"], FREE_ON_RESUME),
+            (was, settings["train"], FREE_ON_RESUME),
             (configurator.to_dict(model_config), settings["model"], set()),
         )
         for key in sorted(before.keys() & new.keys())  # a model's that older runs have not had has its default
@@ -182,7 +182,7 @@ def read_run(settings: dict, data_hash: str, out: Path) -> dict:
         )
     if (length := settings["train"]["max_iters"]) < trainer["step"]:
         raise ValueError(f"max_iters={length}, but {out} has come to step {trainer['step']}: it can only go on from there")
-    was = old["train"]  # runs that did not note at which step their learning rate would end: TrainConfig.decay_end
+    # runs that did not note at which step their learning rate would end: TrainConfig.decay_end
     end = (was.get("lr_decay_iters") or was.get("max_iters")) if was.get("decay_lr", True) else None
     trainer.setdefault("decay_ends", [end] if trainer["step"] > 0 else [])
     trainer.setdefault("evaluated", trainer["step"])
