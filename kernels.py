@@ -139,8 +139,8 @@ class CausalProducts(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------------------------------------
 # the output layer and its loss
 
-# logits held at a time: on a CPU what its caches hold in float32, on a GPU 2 GiB
-CHUNK = {"cpu": 2**24, "cuda": 2**29}
+# logits held at a time: on a CPU 28 MiB in float32, a block that `runtime.keep_freed_memory` keeps, on a GPU 2 GiB
+CHUNK = {"cpu": 7 * 2**20, "cuda": 2**29}
 
 
 def head_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -182,15 +182,14 @@ class ChunkedHeadLoss(torch.autograd.Function):
             total, grads = x.new_zeros((), dtype=at_least_float32(x[:0]).dtype), []
             grad_weight = torch.zeros_like(weight, dtype=total.dtype) if needed else None
             for part, target in zip(x.split(rows), targets.split(rows)):
-                logits = at_least_float32(part @ weight.T)  # (rows, V)
-                valid, column = target >= 0, target.clamp(min=0)[:, None]
-                log_sum = logits.logsumexp(-1, keepdim=True)
-                total = total + torch.where(valid, (log_sum - logits.gather(1, column)).squeeze(1), 0.0).sum()
+                log_p = F.log_softmax(part @ weight.T, dim=-1, dtype=total.dtype)  # (rows, V)
+                valid, column = (target >= 0)[:, None], target.clamp(min=0)[:, None]
+                of_target = log_p.gather(1, column)
+                total = total - torch.where(valid, of_target, 0.0).sum()
                 if needed:  # d loss / d logits = softmax - one-hot
-                    grad = (logits - log_sum).exp_()
-                    grad.scatter_add_(1, column, torch.full_like(log_sum, -1.0))
-                    grad = torch.where(valid[:, None], grad, 0.0).to(x.dtype)
-                    grads.append(grad @ weight)
+                    grad = log_p.exp_().scatter_add_(1, column, torch.full_like(of_target, -1.0)).to(x.dtype)
+                    grads.append(torch.where(valid, grad @ weight, 0.0))
+                    part = torch.where(valid, part, 0.0)
                     if grad.dtype == grad_weight.dtype:
                         grad_weight.addmm_(grad.T, part)
                     else:
