@@ -117,15 +117,13 @@ def start(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> R
 
 def keep_freed_memory() -> None:
     """
-    Ask glibc to keep freed blocks of up to 32 MiB, the most it can, for the next tensor, whichever thread wants it. By default it gives
-    them back to the kernel, which has to map and clear their pages again: a tenth of the time of a training step, and more of one in
-    lanes, each of which would have an arena that shrinks whatever is asked for (dev/LOG.md). Elsewhere nothing happens.
+    Ask glibc to keep freed blocks of up to 32 MiB, the most it can, for the next tensor. By default it gives them back to the kernel,
+    which has to map and clear their pages again: a tenth of the time of a training step (dev/LOG.md). Elsewhere nothing happens.
     """
     with contextlib.suppress(AttributeError, TypeError, OSError):  # another C library has no mallopt, Windows no CDLL(None)
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: larger blocks are mapped on their own, and unmapped when freed
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the end of the heap above which it shrinks
-        mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads, the only one that heeds the line above
 
 
 def stop() -> None:
