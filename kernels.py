@@ -11,6 +11,11 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+try:
+    import gpu_kernels
+except ImportError:  # no Triton
+    gpu_kernels = None
+
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Losses and statistics are computed in float32 under bfloat16 autocast, and in float64 in float64 tests."""
@@ -31,6 +36,22 @@ def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.
     half = cos.size(-1)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).type_as(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over C channels, of x (..., C), or of x with zeros behind them, which stay zeros: see padding.py."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (C,), width = self.normalized_shape, x.size(-1)
+        if width == C:
+            return super().forward(x)
+        x = at_least_float32(x)
+        mean = x.sum(-1, keepdim=True) / C
+        x = torch.where(torch.arange(width, device=x.device) < C, x - mean, 0.0)
+        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) / C + self.eps)
+        if self.weight is not None:
+            x = x * self.weight
+        return x if self.bias is None else x + self.bias
 
 
 class Dropout(nn.Dropout):
@@ -74,6 +95,11 @@ def attend_in_products(
     return torch.bmm(weights, v.flatten(0, 1)).unflatten(0, q.shape[:2])  # (B H, T, D) -> (B, H, T, D)
 
 
+def triton_runs(x: torch.Tensor) -> bool:
+    """Whether gpu_kernels.py computes with x: in what torch.compile, which needs Triton as well, makes for a GPU."""
+    return gpu_kernels is not None and torch.compiler.is_compiling() and x.device.type == "cuda" and x.dtype == torch.bfloat16
+
+
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, dropout: float
 ) -> torch.Tensor:
@@ -84,6 +110,8 @@ def attention(
     products_pay = q.dtype == torch.bfloat16 if dropout == 0.0 else not torch.compiler.is_compiling()
     if products_pay and q.device.type == "cpu" and k.size(2) <= 512 and (mask is None or mask.dim() == 2):
         return attend_in_products(q, k, v, mask, causal, dropout)
+    if causal and dropout == 0.0 and triton_runs(q) and gpu_kernels.suits(q):
+        return gpu_kernels.attend(q, k, v)[0].transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal)
 
 
@@ -139,8 +167,9 @@ class CausalProducts(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------------------------------------
 # the output layer and its loss
 
-# logits held at a time: on a CPU 28 MiB in float32, a block that `runtime.keep_freed_memory` keeps, on a GPU 2 GiB
+# logits held at a time: on a CPU 28 MiB in float32, a block that `runtime.keep_freed_memory` keeps, on a GPU 1 GiB in bfloat16
 CHUNK = {"cpu": 7 * 2**20, "cuda": 2**29}
+FEW = 2**26  # logits that are held for the backward pass, in place of being computed chunk by chunk
 
 
 def head_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -161,44 +190,75 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> t
     Not differentiable twice.
     """
     x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
-    rows = max(1, CHUNK.get(x.device.type, 2**26) // weight.size(0))
-    if rows >= len(x):
+    most = CHUNK.get(x.device.type, FEW)
+    rows = max(1, most // weight.size(0))
+    if len(x) <= max(1, min(most, FEW) // weight.size(0)):
         return F.cross_entropy(at_least_float32(F.linear(x, weight)), targets, ignore_index=-1)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    if not torch.is_grad_enabled():  # else it would compute the gradients of a parameter that nobody asks for
-        x, weight = x.detach(), weight.detach()
-    return ChunkedHeadLoss.apply(x, weight, targets, rows) / (targets >= 0).sum()
+    needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    total, _, _ = chunked_head_loss(x, weight, targets, rows, needed, triton_runs(x))
+    return total / (targets >= 0).sum()
 
 
-class ChunkedHeadLoss(torch.autograd.Function):
-    """Sum of the cross-entropies of targets (N,) under x (N, C) and weight (V, C), `rows` tokens at a time."""
+# One operation for torch.compile, which would otherwise put half of its products into the backward pass and keep the logits for them.
+@torch.library.custom_op("encdec::chunked_head_loss", mutates_args=())
+def chunked_head_loss(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int, needed: bool, by_triton: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Sum of the cross-entropies of targets (N,) under x (N, C) and weight (V, C), `rows` tokens at a time, and its gradients with respect
+    to x and weight, which are empty unless they are needed.
+    """
+    V, C = weight.shape
+    dtype, grads = torch.promote_types(x.dtype, torch.float32), []
+    total = x.new_zeros((), dtype=dtype)
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if needed else weight.new_empty(0)
+    more_v, more_c = (-V % 64, -C % 8) if x.device.type == "cuda" else (0, 0)  # to what its matrix units want: padding.py
+    x, weight = F.pad(x, (0, more_c)), F.pad(weight, (0, more_c, 0, more_v))
+    of_chunk = gpu_kernels.losses_and_gradients if by_triton else losses_and_gradients
+    with torch.autocast(x.device.type, enabled=False):
+        for part, target in zip(x.split(rows), targets.split(rows)):
+            valid, column = (target >= 0)[:, None], target.clamp(min=0)[:, None]
+            losses, grad = of_chunk(part @ weight.T, column, V, needed)  # (rows, 1), (rows, V)
+            total += torch.where(valid, losses, 0.0).sum()
+            if needed:
+                grads.append(torch.where(valid, grad @ weight, 0.0)[:, :C])
+                part = torch.where(valid, part, 0.0)
+                if grad.dtype == dtype and not (more_v or more_c):
+                    grad_weight.addmm_(grad.T, part)
+                else:
+                    grad_weight += (grad.T @ part)[:V, :C]
+    return total, torch.cat(grads) if needed else x.new_empty(0), grad_weight.to(weight.dtype)
 
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
-        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        with torch.autocast(x.device.type, enabled=False):
-            total, grads = x.new_zeros((), dtype=at_least_float32(x[:0]).dtype), []
-            grad_weight = torch.zeros_like(weight, dtype=total.dtype) if needed else None
-            for part, target in zip(x.split(rows), targets.split(rows)):
-                log_p = F.log_softmax(part @ weight.T, dim=-1, dtype=total.dtype)  # (rows, V)
-                valid, column = (target >= 0)[:, None], target.clamp(min=0)[:, None]
-                of_target = log_p.gather(1, column)
-                total = total - torch.where(valid, of_target, 0.0).sum()
-                if needed:  # d loss / d logits = softmax - one-hot
-                    grad = log_p.exp_().scatter_add_(1, column, torch.full_like(of_target, -1.0)).to(x.dtype)
-                    grads.append(torch.where(valid, grad @ weight, 0.0))
-                    part = torch.where(valid, part, 0.0)
-                    if grad.dtype == grad_weight.dtype:
-                        grad_weight.addmm_(grad.T, part)
-                    else:
-                        grad_weight += grad.T @ part
-        if needed:
-            ctx.save_for_backward(torch.cat(grads), grad_weight.to(weight.dtype))
-        return total
 
-    @staticmethod
-    def backward(ctx, grad_total: torch.Tensor):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None
+def losses_and_gradients(logits: torch.Tensor, column: torch.Tensor, V: int, needed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Cross-entropies (R, 1) of the columns (R, 1) under the first V columns of logits (R, >= V) and, if needed, the gradients of their sum
+    with respect to the logits: softmax - one-hot.
+    """
+    log_p = F.log_softmax(logits[:, :V], dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    of_target = log_p.gather(1, column)
+    if not needed:
+        return -of_target, None
+    grad = log_p.exp_().scatter_add_(1, column, torch.full_like(of_target, -1.0)).to(logits.dtype)
+    return -of_target, F.pad(grad, (0, logits.size(1) - V))
+
+
+@chunked_head_loss.register_fake
+def _(x, weight, targets, rows, needed, by_triton):
+    total = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
+    return (total, torch.empty_like(x), torch.empty_like(weight)) if needed else (total, x.new_empty(0), weight.new_empty(0))
+
+
+def keep_gradients(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*output[1:])
+
+
+def scale_gradients(ctx, grad_total, *_):
+    grad_x, grad_weight = ctx.saved_tensors
+    return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None, None, None
+
+
+chunked_head_loss.register_autograd(scale_gradients, setup_context=keep_gradients)

@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import Dropout, at_least_float32, attention, head_logits, head_loss, rotary_angles, rotate
+from kernels import Dropout, LayerNorm, at_least_float32, attention, head_logits, head_loss, rotary_angles, rotate
 
 
 def require(condition: bool, message: str) -> None:
@@ -237,9 +237,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, n_head: int, bias: bool, dropout: float):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width, bias=bias)
+        self.ln_1 = LayerNorm(width, bias=bias)
         self.attn = SelfAttention(width, n_head, bias, dropout)
-        self.ln_2 = nn.LayerNorm(width, bias=bias)
+        self.ln_2 = LayerNorm(width, bias=bias)
         self.mlp = MLP(width, bias, dropout)
 
     def forward(self, x: torch.Tensor, context: Context, cache: LayerCache | None = None) -> torch.Tensor:
@@ -253,12 +253,12 @@ class DecoderBlock(nn.Module):
     def __init__(self, width: int, n_head: int, n_cross_head: int, bias: bool, dropout: float, cross_first: bool):
         super().__init__()
         self.cross_first = cross_first
-        self.ln_1 = nn.LayerNorm(width, bias=bias)
+        self.ln_1 = LayerNorm(width, bias=bias)
         self.attn = SelfAttention(width, n_head, bias, dropout)
-        self.ln_cross_q = nn.LayerNorm(width, bias=bias)
-        self.ln_cross_kv = nn.LayerNorm(width, bias=bias)
+        self.ln_cross_q = LayerNorm(width, bias=bias)
+        self.ln_cross_kv = LayerNorm(width, bias=bias)
         self.cross_attn = CrossAttention(width, n_cross_head, bias, dropout)
-        self.ln_2 = nn.LayerNorm(width, bias=bias)
+        self.ln_2 = LayerNorm(width, bias=bias)
         self.mlp = MLP(width, bias, dropout)
 
     def forward(
@@ -358,9 +358,10 @@ class EmbeddingLoss(nn.Module):
         super().__init__()
         # gain AND bias whatever config.bias says: the published loss has them, and it is through them that it is solved
         affine = config.embedding_loss_ln_affine
-        self.ln_embedding = nn.LayerNorm(config.n_embd, elementwise_affine=affine) if config.embedding_loss_ln != "none" else None
-        self.ln_encoder = nn.LayerNorm(config.n_embd, elementwise_affine=affine)
+        self.ln_embedding = LayerNorm(config.n_embd, elementwise_affine=affine) if config.embedding_loss_ln != "none" else None
+        self.ln_encoder = LayerNorm(config.n_embd, elementwise_affine=affine)
         self.kind, self.detach, self.ln = config.embedding_loss, config.embedding_loss_detach, config.embedding_loss_ln
+        self.width = config.n_embd
 
     def forward(self, e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """Scalar loss, unweighted, from the input embeddings e and the encoder states h, both (B, T, C)."""
@@ -377,7 +378,7 @@ class EmbeddingLoss(nn.Module):
             m = self.ln_embedding(m)
         u = self.ln_encoder(h)
         if self.kind == "mse":
-            return F.mse_loss(m, u)
+            return F.mse_loss(m, u) * (m.size(-1) / self.width)  # 1, unless padding.py has put zeros behind the channels
         similarity = (F.cosine_similarity(m, u, dim=-1) + 1) / 2  # in [0, 1]
         # the clamp only matters for exactly opposite vectors
         return (1 - similarity if self.kind == "cosine" else -similarity.clamp_min(1e-8).log()).mean()
@@ -399,12 +400,12 @@ class EncoderDecoder(CausalModel):
         self.dropout = Dropout(config.dropout)
         block = (C, config.n_head, config.bias, config.dropout)
         self.encoder = nn.ModuleList(Block(*block) for _ in range(config.n_encoder_layer))
-        self.ln_bridge = nn.LayerNorm(C, bias=config.bias) if config.bridge_ln else None
+        self.ln_bridge = LayerNorm(C, bias=config.bias) if config.bridge_ln else None
         self.bridge = nn.Linear(C, C, bias=config.bias)
         block = (C, config.n_head, config.n_cross_head, config.bias, config.dropout, config.decoder_order == "cross_first")
         self.decoder = nn.ModuleList(DecoderBlock(*block) for _ in range(config.n_decoder_layer))
-        self.ln_f = nn.LayerNorm(C, bias=config.bias)
-        self.ln_pos_sub = nn.LayerNorm(C, bias=config.bias) if config.pos_sub == "ln" else None
+        self.ln_f = LayerNorm(C, bias=config.bias)
+        self.ln_pos_sub = LayerNorm(C, bias=config.bias) if config.pos_sub == "ln" else None
         self.embedding_loss = EmbeddingLoss(config) if config.embedding_loss != "none" else None
         self.compression = None
         if config.latent_factor > 0:

@@ -38,6 +38,7 @@ class Runtime:
     reasons: str
     rank: int = 0
     world_size: int = 1
+    graphs: bool = False  # compile to CUDA graphs
 
     @property
     def is_main(self) -> bool:
@@ -99,7 +100,10 @@ def start(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> R
     )
     chosen, why_device = choose_device(device, local_rank, world_size)
     chosen_dtype, why_dtype = choose_dtype(dtype, chosen)
-    chosen_compile, why_compile = choose_compile(compile, chosen)
+    graphs = compile == "graphs"
+    if graphs and (chosen.type != "cuda" or world_size > 1):
+        raise ValueError(f"compile=graphs: CUDA graphs need one process and a CUDA GPU, not {world_size} and {chosen}; use auto")
+    chosen_compile, why_compile = choose_compile("on" if graphs else compile, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in float32; sample.py takes it back
@@ -110,9 +114,9 @@ def start(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> R
     processes = f", {world_size} processes" if world_size > 1 else ""
     reasons = (
         f"device {chosen} ({why_device}){processes}; precision {str(chosen_dtype).removeprefix('torch.')} ({why_dtype}); "
-        f"compile {'on' if chosen_compile else 'off'} ({why_compile})"
+        f"compile {'graphs' if graphs else 'on' if chosen_compile else 'off'} ({why_compile})"
     )
-    return Runtime(chosen, chosen_dtype, chosen_compile, reasons, rank, world_size)
+    return Runtime(chosen, chosen_dtype, chosen_compile, reasons, rank, world_size, graphs)
 
 
 def keep_freed_memory() -> None:

@@ -398,7 +398,8 @@ def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
     """What summary.json says of a trained model, the loss on the whole validation file first of all."""
     config, model, data, machine = trainer.config, trainer.raw_model, trainer.data, trainer.machine
     tokens = trainer.step * trainer.sequences * data.block_size
-    val_loss, val_tokens = trainer.mean_loss(whole_file(data, machine, config.final_eval_tokens))
+    # not compiled: its two shapes of batches take longer to compile than one pass over the file gains
+    val_loss, val_tokens = trainer.mean_loss(model, whole_file(data, machine, config.final_eval_tokens))
     summary = {
         "model": config.model, "dataset": config.dataset,
         "parameters": model.get_num_params(), "flops_per_token": model.flops_per_token(),

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import configurator
 import dataloader
 import generate
+import padding
 import runtime
 from model import require, warn_ignored
 
@@ -59,7 +60,7 @@ class TrainConfig:
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products; weights are float32, or float64
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
+    compile: Literal["auto", "on", "off", "graphs"] = "auto"  # torch.compile; graphs: to CUDA graphs, for small models
     micro_batch_size: int | Literal["auto"] | None = None  # sequences at a time; none: batch_size; auto: what a GPU holds
     lanes: int | None = None  # parts of a micro-batch at once on a CPU, each on its share of threads; none: as many as pay
     activation_checkpointing: bool = False  # compute blocks again for their gradients: slower, with far less memory
@@ -138,6 +139,14 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, device: torch.de
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=device.type in ("cuda", "cpu"))
 
 
+def compiled(model: torch.nn.Module, machine: runtime.Runtime) -> torch.nn.Module:
+    """model(idx, targets) for training and evaluation, compiled for this machine, at widths that suit it."""
+    if machine.device.type == "cuda" and machine.dtype in (torch.bfloat16, torch.float16) and padding.suits(model):
+        model = padding.Padded(model)
+    # dynamic=False: another number of sequences compiles once more instead of to slower code
+    return torch.compile(model, dynamic=False, mode="reduce-overhead" if machine.graphs else None)
+
+
 def lanes_that_pay(model: torch.nn.Module, sequences: int) -> int:
     """Lanes for a micro-batch of so many sequences on this CPU: all with equally many of them and of torch's threads."""
     threads, tokens, size = torch.get_num_threads(), sequences * model.config.block_size, sum(p.numel() for p in model.parameters())
@@ -166,8 +175,7 @@ class Trainer:
         self.optimizer = make_optimizer(raw_model, config, machine.device)
         # float16 gradients underflow unless the loss is scaled up; for all other types this does nothing
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-        # dynamic=False: another shape (the last evaluation batch, a sample) compiles once more instead of to slower code
-        self.model = torch.compile(raw_model, dynamic=False) if machine.compile else raw_model
+        self.model = compiled(raw_model, machine) if machine.compile else raw_model
         self.train_model = self.model
         if machine.world_size > 1:
             if machine.compile:
@@ -180,6 +188,7 @@ class Trainer:
             self.train_model = DistributedDataParallel(self.model, device_ids=ids, **sync)
         self.parameters = [p for p in raw_model.parameters() if p.requires_grad]
         self.lanes = runtime.Lanes(self.lane_count())
+        self.drop_gradients()
         self.step = 0
         self.ahead = (None, None)  # a micro-batch loaded before it is needed: which one, and its tokens
 
@@ -263,6 +272,13 @@ class Trainer:
             self.ahead = (upcoming, self.load_micro_batch(*upcoming))
         return sums
 
+    def drop_gradients(self) -> None:
+        """Begin a new sum. CUDA graphs write every micro-batch's gradients to one place, so there the sum has another."""
+        self.optimizer.zero_grad(set_to_none=not self.machine.graphs)
+        if self.machine.graphs:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
     def is_logged(self, step: int) -> bool:
         return step % self.config.log_interval == 0 or step == self.config.max_iters
 
@@ -290,7 +306,7 @@ class Trainer:
                 sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(moving, config.grad_clip or math.inf) / machine.world_size
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.drop_gradients()
         if hasattr(self.raw_model, "after_step"):
             self.raw_model.after_step()
         self.step += 1
@@ -315,7 +331,7 @@ class Trainer:
     @torch.no_grad()
     def forget(self, buffers: list[torch.Tensor]) -> None:
         """Drop the gradients and give the model back its buffers as they were."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
         for buffer, value in zip(self.raw_model.buffers(), buffers):
             buffer.copy_(value)
         if self.machine.device.type == "cuda":
@@ -358,20 +374,21 @@ class Trainer:
     # evaluation: its own windows, no dropout, no random numbers, so that it leaves no trace in the run
 
     def eval_batches(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This process's share of the fixed evaluation windows of a split."""
+        """This process's share of the fixed evaluation windows of a split, together as many as fit, like micro-batches, into memory."""
         config, machine = self.config, self.machine
         starts = self.data.eval_starts(split, config.batch_size * config.eval_iters)
-        for i in range(machine.rank, config.eval_iters, machine.world_size):
-            yield self.to_device(*self.data.gather(split, starts[i * config.batch_size : (i + 1) * config.batch_size]))
+        rows = max(n for n in range(1, self.micro_batch_size + 1) if len(starts) % n == 0)  # equal shapes compile once
+        for first in range(machine.rank * rows, len(starts), machine.world_size * rows):
+            yield self.to_device(*self.data.gather(split, starts[first : first + rows]))
 
-    def mean_loss(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, int]:
+    def mean_loss(self, model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, int]:
         """Mean loss, nats per token, over batches (x, y) of which every process brings its share, and the number of tokens."""
-        total, count = map(self.machine.sum_over_processes, summed_loss(self.model, batches, self.machine))
+        total, count = map(self.machine.sum_over_processes, summed_loss(model, batches, self.machine))
         return (total / count).item(), int(count)
 
     def estimates(self) -> dict[str, float]:
         """train_loss and val_loss over the evaluation windows, and what there is to say of an embedding loss."""
-        found = {f"{split}_loss": self.mean_loss(self.eval_batches(split))[0] for split in ("train", "val")}
+        found = {f"{split}_loss": self.mean_loss(self.model, self.eval_batches(split))[0] for split in ("train", "val")}
         if getattr(self.raw_model, "embedding_loss", None) is not None:
             x, _ = self.data.gather("train", self.data.eval_starts("train", self.config.batch_size))
             with self.machine.autocast():

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from kernels import Dropout, head_logits, head_loss
+from kernels import Dropout, LayerNorm, head_logits, head_loss
 from model import Block, Cache, CausalModel, check_fields
 
 
@@ -44,14 +44,14 @@ class DecoderOnly(CausalModel):
             wte=nn.Embedding(config.vocab_size, C),
             drop=Dropout(config.dropout),
             h=nn.ModuleList(Block(C, config.n_head, config.bias, config.dropout) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(C, bias=config.bias),
+            ln_f=LayerNorm(C, bias=config.bias),
         )
         if not rope:
             parts["wpe"] = nn.Embedding(config.block_size + subtract, C)
         elif subtract:
             parts["wpe_next"] = nn.Embedding(config.block_size, C)  # row t belongs to position t + 1
         if config.pos_sub == "ln":
-            parts["ln_pos_sub"] = nn.LayerNorm(C, bias=config.bias)
+            parts["ln_pos_sub"] = LayerNorm(C, bias=config.bias)
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied

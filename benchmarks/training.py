@@ -22,7 +22,7 @@ import configurator
 import runtime
 from benchmarks.shapes import PUBLISHED, STDLIB
 from benchmarks.timing import in_turns, rate
-from trainer import lanes_that_pay
+from trainer import compiled, lanes_that_pay
 
 SIZES = {  # vocabulary, tokens of a sequence, sequences of a step, shapes of the models
     "published": (50257, 200, 8, PUBLISHED),
@@ -36,6 +36,8 @@ class TrainBench:
     size: Literal["published", "stdlib"] = "published"  # 16 M parameters, vocabulary 50,257, 8 x 200; or 1 M, 256, 16 x 256
     batch: int | None = None  # sequences of a step, if others than that
     models: tuple[str, ...] = (THEIRS, "encoder_decoder", "decoder_only")  # in this order; nanogpt only with compare_with
+    micro_batch: int | None = None  # sequences of a step at a time; none: all of them
+    their_micro_batch: int | None = None  # the same of nanogpt; none: as micro_batch
     compare_with: str | None = None  # path to a nanoGPT's model.py, whose GPT gets the shape of our decoder_only
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of matrix products
     compile: tuple[str, ...] = ("off", "on")  # torch.compile
@@ -49,12 +51,12 @@ class TrainBench:
     seed: int = 1337  # of weights and tokens
 
     def __post_init__(self):
-        configurator.at_least_one(self, "batch", "steps", "repeats", "threads")
+        configurator.at_least_one(self, "batch", "micro_batch", "their_micro_batch", "steps", "repeats", "threads")
         if any(count < 1 for count in self.lanes):
             raise ValueError(f"lanes={','.join(map(str, self.lanes))}: at least 1 is needed")
         if any(count > self.sequences for count in self.lanes):
             raise ValueError(f"lanes={','.join(map(str, self.lanes))}: a lane needs one of the {self.sequences} sequences, at least")
-        for key, known in (("models", (THEIRS, *PUBLISHED)), ("dtypes", ("float32", "bfloat16")), ("compile", ("off", "on"))):
+        for key, known in (("models", (THEIRS, *PUBLISHED)), ("dtypes", ("float32", "bfloat16")), ("compile", ("off", "on", "graphs"))):
             for word in getattr(self, key):
                 if word not in known:
                     raise ValueError(f"{key}={word}: {configurator.choice_text(word, known)} was expected")
@@ -84,12 +86,13 @@ def their_model(path: Path, **shape) -> torch.nn.Module:
 
 
 def optimizer_steps(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, machine: runtime.Runtime, lanes: int = 1
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, machine: runtime.Runtime, size: int, lanes: int = 1
 ) -> Callable[[int], int]:
-    """Work for in_turns: so many optimizer steps on tokens (B, T + 1), and how many tokens they learn from."""
+    """Work for in_turns: so many optimizer steps on tokens (B, T + 1), `size` sequences at a time; how many tokens they learn from."""
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    parts, side_by_side = list(zip(x.tensor_split(lanes), y.tensor_split(lanes))), runtime.Lanes(lanes)
-    shares, parameters = [len(part) / len(x) for part, _ in parts], list(model.parameters())
+    parameters, side_by_side = list(model.parameters()), runtime.Lanes(lanes)
+    for parameter in parameters if machine.graphs else ():  # see Trainer.drop_gradients
+        parameter.grad = torch.zeros_like(parameter)
 
     def losses(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
         with machine.autocast():
@@ -99,12 +102,14 @@ def optimizer_steps(
     def work(steps: int) -> int:
         with side_by_side.shared_threads():
             for _ in range(steps):
-                if lanes == 1:
-                    losses(x, y)["total"].backward()
-                else:
-                    side_by_side.backward(losses, parts, shares, parameters)
+                for some_x, some_y in zip(x.split(size), y.split(size)):
+                    if lanes == 1:
+                        (losses(some_x, some_y)["total"] * (len(some_x) / len(x))).backward()
+                    else:
+                        parts = list(zip(some_x.tensor_split(lanes), some_y.tensor_split(lanes)))
+                        side_by_side.backward(losses, parts, [len(part) / len(x) for part, _ in parts], parameters)
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=not machine.graphs)
             machine.wait()
         return steps * x.numel()
 
@@ -140,12 +145,15 @@ def bench_train(config: TrainBench) -> list[dict]:
         model.to(base.device).train()
         # one model for all its variants: how fast it trains does not depend on what it has learned
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=base.device.type in ("cuda", "cpu"))
-        several = (1,) if name == THEIRS or base.device.type != "cpu" else config.lanes or (lanes_that_pay(model, len(tokens)),)
+        size = (config.their_micro_batch if name == THEIRS else None) or config.micro_batch or len(tokens)
+        several = (1,) if name == THEIRS or base.device.type != "cpu" else config.lanes or (lanes_that_pay(model, size),)
         for dtype, compile in itertools.product(config.dtypes, config.compile):
-            for lanes in (1,) if compile == "on" else several:
-                called = torch.compile(model, dynamic=False) if compile == "on" else model
-                variant = f"{name} {dtype}{' compiled' if compile == 'on' else ''}{f', {lanes} lanes' if lanes > 1 else ''}"
-                works[variant] = optimizer_steps(called, optimizer, tokens, machines[dtype], lanes)
+            for lanes in several if compile == "off" else (1,):
+                machine = dataclasses.replace(machines[dtype], compile=compile != "off", graphs=compile == "graphs")
+                called = compiled(model, machine) if machine.compile else model
+                how = {"off": "", "on": " compiled", "graphs": " graphs"}[compile] + (f", {lanes} lanes" if lanes > 1 else "")
+                variant = f"{name} {dtype}{how}{f', {size} at a time' if size < len(tokens) else ''}"
+                works[variant] = optimizer_steps(called, optimizer, tokens, machine, size, lanes)
                 chosen[variant] = dict(models=(name,), dtypes=(dtype,), compile=(compile,), lanes=(lanes,)), flops
     timed = in_turns(works, config.steps, config.repeats, warm_up=2)
     alone = base.peak_memory_bytes() if len(works) == 1 else None  # before matrix_peak adds to it
@@ -153,8 +161,8 @@ def bench_train(config: TrainBench) -> list[dict]:
 
     print(f"{config.size} size, {len(tokens)} x {block_size} tokens a step; {base.reasons.split(';')[0]}; matrix peak", end=" ")
     print(", ".join(f"{dtype} {peak / 1e12:.3g} TFLOP/s" for dtype, peak in peaks.items()))
-    print(f"\n{'| variant':44} | tokens/s | x first | TFLOP/s | of peak | peak memory, MiB |")
-    print(f"| {'-' * 42} | -------: | ------: | ------: | ------: | ---------------: |")
+    print(f"\n{'| variant':52} | tokens/s | x first | TFLOP/s | of peak | peak memory, MiB |")
+    print(f"| {'-' * 50} | -------: | ------: | ------: | ------: | ---------------: |")
     rows = []
     for variant, (only, flops) in chosen.items():
         speed, peak = rate(timed[variant]), peaks[only["dtypes"][0]]
@@ -165,7 +173,7 @@ def bench_train(config: TrainBench) -> list[dict]:
         )  # fmt: skip
         row, shown = rows[-1], "" if memory is None else f"{memory / 2**20:,.0f}"
         print(
-            f"| {variant:42} | {speed:8,.0f} | {row['ratio']:7.2f} | {row['flops_per_second'] / 1e12:7.3g} "
+            f"| {variant:50} | {speed:8,.0f} | {row['ratio']:7.2f} | {row['flops_per_second'] / 1e12:7.3g} "
             f"| {row['share_of_peak']:7.1%} | {shown:>16} |"
         )
     return rows

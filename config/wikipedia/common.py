@@ -6,6 +6,7 @@ bias = False
 dropout = 0.0
 batch_size = 50
 gradient_accumulation_steps = 16  # x 50 x 200 = 160,000 tokens a step
+micro_batch_size = "auto"  # on a GPU as many sequences at a time as fit, and so fewer, larger products
 max_iters = 9000
 learning_rate = 9e-4
 min_lr = 9e-5
