@@ -22,6 +22,25 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def running_sum(x: torch.Tensor) -> torch.Tensor:
+    """x.cumsum(1) of x (B, T, C)."""
+    return cumsum(x) if torch.compiler.is_compiling() and x.device.type == "cuda" else x.cumsum(1)
+
+
+@torch.library.custom_op("encdec::cumsum", mutates_args=())
+def cumsum(x: torch.Tensor) -> torch.Tensor:
+    """An operation that torch.compile leaves as it is: torch 2.11 fails to make code of its own for a small B (dev/LOG.md)."""
+    return x.contiguous().cumsum(1)
+
+
+@cumsum.register_fake
+def _(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+cumsum.register_autograd(lambda ctx, grad: cumsum(grad.flip(1)).flip(1))
+
+
 def rotary_angles(positions: torch.Tensor, head_width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin (T, D // 2) of the rotary embedding, base 10000, for absolute positions (T,). arXiv:2104.09864, eq. 34."""
     half = head_width // 2

@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import Dropout, LayerNorm, at_least_float32, attention, head_logits, head_loss, rotary_angles, rotate
+from kernels import Dropout, LayerNorm, at_least_float32, attention, head_logits, head_loss, rotary_angles, rotate, running_sum
 
 
 def require(condition: bool, message: str) -> None:
@@ -373,7 +373,7 @@ class EmbeddingLoss(nn.Module):
         if self.ln == "input":
             e = self.ln_embedding(e)
         count = torch.arange(1, e.size(1) + 1, device=e.device, dtype=e.dtype)
-        m = e.cumsum(dim=1) / count[:, None]  # m_t = mean(a_0..a_t)
+        m = running_sum(e) / count[:, None]  # m_t = mean(a_0..a_t)
         if self.ln == "average":
             m = self.ln_embedding(m)
         u = self.ln_encoder(h)

@@ -168,6 +168,16 @@ def test_evaluation_in_chunks_computes_no_gradients(monkeypatch):
     assert products == math.ceil(46 / 7) + 1, "one product for each chunk, and that of the plain loss"
 
 
+def test_running_sum_as_an_operation_of_its_own():
+    """Guards the embedding loss where it is compiled for a GPU: the sum, and gradients that run backwards."""
+    torch.manual_seed(0)
+    x, grad = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, 4, dtype=torch.float64)
+    y, expected = kernels.cumsum(x.transpose(0, 0)), x.cumsum(1)
+    assert torch.equal(y, expected)
+    assert torch.allclose(*(torch.autograd.grad(z, x, grad)[0] for z in (y, expected)), rtol=0, atol=1e-14)
+    assert torch.autograd.gradgradcheck(kernels.cumsum, x)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_bfloat16_on_a_cpu_compiles_in_one_piece(dropout):
     """Guards compile=on from graphs for single functions, compiled again for every shape; without dropout the loss is the eager one."""
