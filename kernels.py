@@ -216,36 +216,49 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> t
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    total, _, _ = chunked_head_loss(x, weight, targets, rows, needed, triton_runs(x))
-    return total / (targets >= 0).sum()
+    if not torch.is_grad_enabled():  # else it would compute the gradients of a parameter that nobody asks for
+        x, weight = x.detach(), weight.detach()
+    return ChunkedHeadLoss.apply(x, weight, targets, rows) / (targets >= 0).sum()
 
 
-# One operation for torch.compile, which would otherwise put half of its products into the backward pass and keep the logits for them.
-@torch.library.custom_op("encdec::chunked_head_loss", mutates_args=())
-def chunked_head_loss(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int, needed: bool, by_triton: bool
+class ChunkedHeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of targets (N,) under x (N, C) and weight (V, C), `rows` tokens at a time."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
+        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        total, *grads = (chunks_in_triton if triton_runs(x) else chunks)(x, weight, targets, rows, needed)
+        if needed:
+            ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: torch.Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None
+
+
+def chunks(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int, needed: bool, by_triton: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Sum of the cross-entropies of targets (N,) under x (N, C) and weight (V, C), `rows` tokens at a time, and its gradients with respect
-    to x and weight, which are empty unless they are needed.
-    """
+    """The sum of ChunkedHeadLoss and its gradients with respect to x and weight, which are empty unless they are needed."""
     V, C = weight.shape
     dtype, grads = torch.promote_types(x.dtype, torch.float32), []
     total = x.new_zeros((), dtype=dtype)
     grad_weight = torch.zeros_like(weight, dtype=dtype) if needed else weight.new_empty(0)
-    more_v, more_c = (-V % 64, -C % 8) if x.device.type == "cuda" else (0, 0)  # to what its matrix units want: padding.py
-    x, weight = F.pad(x, (0, more_c)), F.pad(weight, (0, more_c, 0, more_v))
+    padded = x.device.type == "cuda" and (V % 64 > 0 or C % 8 > 0)  # to what its matrix units want: padding.py
+    if padded:
+        x, weight = F.pad(x, (0, -C % 8)), F.pad(weight, (0, -C % 8, 0, -V % 64))
     of_chunk = gpu_kernels.losses_and_gradients if by_triton else losses_and_gradients
     with torch.autocast(x.device.type, enabled=False):
         for part, target in zip(x.split(rows), targets.split(rows)):
             valid, column = (target >= 0)[:, None], target.clamp(min=0)[:, None]
             losses, grad = of_chunk(part @ weight.T, column, V, needed)  # (rows, 1), (rows, V)
-            total += torch.where(valid, losses, 0.0).sum()
+            total = total + torch.where(valid, losses, 0.0).sum()
             if needed:
                 grads.append(torch.where(valid, grad @ weight, 0.0)[:, :C])
                 part = torch.where(valid, part, 0.0)
-                if grad.dtype == dtype and not (more_v or more_c):
+                if grad.dtype == dtype and not padded:
                     grad_weight.addmm_(grad.T, part)
                 else:
                     grad_weight += (grad.T @ part)[:V, :C]
@@ -262,22 +275,18 @@ def losses_and_gradients(logits: torch.Tensor, column: torch.Tensor, V: int, nee
     if not needed:
         return -of_target, None
     grad = log_p.exp_().scatter_add_(1, column, torch.full_like(of_target, -1.0)).to(logits.dtype)
-    return -of_target, F.pad(grad, (0, logits.size(1) - V))
+    return -of_target, grad if logits.size(1) == V else F.pad(grad, (0, logits.size(1) - V))
 
 
-@chunked_head_loss.register_fake
-def _(x, weight, targets, rows, needed, by_triton):
+@torch.library.custom_op("encdec::chunks", mutates_args=())
+def chunks_in_triton(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int, needed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`chunks` as one operation for torch.compile: it would put half of the products into the backward pass and keep the logits there."""
+    return chunks(x, weight, targets, rows, needed, by_triton=True)
+
+
+@chunks_in_triton.register_fake
+def _(x, weight, targets, rows, needed):
     total = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
     return (total, torch.empty_like(x), torch.empty_like(weight)) if needed else (total, x.new_empty(0), weight.new_empty(0))
-
-
-def keep_gradients(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*output[1:])
-
-
-def scale_gradients(ctx, grad_total, *_):
-    grad_x, grad_weight = ctx.saved_tensors
-    return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None, None, None
-
-
-chunked_head_loss.register_autograd(scale_gradients, setup_context=keep_gradients)

@@ -4,6 +4,7 @@ import math
 import platform
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -166,6 +167,22 @@ def test_evaluation_in_chunks_computes_no_gradients(monkeypatch):
         assert abs(kernels.head_loss(x, weight, targets) - plain_loss(x, weight, targets)) < 1e-6
     products = sum(event.count for event in profiler.key_averages() if event.key in ("aten::mm", "aten::addmm_"))
     assert products == math.ceil(46 / 7) + 1, "one product for each chunk, and that of the plain loss"
+
+
+def test_chunks_as_one_operation_for_the_compiler(monkeypatch):
+    """Guards the output layer where it is compiled for a GPU, its kernel aside: losses and gradients, and the evaluation."""
+    monkeypatch.setitem(kernels.CHUNK, "cpu", 31 * 7)
+    monkeypatch.setattr(kernels, "triton_runs", lambda x: True)
+    monkeypatch.setattr(kernels, "gpu_kernels", types.SimpleNamespace(losses_and_gradients=kernels.losses_and_gradients))
+    x, weight, targets = case(torch.float64)
+    compiled = torch.compile(kernels.head_loss, backend="aot_eager", fullgraph=True)
+    found = []
+    for loss in (compiled(x, weight, targets), plain_loss(x, weight, targets)):
+        found.append((loss, *torch.autograd.grad(3 * loss, (x, weight))))
+    for mine, exact in zip(*found):
+        assert (mine - exact).norm() < 1e-12
+    with torch.no_grad():
+        assert abs(compiled(x, weight, targets) - found[1][0]) < 1e-12
 
 
 def test_running_sum_as_an_operation_of_its_own():
