@@ -537,13 +537,17 @@ def test_summary_does_not_depend_on_batch_size(tiny_data, tmp_path):
     assert run(tiny_data, tmp_path / "seed", "--max_iters=0", "--seed=2")["val_loss"] not in losses, "all seeds begin alike"
 
 
-def test_estimates_use_the_same_windows_every_time(tiny_data):
+@pytest.mark.parametrize(("micro_batch_size", "sizes"), [(None, [3, 3]), (1, [1] * 6), (2, [2] * 3), (5, [3, 3]), (100, [6])])
+def test_estimates_use_the_same_windows_every_time(tiny_data, micro_batch_size, sizes):
+    """Guards evaluations that forget a window, or take more at a time than a micro-batch of training, which fits into memory."""
     data = dataloader.TokenData(tiny_data, 32)
     assert np.array_equal(data.eval_starts("val", 8), dataloader.TokenData(tiny_data, 32).eval_starts("val", 8))
-    trainer = Trainer(TrainConfig(batch_size=3, eval_iters=2), make_model("decoder_only", {}, vocab_size=256, block_size=32),
-                            data, runtime.start("cpu", "float64", "off"))  # fmt: skip
+    config = TrainConfig(batch_size=3, eval_iters=2, micro_batch_size=micro_batch_size)
+    model = make_model("decoder_only", {}, vocab_size=256, block_size=32)
+    trainer = Trainer(config, model, data, runtime.start("cpu", "float64", "off"))
     x, y = data.gather("val", data.eval_starts("val", 6))
-    assert abs(trainer.mean_loss(trainer.eval_batches("val"))[0] - trainer.raw_model(x, y)[1]["token"].item()) < 1e-12
+    assert [len(batch) for batch, _ in trainer.eval_batches("val")] == sizes
+    assert abs(trainer.mean_loss(model, trainer.eval_batches("val"))[0] - model(x, y)[1]["token"].item()) < 1e-12
 
 
 def test_best_is_the_lowest_validation_loss(tiny_data, tmp_path, monkeypatch):
