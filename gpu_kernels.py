@@ -1,7 +1,7 @@
 """
-What kernels.py computes on an NVIDIA GPU in Triton, where torch's own kernels take two to three times as long (dev/LOG.md): causal
+What kernels.py computes on an NVIDIA GPU in Triton, where torch's own kernels take 1.3 to 3 times as long (dev/LOG.md): causal
 attention of short texts with narrow heads, of which those work on tiles that are mostly masked or empty, and the gradient of a
-softmax over a large vocabulary, in place. Tests hold both to the plain computation, on a CPU with Triton's interpreter.
+softmax over a large vocabulary, in place. tests/test_cuda.py holds both to the plain computation.
 
 Shapes: B texts, H heads, T tokens, D head width; R rows, V vocabulary; M queries or keys of a block, N keys of a tile.
 """
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 LONGEST = 256  # T of `attend`, whose backward pass unrolls a head
+# the fastest of those in results/gpu/attention.txt, measured on an H200
 TILES = {16: (64, 3), 32: (32, 2)}  # D -> keys of a tile and stages of the pipeline, of the forward pass
 M = 64  # queries of a block, and in the backward pass keys
 
@@ -35,7 +36,7 @@ def store(base, rows, stride, x, T, D: tl.constexpr):
 @triton.jit
 def attend_forward(
     q, k, v, o, lse, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, T, c,
-    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """o (M, D) of a block of M queries and lse (M,), the log-sum-exp of their scores, to base 2; c = log2(e) / sqrt(D)."""
     blocks = tl.cdiv(T, M)  # of one head, next to each other
@@ -51,7 +52,7 @@ def attend_forward(
     for diagonal in tl.static_range(2):
         for start in range(full if diagonal else 0, tl.minimum(first + M, T) if diagonal else full, N):
             columns = start + tl.arange(0, N)
-            s = tl.dot(a, tl.trans(load(k, columns, k_t, T, D)), input_precision=PRECISION)  # (M, N)
+            s = tl.dot(a, tl.trans(load(k, columns, k_t, T, D)), input_precision="ieee")  # (M, N)
             if diagonal:  # hides keys behind T as well, from all rows that are stored
                 s = tl.where(rows[:, None] >= columns[None, :], s, float("-inf"))
             new = tl.maximum(top, tl.max(s, 1) * c)  # finite: every query sees the first key, or that of its first tile
@@ -59,7 +60,7 @@ def attend_forward(
             shrink = tl.exp2(top - new)
             total = total * shrink + tl.sum(p, 1)
             y = load(v, columns, v_t, T, D)
-            acc = tl.dot(p.to(y.dtype), y, acc * shrink[:, None], input_precision=PRECISION)
+            acc = tl.dot(p.to(y.dtype), y, acc * shrink[:, None], input_precision="ieee")
             top = new
     store(o + b * T * H * D + h * D, rows, H * D, acc / total[:, None], T, D)
     tl.store(lse + bh * T + rows, top + tl.log2(total), mask=rows < T)
@@ -68,7 +69,7 @@ def attend_forward(
 @triton.jit
 def attend_backward(
     q, k, v, o, do, lse, dq, dk, dv, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, T, scale, c,
-    D: tl.constexpr, M: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """A whole head, its blocks unrolled: each score is computed once, and dq stays in registers until its last key has been seen."""
     bh = tl.program_id(0).to(tl.int64)
@@ -90,14 +91,14 @@ def attend_backward(
         for i in tl.static_range(j, BLOCKS):
             a, g, z, delta = queries[i]
             rows = i * M + tl.arange(0, M)
-            s = tl.dot(x, tl.trans(a), input_precision=PRECISION) * c - z[None, :]  # (M keys, M queries)
+            s = tl.dot(x, tl.trans(a), input_precision="ieee") * c - z[None, :]  # (M keys, M queries)
             if i == j:
                 s = tl.where(rows[None, :] >= columns[:, None], s, float("-inf"))
             p = tl.exp2(s)
-            ds = (p * (tl.dot(y, tl.trans(g), input_precision=PRECISION) - delta[None, :])).to(x.dtype)
-            gv = tl.dot(p.to(x.dtype), g, gv, input_precision=PRECISION)
-            gk = tl.dot(ds, a, gk, input_precision=PRECISION)
-            gq = tl.dot(tl.trans(ds), x, open_dq[i - j], input_precision=PRECISION)
+            ds = (p * (tl.dot(y, tl.trans(g), input_precision="ieee") - delta[None, :])).to(x.dtype)
+            gv = tl.dot(p.to(x.dtype), g, gv, input_precision="ieee")
+            gk = tl.dot(ds, a, gk, input_precision="ieee")
+            gq = tl.dot(tl.trans(ds), x, open_dq[i - j], input_precision="ieee")
             if i == j:  # the last keys that these queries see
                 store(dq + at, rows, o_t, gq * scale, T, D)
             else:
@@ -115,7 +116,7 @@ def suits(q: torch.Tensor) -> bool:
 def sizes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[tuple, dict]:
     """What both kernels are told of the shapes: strides of b, h, t, then H and T; and the constants."""
     strides = (x.stride(i) for x in (q, k, v) for i in range(3))
-    return (*strides, *q.shape[1:3]), dict(D=q.size(3), M=M, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=4)
+    return (*strides, *q.shape[1:3]), dict(D=q.size(3), M=M, num_warps=4)
 
 
 @torch.library.custom_op("encdec::attend", mutates_args=())

@@ -1,6 +1,6 @@
 """
-Numerical building blocks: rotary positions, dropout, attention for short texts on a CPU, the output layer's loss. What is
-written for speed states the plain computation it equals; tests hold it to that.
+Numerical building blocks: rotary positions, LayerNorm, dropout, attention, the output layer and its loss. What is written for
+speed states the plain computation it equals; tests hold it to that. What runs on a GPU in Triton is in gpu_kernels.py.
 
 Shapes: B batch, T tokens of this call, S keys, C width, H heads, D head width, V vocabulary.
 """
@@ -24,21 +24,21 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 def running_sum(x: torch.Tensor) -> torch.Tensor:
     """x.cumsum(1) of x (B, T, C)."""
-    return cumsum(x) if torch.compiler.is_compiling() and x.device.type == "cuda" else x.cumsum(1)
+    return cumsum_op(x) if torch.compiler.is_compiling() and x.device.type == "cuda" else x.cumsum(1)
 
 
 @torch.library.custom_op("encdec::cumsum", mutates_args=())
-def cumsum(x: torch.Tensor) -> torch.Tensor:
+def cumsum_op(x: torch.Tensor) -> torch.Tensor:
     """An operation that torch.compile leaves as it is: torch 2.11 fails to make code of its own for a small B (dev/LOG.md)."""
     return x.contiguous().cumsum(1)
 
 
-@cumsum.register_fake
+@cumsum_op.register_fake
 def _(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-cumsum.register_autograd(lambda ctx, grad: cumsum(grad.flip(1)).flip(1))
+cumsum_op.register_autograd(lambda ctx, grad: cumsum_op(grad.flip(1)).flip(1))
 
 
 def rotary_angles(positions: torch.Tensor, head_width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,7 +188,7 @@ class CausalProducts(torch.autograd.Function):
 
 # logits held at a time: on a CPU 28 MiB in float32, a block that `runtime.keep_freed_memory` keeps, on a GPU 1 GiB in bfloat16
 CHUNK = {"cpu": 7 * 2**20, "cuda": 2**29}
-FEW = 2**26  # logits that are held for the backward pass, in place of being computed chunk by chunk
+FEW = 2**26  # logits up to which Triton's chunks are not worth it: a guess
 
 
 def head_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -209,13 +209,13 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> t
     Not differentiable twice.
     """
     x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
-    most = CHUNK.get(x.device.type, FEW)
-    rows = max(1, most // weight.size(0))
-    if len(x) <= max(1, min(most, FEW) // weight.size(0)):
-        return F.cross_entropy(at_least_float32(F.linear(x, weight)), targets, ignore_index=-1)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    most = CHUNK.get(x.device.type, 2**26)
+    rows = max(1, most // weight.size(0))
+    if len(x) <= max(1, (FEW if triton_runs(x) else most) // weight.size(0)):
+        return F.cross_entropy(at_least_float32(F.linear(x, weight)), targets, ignore_index=-1)
     if not torch.is_grad_enabled():  # else it would compute the gradients of a parameter that nobody asks for
         x, weight = x.detach(), weight.detach()
     return ChunkedHeadLoss.apply(x, weight, targets, rows) / (targets >= 0).sum()
@@ -246,36 +246,38 @@ def chunks(
     dtype, grads = torch.promote_types(x.dtype, torch.float32), []
     total = x.new_zeros((), dtype=dtype)
     grad_weight = torch.zeros_like(weight, dtype=dtype) if needed else weight.new_empty(0)
-    padded = x.device.type == "cuda" and (V % 64 > 0 or C % 8 > 0)  # to what its matrix units want: padding.py
-    if padded:
+    widened = by_triton and (V % 64 > 0 or C % 8 > 0)  # 50,257 x 150 took three times as long as multiples of 8 (dev/LOG.md)
+    if widened:
         x, weight = F.pad(x, (0, -C % 8)), F.pad(weight, (0, -C % 8, 0, -V % 64))
-    of_chunk = gpu_kernels.losses_and_gradients if by_triton else losses_and_gradients
     with torch.autocast(x.device.type, enabled=False):
         for part, target in zip(x.split(rows), targets.split(rows)):
             valid, column = (target >= 0)[:, None], target.clamp(min=0)[:, None]
-            losses, grad = of_chunk(part @ weight.T, column, V, needed)  # (rows, 1), (rows, V)
+            logits = part @ weight.T  # (rows, V)
+            if by_triton:
+                losses, grad = gpu_kernels.losses_and_gradients(logits, column, V, needed)
+            else:
+                losses, grad = losses_and_gradients(logits, column, needed)  # (rows, 1), (rows, V)
             total = total + torch.where(valid, losses, 0.0).sum()
             if needed:
                 grads.append(torch.where(valid, grad @ weight, 0.0)[:, :C])
                 part = torch.where(valid, part, 0.0)
-                if grad.dtype == dtype and not padded:
+                if grad.dtype == dtype and not widened:
                     grad_weight.addmm_(grad.T, part)
                 else:
                     grad_weight += (grad.T @ part)[:V, :C]
     return total, torch.cat(grads) if needed else x.new_empty(0), grad_weight.to(weight.dtype)
 
 
-def losses_and_gradients(logits: torch.Tensor, column: torch.Tensor, V: int, needed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def losses_and_gradients(logits: torch.Tensor, column: torch.Tensor, needed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Cross-entropies (R, 1) of the columns (R, 1) under the first V columns of logits (R, >= V) and, if needed, the gradients of their sum
-    with respect to the logits: softmax - one-hot.
+    Cross-entropies (R, 1) of the columns (R, 1) under logits (R, V) and, if needed, the gradients of their sum with respect to the
+    logits: softmax - one-hot.
     """
-    log_p = F.log_softmax(logits[:, :V], dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     of_target = log_p.gather(1, column)
     if not needed:
         return -of_target, None
-    grad = log_p.exp_().scatter_add_(1, column, torch.full_like(of_target, -1.0)).to(logits.dtype)
-    return -of_target, grad if logits.size(1) == V else F.pad(grad, (0, logits.size(1) - V))
+    return -of_target, log_p.exp_().scatter_add_(1, column, torch.full_like(of_target, -1.0)).to(logits.dtype)
 
 
 @torch.library.custom_op("encdec::chunks", mutates_args=())
@@ -289,4 +291,5 @@ def chunks_in_triton(
 @chunks_in_triton.register_fake
 def _(x, weight, targets, rows, needed):
     total = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
-    return (total, torch.empty_like(x), torch.empty_like(weight)) if needed else (total, x.new_empty(0), weight.new_empty(0))
+    like_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return (total, like_x, torch.empty_like(weight)) if needed else (total, x.new_empty(0), weight.new_empty(0))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from baseline_transformer.model import DecoderOnly
 from model import CausalModel, CrossAttention, EncoderDecoder, SelfAttention
 
-MULTIPLE = 16  # elements
+MULTIPLE = 16  # elements; a model whose widths are multiples of 8 is left as it is
 
 
 def suits(model: nn.Module) -> bool:
@@ -26,7 +26,7 @@ def suits(model: nn.Module) -> bool:
         return False
     if getattr(model, "compression", None) is not None:
         return False
-    return any(width % MULTIPLE for width in (model.config.n_embd, *model.head_widths))
+    return any(width % 8 for width in (model.config.n_embd, *model.head_widths))
 
 
 def pad(x: torch.Tensor, *dims: int) -> torch.Tensor:

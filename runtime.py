@@ -103,7 +103,7 @@ def start(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> R
     graphs = compile == "graphs"
     if graphs and (chosen.type != "cuda" or world_size > 1):
         raise ValueError(f"compile=graphs: CUDA graphs need one process and a CUDA GPU, not {world_size} and {chosen}; use auto")
-    chosen_compile, why_compile = choose_compile("on" if graphs else compile, chosen)
+    chosen_compile, why_compile = choose_compile("on" if graphs else compile, chosen, chosen_dtype)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in float32; sample.py takes it back
@@ -180,8 +180,11 @@ def cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
-def choose_compile(word: str, device: torch.device) -> tuple[bool, str]:
+def choose_compile(word: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     missing = missing_compiler(device)
+    old = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] < 8
+    if word == "on" and old:
+        raise ValueError("torch.compile has no bfloat16 for this GPU; use dtype=float32 or float16, or compile=off")
     if word == "on" and missing:
         raise ValueError(f"torch.compile needs {missing}, which is not there; install it, or do without compilation")
     if word != "auto":
@@ -194,6 +197,8 @@ def choose_compile(word: str, device: torch.device) -> tuple[bool, str]:
         return False, f"torch.compile needs {missing}, which is not there"
     if torch.cuda.get_device_capability(device)[0] < 7:
         return False, "triton, which compiles for it, needs a GPU of compute capability 7 at least"
+    if old:
+        return False, "it has no bfloat16 for this GPU"
     return True, "a CUDA GPU under Linux"
 
 

@@ -315,7 +315,7 @@ def evaluate(trainer: Trainer, record: Recorder, write_sample: Callable[[], str]
     found, step, what = trainer.estimates(), trainer.step, name_of_loss(trainer.raw_model)
     stop_if_not_finite(found["val_loss"], step, record.out)
     if step > 0:  # of an untrained model there is nothing to say
-        found |= trainer.measure(trainer.eval_batches("val"))
+        found |= trainer.measure(trainer.eval_batches("val", trainer.config.batch_size))
     accuracy = f", accuracy {found['token_accuracy']:.2%}" if "token_accuracy" in found else ""
     record.say(f"step {step}: train {what} {found['train_loss']:.4f}, val {what} {found['val_loss']:.4f}{accuracy}")
     record.log("eval", found)
@@ -398,7 +398,7 @@ def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
     """What summary.json says of a trained model, the loss on the whole validation file first of all."""
     config, model, data, machine = trainer.config, trainer.raw_model, trainer.data, trainer.machine
     tokens = trainer.step * trainer.sequences * data.block_size
-    # not compiled: its two shapes of batches take longer to compile than one pass over the file gains
+    # not compiled, as evaluate.py computes it, and without two more shapes to compile
     val_loss, val_tokens = trainer.mean_loss(model, whole_file(data, machine, config.final_eval_tokens))
     summary = {
         "model": config.model, "dataset": config.dataset,
@@ -411,7 +411,7 @@ def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
         "peak_memory_bytes": machine.peak_memory_bytes(), "seed": config.seed,
         "data_hash": data.val_hash, "train_hash": data.meta["train"]["sha256"],  # of the validation and of the training file
         "torch": torch.__version__, "device": device_name(machine), "dtype": str(machine.dtype).removeprefix("torch."),
-        "compiled": machine.compile, "world_size": machine.world_size, "lanes": trainer.lanes.count,
+        "compiled": machine.compile, "graphs": machine.graphs, "world_size": machine.world_size, "lanes": trainer.lanes.count,
     }  # fmt: skip
     if model.reconstructs:  # a loss that no language model's may be compared with
         summary["reconstruction"] = True

@@ -139,12 +139,26 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, device: torch.de
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=device.type in ("cuda", "cpu"))
 
 
-def compiled(model: torch.nn.Module, machine: runtime.Runtime) -> torch.nn.Module:
-    """model(idx, targets) for training and evaluation, compiled for this machine, at widths that suit it."""
-    if machine.device.type == "cuda" and machine.dtype in (torch.bfloat16, torch.float16) and padding.suits(model):
+def compiled(model: torch.nn.Module, machine: runtime.Runtime, recomputes: bool = False) -> torch.nn.Module:
+    """
+    model(idx, targets) for training and evaluation, compiled for this machine, at widths that suit it, unless it computes its
+    activations again: where torch.compile gives up, that would be done with parameters that are no longer padded.
+    """
+    half = machine.dtype in (torch.bfloat16, torch.float16)
+    if machine.device.type == "cuda" and half and not recomputes and padding.suits(model):
         model = padding.Padded(model)
     # dynamic=False: another number of sequences compiles once more instead of to slower code
     return torch.compile(model, dynamic=False, mode="reduce-overhead" if machine.graphs else None)
+
+
+def own_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """
+    Zeros for parameters without a gradient. CUDA graphs write the gradients of every micro-batch to the same memory; a sum that
+    began there would be overwritten.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def lanes_that_pay(model: torch.nn.Module, sequences: int) -> int:
@@ -169,13 +183,18 @@ class Trainer:
                 f"the {self.sequences} sequences of a step cannot be shared by {machine.world_size} processes; choose a "
                 f"batch_size or gradient_accumulation_steps that is a multiple of {machine.world_size}"
             )
+        require(
+            not machine.graphs or (raw_model.side_by_side and config.micro_batch_size != "auto"),
+            f"compile=graphs is not possible with model={config.model} and micro_batch_size={config.micro_batch_size}: it needs a model "
+            f"without codes, and keeps the memory of every size it tries; use compile=on, or a number as micro_batch_size",
+        )
         self.micro_batch_size = config.batch_size if config.micro_batch_size in (None, "auto") else config.micro_batch_size
         self.config, self.raw_model, self.data, self.machine = config, raw_model, data, machine
         self.train_data = data  # what update() draws from; a model may put something else made of it here
         self.optimizer = make_optimizer(raw_model, config, machine.device)
         # float16 gradients underflow unless the loss is scaled up; for all other types this does nothing
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-        self.model = compiled(raw_model, machine) if machine.compile else raw_model
+        self.model = compiled(raw_model, machine, config.activation_checkpointing) if machine.compile else raw_model
         self.train_model = self.model
         if machine.world_size > 1:
             if machine.compile:
@@ -273,11 +292,10 @@ class Trainer:
         return sums
 
     def drop_gradients(self) -> None:
-        """Begin a new sum. CUDA graphs write every micro-batch's gradients to one place, so there the sum has another."""
+        """Begin the sum of a new step."""
         self.optimizer.zero_grad(set_to_none=not self.machine.graphs)
         if self.machine.graphs:
-            for parameter in self.parameters:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            own_gradients(self.parameters)
 
     def is_logged(self, step: int) -> bool:
         return step % self.config.log_interval == 0 or step == self.config.max_iters
@@ -373,11 +391,15 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------------------
     # evaluation: its own windows, no dropout, no random numbers, so that it leaves no trace in the run
 
-    def eval_batches(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This process's share of the fixed evaluation windows of a split, together as many as fit, like micro-batches, into memory."""
+    def eval_batches(self, split: str, most: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This process's share of the fixed evaluation windows of a split, at most so many at a time; none: as training takes."""
         config, machine = self.config, self.machine
         starts = self.data.eval_starts(split, config.batch_size * config.eval_iters)
-        rows = max(n for n in range(1, self.micro_batch_size + 1) if len(starts) % n == 0)  # equal shapes compile once
+        # a micro-batch of a model over codes is one of codes, not of the text that it is evaluated on
+        most = most or (self.micro_batch_size if self.train_data is self.data else min(self.micro_batch_size, config.batch_size))
+        most = min(most, -(-len(starts) // machine.world_size))
+        rows = max(n for n in range(1, most + 1) if len(starts) % n == 0)  # equal shapes compile once
+        rows = rows if 2 * rows > most else most
         for first in range(machine.rank * rows, len(starts), machine.world_size * rows):
             yield self.to_device(*self.data.gather(split, starts[first : first + rows]))
 

@@ -22,7 +22,7 @@ import configurator
 import runtime
 from benchmarks.shapes import PUBLISHED, STDLIB
 from benchmarks.timing import in_turns, rate
-from trainer import compiled, lanes_that_pay
+from trainer import compiled, lanes_that_pay, own_gradients
 
 SIZES = {  # vocabulary, tokens of a sequence, sequences of a step, shapes of the models
     "published": (50257, 200, 8, PUBLISHED),
@@ -91,8 +91,6 @@ def optimizer_steps(
     """Work for in_turns: so many optimizer steps on tokens (B, T + 1), `size` sequences at a time; how many tokens they learn from."""
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     parameters, side_by_side = list(model.parameters()), runtime.Lanes(lanes)
-    for parameter in parameters if machine.graphs else ():  # see Trainer.drop_gradients
-        parameter.grad = torch.zeros_like(parameter)
 
     def losses(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
         with machine.autocast():
@@ -101,6 +99,7 @@ def optimizer_steps(
 
     def work(steps: int) -> int:
         with side_by_side.shared_threads():
+            own_gradients(parameters if machine.graphs else ())
             for _ in range(steps):
                 for some_x, some_y in zip(x.split(size), y.split(size)):
                     if lanes == 1:
@@ -129,7 +128,8 @@ def matrix_peak(machine: runtime.Runtime, n: int) -> float:
 
 
 def bench_train(config: TrainBench) -> list[dict]:
-    base = runtime.start(config.device, "float32", "off")
+    base = runtime.start(config.device, "float32", "graphs" if "graphs" in config.compile else "off")
+    torch._dynamo.config.recompile_limit = 64  # of all variants together, as their code is the same
     vocab_size, block_size, _, shapes = SIZES[config.size]
     runtime.seed_everything(config.seed)
     tokens = torch.randint(vocab_size, (config.sequences, block_size + 1), device=base.device)

@@ -1,5 +1,6 @@
 """The benchmark runs, on a tiny model, and its arithmetic is right. How fast anything is, no test can know."""
 
+import dataclasses
 import json
 import types
 
@@ -192,22 +193,23 @@ def test_bench_train(tmp_path, capsys, monkeypatch):
 
 def test_training_is_a_whole_optimizer_step():
     """Guards the measured work: it moves the weights as a plain loop does, leaves no gradient behind, and counts its tokens."""
-    weights, tokens = [], torch.randint(31, (2, 13), generator=torch.Generator().manual_seed(0))
-    for loop in (False, True):
+    weights, tokens = [], torch.randint(31, (3, 13), generator=torch.Generator().manual_seed(0))
+    for size, graphs in ((None, False), (3, False), (2, False), (2, True)):  # none: a plain loop
         torch.manual_seed(0)
         model = checkpoint.build("decoder_only", checkpoint.CONFIGS["decoder_only"](**TINY_BASELINE)).double().train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        if loop:
+        if size is None:
             for _ in range(3):
                 optimizer.zero_grad()
                 model(tokens[:, :-1], tokens[:, 1:])[1]["total"].backward()
                 optimizer.step()
         else:
-            work = training.optimizer_steps(model, optimizer, tokens, runtime.start("cpu", "float64", "off"), len(tokens))
-            assert work(3) == 3 * 2 * 12
-            assert all(p.grad is None for p in model.parameters())
-        weights.append([p.detach().clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*weights))
+            machine = dataclasses.replace(runtime.start("cpu", "float64", "off"), graphs=graphs)
+            assert training.optimizer_steps(model, optimizer, tokens, machine, size)(3) == 3 * 3 * 12
+            assert all(not p.grad.any() if graphs else p.grad is None for p in model.parameters())
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[2], weights[3])
+    assert (weights[0] - weights[2]).abs().max() < 1e-12, "micro-batches of 2 and of 1 count by their sequences"
 
 
 def test_matrix_peak(monkeypatch):

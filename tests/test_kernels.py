@@ -169,30 +169,67 @@ def test_evaluation_in_chunks_computes_no_gradients(monkeypatch):
     assert products == math.ceil(46 / 7) + 1, "one product for each chunk, and that of the plain loss"
 
 
-def test_chunks_as_one_operation_for_the_compiler(monkeypatch):
-    """Guards the output layer where it is compiled for a GPU, its kernel aside: losses and gradients, and the evaluation."""
-    monkeypatch.setitem(kernels.CHUNK, "cpu", 31 * 7)
-    monkeypatch.setattr(kernels, "triton_runs", lambda x: True)
-    monkeypatch.setattr(kernels, "gpu_kernels", types.SimpleNamespace(losses_and_gradients=kernels.losses_and_gradients))
-    x, weight, targets = case(torch.float64)
-    compiled = torch.compile(kernels.head_loss, backend="aot_eager", fullgraph=True)
-    found = []
-    for loss in (compiled(x, weight, targets), plain_loss(x, weight, targets)):
-        found.append((loss, *torch.autograd.grad(3 * loss, (x, weight))))
-    for mine, exact in zip(*found):
-        assert (mine - exact).norm() < 1e-12
-    with torch.no_grad():
-        assert abs(compiled(x, weight, targets) - found[1][0]) < 1e-12
+def test_what_a_gpu_compiles(monkeypatch):
+    """
+    Guards what is for a GPU in kernels.py, its Triton kernels replaced by plain ones: widened sizes, the output layer's loss as one
+    operation for the compiler, when attention is taken and how its result lies, the running sum; losses and gradients are the plain ones.
+    """
+    shapes, attended = [], []
+
+    def losses_and_gradients(logits, column, V, needed):
+        shapes.append(tuple(logits.shape))
+        losses, grad = kernels.losses_and_gradients(logits[:, :V], column, needed)
+        return losses, F.pad(grad, (0, logits.size(1) - V)) if needed else logits
+
+    def attend(q, k, v):
+        attended.append(q.shape)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2), None
+
+    fake = types.SimpleNamespace(losses_and_gradients=losses_and_gradients, suits=lambda q: True, attend=attend)
+    x = torch.randint(31, (5, 13))
+    for options, layers in (({"embedding_loss": "mse", "pos_sub": "plain"}, 6), ({"window": 4}, 2)):
+        model = make_model("encoder_decoder", options).train()
+        found, shapes[:], attended[:] = [], [], []
+        for gpu in (False, True):
+            with monkeypatch.context() as patch:
+                patch.setitem(kernels.CHUNK, "cpu", 31 * 7)
+                if gpu:
+                    patch.setattr(kernels, "FEW", 31 * 7)
+                    patch.setattr(kernels, "triton_runs", lambda x: True)
+                    patch.setattr(kernels, "gpu_kernels", fake)
+                    patch.setattr("model.running_sum", kernels.cumsum_op)
+                loss = torch.compile(model, backend="aot_eager", dynamic=False)(x[:, :-1], x[:, 1:])[1]["total"]
+                found.append((loss, *torch.autograd.grad(3 * loss, list(model.parameters()))))
+        for mine, exact in zip(*found):
+            assert (mine - exact).norm() < 1e-12
+        assert shapes == [(7, 64)] * (60 // 7) + [(60 % 7, 64)], "60 tokens, 31 columns widened to 64"
+        assert len(attended) == layers, "a window limits self-attention, of four layers, but not cross-attention"
+
+
+def test_operations_for_the_compiler_are_what_they_say():
+    """Guards what torch.compile is told of them: sizes, strides and types of their results."""
+    x = torch.randn(2, 5, 4).mT
+    torch.library.opcheck(kernels.cumsum_op, (x,), test_utils=("test_schema", "test_faketensor"))
+    x, weight, targets = case(torch.float32)
+    flat = x.detach().flatten(0, 1).T.contiguous().T
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.MonkeyPatch.context() as patch:
+            fake = types.SimpleNamespace(losses_and_gradients=lambda logits, column, V, needed: (
+                logits.new_zeros(len(logits), 1, dtype=torch.float32), logits))  # fmt: skip
+            patch.setattr(kernels, "gpu_kernels", fake)
+            for needed in (True, False):
+                args = (flat.to(dtype), weight.detach().to(dtype), targets.flatten(), 7, needed)
+                torch.library.opcheck(kernels.chunks_in_triton, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_running_sum_as_an_operation_of_its_own():
     """Guards the embedding loss where it is compiled for a GPU: the sum, and gradients that run backwards."""
     torch.manual_seed(0)
     x, grad = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, 4, dtype=torch.float64)
-    y, expected = kernels.cumsum(x.transpose(0, 0)), x.cumsum(1)
+    y, expected = kernels.cumsum_op(x.mT.contiguous().mT), x.cumsum(1)
     assert torch.equal(y, expected)
     assert torch.allclose(*(torch.autograd.grad(z, x, grad)[0] for z in (y, expected)), rtol=0, atol=1e-14)
-    assert torch.autograd.gradgradcheck(kernels.cumsum, x)
+    assert torch.autograd.gradgradcheck(kernels.cumsum_op, x)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -1,11 +1,15 @@
 """Models at padded widths against the models themselves: the same losses, the same gradients."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from model import EncoderDecoder, EncoderDecoderConfig
 from padding import Padded, suits
+from runtime import Runtime
+from trainer import compiled
 
 ODD = dict(n_head=2, n_embd=30)  # heads of 15 channels, and of 5
 STACKS = dict(n_encoder_layer=2, n_decoder_layer=2, n_cross_head=6)
@@ -71,6 +75,17 @@ def test_what_is_padded():
     """Guards rotary heads, whose channels would pair wrongly, models over codes, and models that have nothing to gain."""
     assert not suits(build(EncoderDecoder, ODD | STACKS | dict(position="rope")))
     assert not suits(build(DecoderOnly, EVEN | dict(n_layer=1)))
-    assert suits(build(DecoderOnly, dict(n_head=4, n_embd=96, n_layer=1)))
+    assert suits(build(DecoderOnly, dict(n_head=8, n_embd=96, n_layer=1)))
     head = dict(latent_factor=4, latent_dim=8, codebook_size=4, codebook_levels=1)
     assert not suits(build(EncoderDecoder, ODD | STACKS | head))
+
+
+def test_what_is_compiled(monkeypatch):
+    """Guards the choice of widths and CUDA graphs: a GPU in bfloat16, and no activations that are computed again."""
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic, mode: (type(model).__name__, mode))
+    odd, even = build(*MODELS["plain"]), build(DecoderOnly, EVEN | dict(n_layer=1))
+    gpu = Runtime(torch.device("cuda", 0), torch.bfloat16, True, "")
+    assert compiled(odd, gpu) == ("Padded", None) and compiled(even, gpu) == ("DecoderOnly", None)
+    assert compiled(odd, gpu, recomputes=True) == ("EncoderDecoder", None)
+    assert compiled(odd, dataclasses.replace(gpu, dtype=torch.float32, graphs=True)) == ("EncoderDecoder", "reduce-overhead")
+    assert compiled(odd, dataclasses.replace(gpu, device=torch.device("cpu"))) == ("EncoderDecoder", None)

@@ -1,5 +1,6 @@
 """The training loop and what it writes, on real text with tiny models."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -535,6 +536,26 @@ def test_summary_does_not_depend_on_batch_size(tiny_data, tmp_path):
     losses = {run(tiny_data, tmp_path / f"{b}", "--max_iters=0", f"--batch_size={b}")["val_loss"] for b in (1, 7, 64)}
     assert len(losses) == 1
     assert run(tiny_data, tmp_path / "seed", "--max_iters=0", "--seed=2")["val_loss"] not in losses, "all seeds begin alike"
+
+
+def test_graphs_keep_the_sum_of_gradients(tiny_data):
+    """Guards micro-batches under CUDA graphs, which write all gradients to one memory: the sum lies elsewhere, the same in every step."""
+    data = dataloader.TokenData(tiny_data, 32)
+    losses = []
+    for graphs in (False, True):
+        machine = dataclasses.replace(runtime.start("cpu", "float64", "off"), graphs=graphs)
+        config = TrainConfig(batch_size=2, gradient_accumulation_steps=2, warmup_iters=1, max_iters=9)
+        trainer = Trainer(config, make_model("decoder_only", {}, vocab_size=256, block_size=32), data, machine)
+        sums = [parameter.grad for parameter in trainer.parameters]
+        losses.append([trainer.update()["total"].item() for _ in range(3)])
+        if graphs:
+            assert all(parameter.grad is zeros and not zeros.any() for parameter, zeros in zip(trainer.parameters, sums))
+    assert losses[0] == losses[1]
+    for wrong in ("--micro_batch_size=auto", "--device=cpu"):
+        with pytest.raises(ValueError, match="compile=graphs"):
+            run(tiny_data, tiny_data / "never", "--compile=graphs", wrong)
+    with pytest.raises(ValueError, match="compile=graphs is not possible with .* micro_batch_size=auto"):
+        Trainer(dataclasses.replace(config, micro_batch_size="auto"), trainer.raw_model, data, machine)
 
 
 @pytest.mark.parametrize(("micro_batch_size", "sizes"), [(None, [3, 3]), (1, [1] * 6), (2, [2] * 3), (5, [3, 3]), (100, [6])])
