@@ -180,7 +180,7 @@ def cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
-def choose_compile(word: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+def choose_compile(word: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[bool, str]:
     missing = missing_compiler(device)
     old = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] < 8
     if word == "on" and old:

@@ -1263,6 +1263,11 @@ def test_compilation_needs_a_compiler(tiny_data, tmp_path, monkeypatch, capsys):
     assert not runtime.choose_compile("auto", gpu)[0], "triton does without such a GPU"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert runtime.choose_compile("auto", gpu)[0] and runtime.choose_compile("on", torch.device("cpu"))[0]
+    assert not runtime.choose_compile("auto", gpu, torch.bfloat16)[0], "it has no such products"
+    with pytest.raises(ValueError, match="no bfloat16 for this GPU"):
+        runtime.choose_compile("on", gpu, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert runtime.choose_compile("auto", gpu, torch.bfloat16)[0]
 
 
 def test_wandb_missing_is_one_line(tiny_data, tmp_path, monkeypatch):
