@@ -5,7 +5,8 @@ take about twice as long as at 152, and flash attention with heads of 30 and 15 
 step takes 3% less than with those of 8; parameters, gradients and checkpoints keep their sizes.
 
 What is zero stays zero: rows of zeros give zeros, LayerNorm counts the real channels only and has gains of zero behind them, values
-of zero add nothing. Attention divides by the square root of the padded head width, so queries are made larger by as much.
+of zero add nothing. Attention divides by the square root of the padded head width, so queries are made larger by as much. Dropout
+draws masks of the padded sizes, so the same seed gives another run than without padding.
 """
 
 import math
