@@ -398,8 +398,8 @@ class Trainer:
         # a micro-batch of a model over codes is one of codes, not of the text that it is evaluated on
         most = most or (self.micro_batch_size if self.train_data is self.data else min(self.micro_batch_size, config.batch_size))
         most = min(most, -(-len(starts) // machine.world_size))
-        rows = max(n for n in range(1, most + 1) if len(starts) % n == 0)  # equal shapes compile once
-        rows = rows if 2 * rows > most else most
+        rows = max(n for n in range(1, most + 1) if len(starts) % n == 0)
+        rows = rows if 2 * rows > most else most  # batches of one shape compile once, but not where they would be small
         for first in range(machine.rank * rows, len(starts), machine.world_size * rows):
             yield self.to_device(*self.data.gather(split, starts[first : first + rows]))
 
