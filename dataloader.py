@@ -185,12 +185,16 @@ class TokenData:
         if digest.hexdigest() != self.meta[split]["sha256"]:
             raise ValueError(f"{path} is not the file that meta.json describes (its sha256 differs); {again}")
 
+    def places(self, split: str) -> int:
+        """How many starts a window of the split can have."""
+        return len(self._maps[split]) - self.block_size
+
     def batch_starts(self, seed: int, step: int, count: int) -> np.ndarray:
         """(count,) int64 starts in train of all windows of one optimizer step, a pure function of the arguments.
 
         The step's sequences are drawn at once; the caller divides them among micro-batches and processes.
         """
-        return np.random.default_rng([seed, step]).integers(0, len(self.train) - self.block_size, size=count, dtype=np.int64)
+        return np.random.default_rng([seed, step]).integers(0, self.places("train"), size=count, dtype=np.int64)
 
     def target_counts(self, starts: np.ndarray) -> np.ndarray:
         """Targets (count,) of the windows of train that begin at `starts`."""
@@ -200,7 +204,7 @@ class TokenData:
         """(count,) int64 window starts, the same ones in every run whatever its seed, so that curves can be compared."""
         # three words, the last one not 0: a stream that no (seed, step) of batch_starts can have
         rng = np.random.default_rng([0, 0, 1 + SPLITS.index(split)])
-        return rng.integers(0, len(self._maps[split]) - self.block_size, size=count, dtype=np.int64)
+        return rng.integers(0, self.places(split), size=count, dtype=np.int64)
 
     def gather(self, split: str, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows that begin at `starts` (n,): inputs x and targets y, both int64 (n, T); y[:, t] is the token after x[:, t].
@@ -269,18 +273,13 @@ class PairData(TokenData):
                 "long pairs out"
             )
 
-    def batch_starts(self, seed: int, step: int, count: int) -> np.ndarray:
-        """(count,) int64 numbers of the pairs of one optimizer step, a pure function of the arguments."""
-        return np.random.default_rng([seed, step]).integers(0, len(self.bounds["train"]), size=count, dtype=np.int64)
+    def places(self, split: str) -> int:
+        """How many pairs the split has: what is a start elsewhere is the number of a pair here."""
+        return len(self.bounds[split])
 
     def target_counts(self, starts: np.ndarray) -> np.ndarray:
         """Targets (count,) of the pairs of train numbered `starts`."""
         return self.bounds["train"][starts, 2] - self.bounds["train"][starts, 1]
-
-    def eval_starts(self, split: str, count: int) -> np.ndarray:
-        """(count,) int64 numbers of pairs, the same ones in every run whatever its seed."""
-        rng = np.random.default_rng([0, 0, 1 + SPLITS.index(split)])
-        return rng.integers(0, len(self.bounds[split]), size=count, dtype=np.int64)
 
     def gather(self, split: str, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The pairs numbered `starts` (n,): inputs x and targets y, both int64 (n, T); y is -1 but for the second sides."""

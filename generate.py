@@ -252,11 +252,13 @@ def check_prompts(model: torch.nn.Module, prompts: list[list[int]]) -> None:
             raise ValueError(f"the prompt has token ids outside the model's vocabulary of {V}")
 
 
-def lay_out_for_decoding(model: torch.nn.Module) -> None:
+def prepare_for_decoding(model: torch.nn.Module) -> None:
     """
-    Store all matrices of a model on a CPU column by column, in place: shapes, values and use stay as they are. MKL is then faster
-    with the few rows that the general path has without a cache or in small batches. Not so for models over codes.
+    No TF32 in this process, so that a text is the same however many tokens are computed together; and all matrices of a model on a
+    CPU column by column, in place, shapes, values and use as they are: MKL is then faster with the few rows that the general path
+    has without a cache or in small batches. Not so for an RQ-transformer.
     """
+    torch.set_float32_matmul_precision("highest")
     for parameter in model.parameters() if getattr(model, "autoencoder", None) is None else ():
         if parameter.dim() == 2 and parameter.device.type == "cpu":
             parameter.data = parameter.data.t().contiguous().t()
@@ -329,7 +331,7 @@ def sample_together(
         from generate_blocks import sample_in_blocks, sample_targets  # which need this file
 
         how = sampling if isinstance(sampling, BlockSampling) else BlockSampling((sampling,))
-        loop = sample_targets if hasattr(model, "bottleneck") else sample_in_blocks
+        loop = sample_targets if hasattr(model, "bottleneck") else sample_in_blocks  # a latent transformer has one
         yield from loop(model, samples, how, use_cache, first_sample)
         return
     device = next(model.parameters()).device

@@ -56,7 +56,7 @@ def sample_in_blocks(
             if kept > 0:
                 codes = model.encode(idx[:, -kept * S :].contiguous(), None)[0]
             spatial, depth = model.spatial.make_cache(), model.depth.make_cache()
-            decoder, known = model.autoencoder.make_decoder_cache(M), 0  # known: blocks in it
+            decoder, known = model.autoencoder.make_decoder_cache(), 0  # known: blocks in it
         if step is not None and spatial.length == codes.size(1) > 0:
             h = step.state(codes[0, -1].tolist(), spatial)
         else:

@@ -197,6 +197,7 @@ class Lookahead:
         tokens, cache, W, N = self.sample.tokens, self.cache, self.setting.window, self.setting.ngram
         p, held = len(tokens) - 1, cache.length
         room = self.start + self.block_size - len(tokens)  # positions of the context after y_p
+        # column i of the last level stands N - 2 + i behind y_p, which must not be more than `room`
         width, length = max(0, min(W, room - N + 3)), min(N - 1, room)
         if self.setting.from_text:
             for i in range(self.noted, len(tokens) - N + 1):

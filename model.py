@@ -170,7 +170,6 @@ class Context:
     """What all attention layers of one forward pass share."""
 
     mask: torch.Tensor | None  # bool (T, S) or (B, 1, T, S), True = may look; None: the causal square, or one token that sees all
-    causal: bool  # mask is None and T == S: let the kernel mask
     rotary: dict[int, tuple[torch.Tensor, torch.Tensor]]  # head width -> cos, sin; empty with learned positions
     start: int | torch.Tensor  # tokens in the cache before this call
     dropout: float  # of attention weights
@@ -183,7 +182,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, 
         q, k = rotate(q, context.rotary[q.size(-1)]), rotate(k, (context.key_rotary or context.rotary)[k.size(-1)])
     if cache is not None:
         k, v = cache.append(k, v, context.start)  # (B, H, S, D)
-    y = attention(q, k, v, context.mask, context.causal, context.dropout)
+    y = attention(q, k, v, context.mask, context.mask is None and q.size(2) == k.size(2), context.dropout)
     return y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H, D) -> (B, T, C)
 
 
@@ -320,7 +319,7 @@ class CausalModel(nn.Module):
             mask = (behind < self.window) & (behind >= 0 if mask is None else mask)
         rotary = {width: rotary_angles(positions, width) for width in self.head_widths} if config.position == "rope" else {}
         dropout = config.dropout if self.training else self.evaluation_dropout
-        return positions, Context(mask, causal=mask is None and start == 0, rotary=rotary, start=start, dropout=dropout)
+        return positions, Context(mask, rotary, start, dropout)
 
     @torch.no_grad()
     def initialize(self, stacks: list[nn.ModuleList]) -> None:
@@ -357,31 +356,27 @@ class EmbeddingLoss(nn.Module):
     def __init__(self, config: EncoderDecoderConfig):
         super().__init__()
         # gain AND bias whatever config.bias says: the published loss has them, and it is through them that it is solved
-        affine = config.embedding_loss_ln_affine
-        self.ln_embedding = LayerNorm(config.n_embd, elementwise_affine=affine) if config.embedding_loss_ln != "none" else None
-        self.ln_encoder = LayerNorm(config.n_embd, elementwise_affine=affine)
-        self.kind, self.detach, self.ln = config.embedding_loss, config.embedding_loss_detach, config.embedding_loss_ln
-        self.width = config.n_embd
+        norm = functools.partial(LayerNorm, config.n_embd, elementwise_affine=config.embedding_loss_ln_affine)
+        self.ln_embedding = norm() if config.embedding_loss_ln != "none" else None
+        self.config, self.ln_encoder = config, norm()
 
     def forward(self, e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """Scalar loss, unweighted, from the input embeddings e and the encoder states h, both (B, T, C)."""
-        e, h = at_least_float32(e), at_least_float32(h)
-        if self.detach == "encoder":
-            h = h.detach()
-        elif self.detach == "embedding":
-            e = e.detach()
-        if self.ln == "input":
+        config, e, h = self.config, at_least_float32(e), at_least_float32(h)
+        e = e.detach() if config.embedding_loss_detach == "embedding" else e
+        h = h.detach() if config.embedding_loss_detach == "encoder" else h
+        if config.embedding_loss_ln == "input":
             e = self.ln_embedding(e)
         count = torch.arange(1, e.size(1) + 1, device=e.device, dtype=e.dtype)
         m = running_sum(e) / count[:, None]  # m_t = mean(a_0..a_t)
-        if self.ln == "average":
+        if config.embedding_loss_ln == "average":
             m = self.ln_embedding(m)
         u = self.ln_encoder(h)
-        if self.kind == "mse":
-            return F.mse_loss(m, u) * (m.size(-1) / self.width)  # 1, unless padding.py has put zeros behind the channels
+        if config.embedding_loss == "mse":
+            return F.mse_loss(m, u) * (m.size(-1) / config.n_embd)  # 1, unless padding.py has put zeros behind the channels
         similarity = (F.cosine_similarity(m, u, dim=-1) + 1) / 2  # in [0, 1]
         # the clamp only matters for exactly opposite vectors
-        return (1 - similarity if self.kind == "cosine" else -similarity.clamp_min(1e-8).log()).mean()
+        return (1 - similarity if config.embedding_loss == "cosine" else -similarity.clamp_min(1e-8).log()).mean()
 
 
 class EncoderDecoder(CausalModel):
@@ -424,16 +419,12 @@ class EncoderDecoder(CausalModel):
         cache = super().make_cache(capacity, static)
         return cache if self.compression is None else self.compression.extend(cache, self.config.n_encoder_layer)
 
-    def embed(self, idx: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Input embeddings e (B, T, C) of tokens idx (B, T) at absolute positions (T,)."""
-        e = self.wte(idx)
-        return self.dropout(e if self.wpe is None else e + self.wpe(positions))
-
     def encode(
         self, idx: torch.Tensor, positions: torch.Tensor, context: Context, layers: list[LayerCache] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input embeddings e and encoder states h, both (B, T, C); `layers` are the caches of the blocks."""
-        h = e = self.embed(idx, positions)
+        """Input embeddings e and encoder states h, both (B, T, C), of tokens idx (B, T); `layers` are the caches of the blocks."""
+        e = self.wte(idx) if self.wpe is None else self.wte(idx) + self.wpe(positions)
+        h = e = self.dropout(e)
         for i, block in enumerate(self.encoder):
             h = block(h, context, layers[i] if layers is not None else None)
         return e, h
@@ -491,16 +482,14 @@ class EncoderDecoder(CausalModel):
 
     def embedding_loss_report(self, idx: torch.Tensor) -> dict[str, float]:
         """
-        What the embedding loss does to the model on tokens idx (B, T), dropout off: its value; mean gain and norm of the bias
+        What the embedding loss does to the model on tokens idx (B, T), in evaluation mode: its value; mean gain and norm of the bias
         of its two LayerNorms, and how far the biases are apart; norm of the gradient of weight * loss in token and position table.
         """
-        was_training = self.training
-        self.eval()
+        assert not self.training, "dropout would change what is reported"
         tables = {"wte": self.wte.weight} | ({"wpe": self.wpe.weight} if self.wpe is not None else {})
         with torch.enable_grad():
             loss = self.embedding_loss(*self.encode(idx, *self.place(idx)))
             grads = torch.autograd.grad(self.config.embedding_loss_weight * loss, list(tables.values()), allow_unused=True)
-        self.train(was_training)
         report = {f"embedding_grad_{name}": 0.0 if grad is None else grad.norm().item() for name, grad in zip(tables, grads)}
         norms = {name[3:]: norm for name, norm in self.embedding_loss.named_children() if norm.weight is not None}  # of ln_...
         for name, norm in norms.items():

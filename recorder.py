@@ -55,7 +55,8 @@ class Recorder:
             checkpoint.start_run(settings, trainer.data.folder, out)
             if encoder_run is not None:
                 checkpoint.copy_autoencoder(encoder_run, out)
-        self.state["wandb_id"] = self.wandb.id if self.wandb else None
+        if self.wandb:  # a run that goes on without wandb keeps the id for later
+            self.state["wandb_id"] = self.wandb.id
         self.state["lanes"] = trainer.lanes.count
         if config.micro_batch_size == "auto":
             if self.state["micro_batch_size"] is not None:  # what the run found before it was stopped: then it goes on bit for bit

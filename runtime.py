@@ -106,7 +106,7 @@ def start(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> R
     chosen_compile, why_compile = choose_compile("on" if graphs else compile, chosen, chosen_dtype)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in float32; sample.py takes it back
+        torch.set_float32_matmul_precision("high")  # TF32 in what autocast leaves in float32; generate.prepare_for_decoding takes it back
     elif chosen.type == "cpu":
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():

@@ -207,10 +207,9 @@ def main(argv: list[str] | None = None) -> list[str]:
     machine = runtime.start(config.device, config.dtype, "on" if config.compile else "off")
     if config.dtype == "auto" and machine.device.type == "cpu":  # one token at a time is bound by memory, not arithmetic
         machine = dataclasses.replace(machine, dtype=torch.float32)
-    torch.set_float32_matmul_precision("highest")  # no TF32: the same text however many tokens are computed together
     model, text, trainer = checkpoint.load_run(run, config.checkpoint, machine.device)
     model.to(machine.weight_dtype)
-    generate.lay_out_for_decoding(model)
+    generate.prepare_for_decoding(model)
     how = config.how(model)
     if config.int8 and (isinstance(how, generate.BlockSampling) or not stepper.can_step(model)):
         raise ValueError("int8=true is for encoder-decoders and decoder-only models, without window and latents, on a CPU")
@@ -266,15 +265,17 @@ def main(argv: list[str] | None = None) -> list[str]:
     print(line, file=sys.stderr)
     if config.check:
         others = start()
-        others_cache = not config.cache or config.lookahead is not None or config.compile
-        seconds = timed(generate.sample_together(model, others, how, others_cache))
+        # the plain path or, where that is what has run, the one without a cache
+        plain_has_cache = not config.cache or config.lookahead is not None or config.compile
+        seconds = timed(generate.sample_together(model, others, how, plain_has_cache))
         differs = first_difference(samples, others)
         speed = sum(len(other.output) for other in others) / seconds
         report |= {"same": differs is None, "plain_tokens_per_second": speed}
         found = "the same text" if differs is None else "ANOTHER text, sample {} from its token {} on".format(*differs)
         if differs and machine.dtype in (torch.bfloat16, torch.float16):
             found += f" ({machine.dtype} rounds by how many tokens are computed together; is it so with --dtype=float32?)"
-        print(f"check: the {'plain cached' if others_cache else 'uncached'} path gives {found}, at {speed:.1f} tokens/s", file=sys.stderr)
+        path = "plain cached" if plain_has_cache else "uncached"
+        print(f"check: the {path} path gives {found}, at {speed:.1f} tokens/s", file=sys.stderr)
     if config.json:
         print(json.dumps(report))
     if config.check and differs:

@@ -141,8 +141,8 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, device: torch.de
 
 def compiled(model: torch.nn.Module, machine: runtime.Runtime, recomputes: bool = False) -> torch.nn.Module:
     """
-    model(idx, targets) for training and evaluation, compiled for this machine, at widths that suit it, unless it computes its
-    activations again: where torch.compile gives up, that would be done with parameters that are no longer padded.
+    model(idx, targets) for training and evaluation, compiled for this machine; on a GPU in half precision at padded widths
+    (padding.py), but not if it computes activations again: where torch.compile gives up, that would find parameters not padded.
     """
     half = machine.dtype in (torch.bfloat16, torch.float16)
     if machine.device.type == "cuda" and half and not recomputes and padding.suits(model):
@@ -189,6 +189,7 @@ class Trainer:
             f"without codes, and keeps the memory of every size it tries; use compile=on, or a number as micro_batch_size",
         )
         self.micro_batch_size = config.batch_size if config.micro_batch_size in (None, "auto") else config.micro_batch_size
+        # raw_model: as it was built; model: that compiled; train_model: that with gradients exchanged between processes
         self.config, self.raw_model, self.data, self.machine = config, raw_model, data, machine
         self.train_data = data  # what update() draws from; a model may put something else made of it here
         self.optimizer = make_optimizer(raw_model, config, machine.device)
@@ -313,7 +314,7 @@ class Trainer:
             group["lr"] = rate * share
             moving += group["params"] if share > 0 else []
         with self.lanes.shared_threads():
-            if config.micro_batch_size == "auto" and machine.world_size == 1:  # one of several cannot repeat a step alone
+            if config.micro_batch_size == "auto" and machine.world_size == 1:  # several would have to repeat it together
                 while (sums := self.if_it_fits(self.gradients, self.micro_batch_size)) is None:
                     self.micro_batch_size = self.smaller(self.micro_batch_size)
                     print(f"note: out of memory in step {self.step}: again with micro_batch_size={self.micro_batch_size}", flush=True)
@@ -412,7 +413,8 @@ class Trainer:
         """train_loss and val_loss over the evaluation windows, and what there is to say of an embedding loss."""
         found = {f"{split}_loss": self.mean_loss(self.model, self.eval_batches(split))[0] for split in ("train", "val")}
         if getattr(self.raw_model, "embedding_loss", None) is not None:
-            x, _ = self.data.gather("train", self.data.eval_starts("train", self.config.batch_size))
+            count = min(self.config.batch_size, self.micro_batch_size)  # what fits with its gradients
+            x, _ = self.data.gather("train", self.data.eval_starts("train", count))
             with self.machine.autocast():
                 found |= self.raw_model.embedding_loss_report(x.to(self.machine.device))
         return found

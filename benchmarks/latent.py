@@ -83,7 +83,7 @@ def bench_latent(config: LatentBench) -> list[dict]:
     variants, texts, batches = [], {}, sorted({1, config.batch})
     for name, model, prompt, end in latent_models(config):
         model.to(machine.device, machine.weight_dtype).eval()
-        generate.lay_out_for_decoding(model)
+        generate.prepare_for_decoding(model)
         print(f"{name}: {model.get_num_params():,} parameters")
         for batch in batches:
             work = plainly(model, [prompt], sampling, batch) if end is None else answering(model, prompt, end, sampling, batch)

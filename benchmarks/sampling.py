@@ -89,7 +89,7 @@ def plainly(
 
 def validation_prompts(run: str, count: int, block_size: int) -> list[list[int]]:
     """So many pieces of half a context, evenly spaced over the validation data of a run."""
-    folder = dataloader.resolve(checkpoint.read_json(Path(run) / "config.json")["train"]["dataset"])
+    folder = dataloader.prepare_if_missing(checkpoint.read_json(Path(run) / "config.json")["train"]["dataset"])
     val, length = dataloader.open_data(folder, block_size, "val").val, block_size // 2
     starts = [i * (len(val) - length) // count for i in range(count)]
     return [val[start : start + length].tolist() for start in starts]
@@ -178,7 +178,7 @@ def bench_sample(config: SampleBench) -> list[dict]:
     rows = []
     for name, model in models.items():
         model.to(machine.device, machine.weight_dtype).eval()
-        generate.lay_out_for_decoding(model)
+        generate.prepare_for_decoding(model)
         variants = sample_variants(model, prompts, config)
         with machine.autocast():
             found = sampled(variants, config.tokens, config.repeats, {f"plain cached, batch {config.batch}": config.batch})

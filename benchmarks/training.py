@@ -54,8 +54,9 @@ class TrainBench:
         configurator.at_least_one(self, "batch", "micro_batch", "their_micro_batch", "steps", "repeats", "threads")
         if any(count < 1 for count in self.lanes):
             raise ValueError(f"lanes={','.join(map(str, self.lanes))}: at least 1 is needed")
-        if any(count > self.sequences for count in self.lanes):
-            raise ValueError(f"lanes={','.join(map(str, self.lanes))}: a lane needs one of the {self.sequences} sequences, at least")
+        together = min(self.micro_batch or self.sequences, self.sequences)
+        if any(count > together for count in self.lanes):
+            raise ValueError(f"lanes={','.join(map(str, self.lanes))}: a lane needs one of the {together} sequences at a time, at least")
         for key, known in (("models", (THEIRS, *PUBLISHED)), ("dtypes", ("float32", "bfloat16")), ("compile", ("off", "on", "graphs"))):
             for word in getattr(self, key):
                 if word not in known:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from kernels import Dropout, head_logits, head_loss
 from latent.huggingface import PretrainedCache, PretrainedTrunk
-from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer
+from latent.quantize import QuantizerConfig, ResidualQuantizer, code_counts, code_usage
 from latent.resample import CausalDownsample, Upsample, doublings
 from model import Block, Cache, CausalModel, check_fields, require, warn_ignored
 
@@ -256,12 +256,9 @@ class Autoencoder(CausalModel):
         """
         return head_logits(self.expand(self.quantizer.decode(codes), cache), self.wte.weight)
 
-    def make_decoder_cache(self, capacity_blocks: int | None = None) -> Cache | PretrainedCache:
-        """An empty cache for decode(), for so many blocks of S tokens (default: block_size tokens); its length is in tokens."""
-        if self.trunk is not None:
-            return self.trunk.make_cache()  # grows by itself
-        S = self.config.latent_factor
-        return Cache(self.config.n_decoder_layer, (capacity_blocks or self.config.block_size // S) * S)
+    def make_decoder_cache(self) -> Cache | PretrainedCache:
+        """An empty cache for decode(); its length is in tokens."""
+        return Cache(self.config.n_decoder_layer, self.config.block_size) if self.trunk is None else self.trunk.make_cache()
 
     def codebook_hash(self) -> str:
         return self.quantizer.codebook_hash()
@@ -306,8 +303,6 @@ class Autoencoder(CausalModel):
         S, T, mask = self.config.latent_factor, idx.size(1), targets >= 0
         latent, real = self.compress(idx, mask)
         quantized = self.quantizer(latent, real)
-        usage = CodeUsage(self.quantizer.config)
-        usage.add(quantized.codes)
         right_by_depth = []
         for depth in range(1, self.config.codebook_levels + 1):
             states = self.expand(self.quantizer.decode(quantized.codes[..., :depth]))[:, :T]
@@ -322,7 +317,7 @@ class Autoencoder(CausalModel):
             "exact_blocks": (real & ~wrong).sum(),
             "rows": real.any(-1).sum(),
             "exact_rows": (real.any(-1) & ~wrong.any(-1)).sum(),
-            "codes": usage.counts,
+            "codes": code_counts(quantized.codes, self.config.codebook_size),
             "squared_residual": quantized.distortion * real.sum(),
         }
         return {name: value.cpu().double() for name, value in sums.items()}
@@ -339,11 +334,7 @@ class Autoencoder(CausalModel):
     def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, float | int | list[float]]:
         """Entries of summary.json from the sums of measure(). Warns of levels that say next to nothing."""
         config, tokens = self.config, sums["tokens"].sum()
-        usage = CodeUsage(self.quantizer.config)
-        usage.counts = sums["codes"].long()
-        if self.quantizer.initialized:
-            usage.warn_if_collapsed()
-        report = usage.report()
+        report = code_usage(sums["codes"], warn=self.quantizer.initialized)
         accuracy = (sums["right_by_depth"] / tokens).tolist()
         return {
             "codes_of_data": self.quantizer.initialized,  # if not, codebooks are random: nothing here means anything

@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 
 from kernels import rotary_angles
-from latent.quantize import CodeUsage, QuantizerConfig, ResidualQuantizer
+from latent.quantize import QuantizerConfig, ResidualQuantizer, code_counts, code_usage
 from latent.resample import CausalDownsample, doublings
 from model import Context, require
 
@@ -117,7 +117,7 @@ class CompressionHead(nn.Module):
         ends = self.ends(slots, h.device)
         rotary = {width: rotary_angles(ends[first:], width) for width in context.rotary}
         mask = ends <= positions[:, None]  # (T, N)
-        return memory, Context(mask, False, context.rotary, first, context.dropout, rotary), losses
+        return memory, Context(mask, context.rotary, start=first, dropout=context.dropout, key_rotary=rotary), losses
 
     def remember(self, h: torch.Tensor, first: int) -> tuple[torch.Tensor, Losses]:
         """Slots (B, N - first, C) of the memory of states h (B, T, C), and the quantizer's losses."""
@@ -168,11 +168,10 @@ class CompressionHead(nn.Module):
         _, h = model.encode(x, *model.place(x))
         codes = self.quantizer.encode(self.latents(h, 0))  # (B, M, D)
         whole = (y[:, : codes.size(1) * self.factor] >= 0).unflatten(1, (codes.size(1), self.factor)).all(-1)  # (B, M)
-        usage = CodeUsage(self.quantizer.config)
-        usage.add(codes[whole])
+        counts = code_counts(codes[whole], self.quantizer.config.codebook_size)
         tokens = (y >= 0).sum().cpu().double()
         others = tokens if len(x) > 1 else torch.zeros_like(tokens)  # one row has no other to swap with
-        sums = {"codes": usage.counts.cpu().double(), "tokens": tokens, "swapped_tokens": others}
+        sums = {"codes": counts.cpu().double(), "tokens": tokens, "swapped_tokens": others}
         for how, count in (("zeroed", tokens), ("swapped", others)):
             with self.ablated(how):  # a batch without a target has no mean
                 sums[how] = model(x, y)[1]["token"].cpu().double() * count if count > 0 else torch.zeros_like(count)
@@ -180,12 +179,9 @@ class CompressionHead(nn.Module):
 
     def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, int | float | list]:
         """Entries of summary.json from the added sums of `measure`. Warns of codebooks that have collapsed."""
-        usage = CodeUsage(self.quantizer.config)
-        usage.counts = sums["codes"].long()
-        if self.quantizer.initialized:
-            usage.warn_if_collapsed()
+        usage = code_usage(sums["codes"], warn=self.quantizer.initialized)
         losses = {"codes_of_data": self.quantizer.initialized, "val_loss_latents_zeroed": (sums["zeroed"] / sums["tokens"]).item()}
         if sums["swapped_tokens"] > 0:
             losses["val_loss_latents_swapped"] = (sums["swapped"] / sums["swapped_tokens"]).item()
-        codes = {f"codebook_{name}": value for name, value in usage.report().items()}
+        codes = {f"codebook_{name}": value for name, value in usage.items()}
         return losses | codes | {"codebook_restarts": self.quantizer.restarts}

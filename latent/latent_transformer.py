@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from kernels import Dropout, at_least_float32, head_logits, head_loss, rotary_angles
 from latent import bottleneck as bottlenecks
-from latent.quantize import CodeUsage, QuantizerConfig
+from latent.quantize import code_counts, code_usage
 from latent.resample import CausalDownsample, ResidualConvBlock, UpLayer, doublings
 from model import Block, Cache, CausalModel, Context, CrossAttention, DecoderBlock, check_fields, require, warn_ignored
 
@@ -160,7 +160,7 @@ class LatentTransformer(CausalModel):
         """Of queries at positions (T,) that see keys at `keys` (S,), by default the same, where mask (..., T, S) is True (None: all)."""
         rotary = {self.head_width: rotary_angles(positions, self.head_width)}
         key_rotary = None if keys is None else {self.head_width: rotary_angles(keys, self.head_width)}
-        return Context(mask, False, rotary, 0, self.config.dropout if self.training else 0.0, key_rotary)
+        return Context(mask, rotary, start=0, dropout=self.config.dropout if self.training else 0.0, key_rotary=key_rotary)
 
     # ------------------------------------------------------------------------------------------------------------------
     # rows to prefixes and targets
@@ -315,7 +315,7 @@ class LatentTransformer(CausalModel):
         prefix, real, starts, y = self.split(idx, targets)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             latent, latent_real = self.ae(y)
-        with torch.autocast(idx.device.type, enabled=False):  # codes must not depend on the precision
+        with torch.autocast(idx.device.type, enabled=False):  # codes are chosen in float32
             z, codes, losses = self.bottleneck(at_least_float32(latent), latent_real, self.steps)
         h, states = self.lp(prefix, real, starts, codes)
         code_nats, end_nats = [], idx.new_zeros((), dtype=torch.float32)
@@ -437,21 +437,12 @@ class LatentTransformer(CausalModel):
         """What summarize() needs of a batch, in evaluation mode: float64 sums on the CPU, to be added up."""
         assert not self.training, "measured with dropout, noise and true tokens"
         sums, _, codes = self.sums(idx, targets)
-        usage = self.code_usage()
-        usage.add(codes)
-        return {name: value.cpu().double() for name, value in (sums | {"usage": usage.counts}).items()}
-
-    def code_usage(self) -> CodeUsage:
-        config = self.config
-        return CodeUsage(QuantizerConfig(config.latent_dim, config.codebook_size, config.codebook_levels))
+        sums["usage"] = code_counts(codes, self.config.codebook_size)
+        return {name: value.cpu().double() for name, value in sums.items()}
 
     def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, float | list[float]]:
         """Entries of summary.json: bits of codes (and end) and of tokens given the codes add up to the bound."""
-        usage = self.code_usage()
-        usage.counts = sums["usage"].long()
-        if self.bottleneck.ready:
-            usage.warn_if_collapsed()
-        report, bits = usage.report(), math.log(2) * sums["tokens"]
+        report, bits = code_usage(sums["usage"], warn=bool(self.bottleneck.ready)), math.log(2) * sums["tokens"]
         return {
             "codes_of_data": bool(self.bottleneck.ready),
             "code_bits_per_token": (sums["code_nats"].sum() / bits).item(),

@@ -62,10 +62,6 @@ class QuantizerConfig:
         for key in ("latent_dim", "codebook_levels", "vectors_per_code", "restart_interval"):
             require(getattr(self, key) is None or getattr(self, key) >= 1, f"{key}={getattr(self, key)}: at least 1 is needed")
         require(self.codebook_size >= 2, f"codebook_size={self.codebook_size}: at least 2 codes are needed to say anything")
-        require(self.kind in ("ema", "simvq"), f"kind={self.kind}: codebooks are ema or simvq")
-        require(
-            self.gradient in ("straight_through", "rotation"), f"gradient={self.gradient}: use straight_through or rotation"
-        )
         require(self.commitment_weight >= 0.0, f"commitment_weight={self.commitment_weight} must not be negative")
         require(0.0 <= self.quantize_dropout <= 1.0, f"quantize_dropout={self.quantize_dropout}: a probability is needed")
         require(
@@ -73,15 +69,6 @@ class QuantizerConfig:
             f"quantize_dropout={self.quantize_dropout} drops levels, but codebook_levels=1 leaves none to drop; set it to 0",
         )
         require(0.0 <= self.decay < 1.0, f"decay={self.decay}: a number in [0, 1) is needed")
-        require(self.eps > 0.0, f"eps={self.eps}: a positive number is needed, or unused codes are divided by 0")
-        require(self.kmeans_iterations >= 0, f"kmeans_iterations={self.kmeans_iterations} must not be negative")
-        require(0.0 <= self.dead_threshold < 1.0, f"dead_threshold={self.dead_threshold}: a fraction in [0, 1) is needed")
-        memory = 1 / (1 - self.decay)  # steps
-        require(
-            self.dead_threshold == 0.0 or self.restart_steps >= 0.999 * memory,
-            f"restart_interval={self.restart_interval} is shorter than the memory of the averages, 1 / (1 - decay) = {memory:.0f} "
-            "steps, so codes would be restarted before they can prove themselves; raise it or lower decay",
-        )
 
     @property
     def restart_steps(self) -> int:
@@ -495,42 +482,27 @@ def rotate_to(target: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 # how much of the codebooks is used
 
 
-class CodeUsage:
-    """Counts codes over a whole evaluation pass: usage and perplexity of single batches are capped by their size and too low."""
+def code_counts(codes: torch.Tensor, size: int) -> torch.Tensor:
+    """How often each code of each level occurs (D, K) in codes (..., D) of K = size; -1 is not counted."""
+    return torch.stack([torch.bincount(code[code >= 0], minlength=size) for code in codes.flatten(0, -2).unbind(-1)])
 
-    def __init__(self, config: QuantizerConfig):
-        self.counts = torch.zeros(config.codebook_levels, config.codebook_size, dtype=torch.int64)  # (D, K)
 
-    def add(self, codes: torch.Tensor) -> None:
-        """Count codes (..., D); -1 is not counted."""
-        self.counts = self.counts.to(codes.device)
-        for level, code in enumerate(codes.flatten(0, -2).unbind(-1)):
-            self.counts[level] += torch.bincount(code[code >= 0], minlength=self.counts.size(1))
-
-    def report(self) -> dict[str, int | float | list[float]]:
-        """
-        `latents`: how many had a code; per level `usage`, the fraction of codes that occurred, and `perplexity`,
-        exp(-sum p ln p), the number of equally frequent codes that would say as much; `bits`, the sum of its log2: what a
-        latent costs at most, when nothing is known about its neighbours or its other levels.
-        """
-        counts = self.counts.cpu()  # for Apple GPUs, which have no float64
-        p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
-        nats = -torch.special.xlogy(p, p).sum(-1)
-        return {
-            "latents": int(counts[0].sum()),
-            "usage": (counts > 0).double().mean(-1).tolist(),
-            "perplexity": nats.exp().tolist(),
-            "bits": nats.sum().item() / math.log(2),
-        }
-
-    def warn_if_collapsed(self, fraction: float = 0.05) -> None:
-        """A warning for each level that says less than `fraction` of the codes it could have used, judged by perplexity."""
-        report = self.report()
-        possible = min(self.counts.size(1), report["latents"])
-        for level, (perplexity, usage) in enumerate(zip(report["perplexity"], report["usage"]), start=1):
-            if possible > 1 and perplexity < 1 + fraction * (possible - 1):
-                warnings.warn(
-                    f"codebook level {level} has collapsed: perplexity {perplexity:.1f} of {possible}, {usage:.1%} of its codes used "
-                    "(a smaller learning rate, a larger commitment_weight or fewer levels may help)",
-                    stacklevel=2,
-                )
+def code_usage(counts: torch.Tensor, warn: bool) -> dict[str, int | float | list[float]]:
+    """
+    Of counts (D, K) on the CPU, those of a whole evaluation pass, as usage and perplexity of a batch are capped by its size:
+    `latents`, how many had a code; per level `usage`, the fraction of codes that occurred, and `perplexity`,
+    exp(-sum p ln p), the number of equally frequent codes that would say as much; `bits`, the sum of its log2: what a
+    latent costs at most, when nothing is known about its neighbours or its other levels. `warn`: of levels that say next to nothing.
+    """
+    p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+    nats = -torch.special.xlogy(p, p).sum(-1)
+    latents, usage, perplexities = int(counts[0].sum()), (counts > 0).double().mean(-1).tolist(), nats.exp().tolist()
+    possible = min(counts.size(1), latents)
+    for level, (perplexity, used) in enumerate(zip(perplexities, usage), start=1):
+        if warn and possible > 1 and perplexity < 1 + 0.05 * (possible - 1):
+            warnings.warn(
+                f"codebook level {level} has collapsed: perplexity {perplexity:.1f} of {possible}, {used:.1%} of its codes used "
+                "(a smaller learning rate, a larger commitment_weight or fewer levels may help)",
+                stacklevel=2,
+            )
+    return {"latents": latents, "usage": usage, "perplexity": perplexities, "bits": nats.sum().item() / math.log(2)}

@@ -123,7 +123,7 @@ class Stack(CausalModel):
 
     def __init__(self, config: RQTransformerConfig, n_layer: int, length: int, position: Literal["learned", "rope"]):
         super().__init__()
-        self.config = SimpleNamespace(block_size=length, dropout=config.dropout, position=position)
+        self.config = SimpleNamespace(block_size=length, dropout=config.dropout, position=position)  # what CausalModel reads
         self.n_layer_cache, self.head_widths = n_layer, {config.n_embd // config.n_head}
         self.blocks = nn.ModuleList(Block(config.n_embd, config.n_head, config.bias, config.dropout) for _ in range(n_layer))
 

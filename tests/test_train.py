@@ -571,6 +571,17 @@ def test_estimates_use_the_same_windows_every_time(tiny_data, micro_batch_size, 
     assert abs(trainer.mean_loss(model, trainer.eval_batches("val"))[0] - model(x, y)[1]["token"].item()) < 1e-12
 
 
+def test_what_an_evaluation_reports_takes_no_more_memory_than_a_micro_batch(tiny_data, monkeypatch):
+    """Guards the report on the embedding loss, which computes gradients, against batch_size sequences that do not fit."""
+    config = TrainConfig(batch_size=8, micro_batch_size=3, eval_iters=1)
+    model = make_model("encoder_decoder", {"embedding_loss": "mse"}, vocab_size=256, block_size=32)
+    trainer = Trainer(config, model, dataloader.TokenData(tiny_data, 32), runtime.start("cpu", "float64", "off"))
+    seen = []
+    monkeypatch.setattr(model, "encode", lambda x, *rest: seen.append(len(x)) or type(model).encode(model, x, *rest))
+    trainer.estimates()
+    assert max(seen) == 3
+
+
 def test_best_is_the_lowest_validation_loss(tiny_data, tmp_path, monkeypatch):
     """Guards best/ against the weights of the last evaluation, of the highest loss, or of the lowest training loss."""
     losses = {"val": [5.0, 3.0, 4.0], "train": [3.0, 2.0, 1.0]}
@@ -1234,7 +1245,10 @@ def test_wandb_offline_writes_a_run(tiny_data, tmp_path, monkeypatch):
     while files[0].stat().st_size < 1000 and time.time() < deadline:
         time.sleep(0.2)
     assert files[0].stat().st_size > 1000
-    assert checkpoint.read_json(out / "last" / "trainer.json")["wandb_id"] in files[0].name
+    name = checkpoint.read_json(out / "last" / "trainer.json")["wandb_id"]
+    assert name in files[0].name
+    run(tiny_data, out, "--resume", "--wandb=off", "--max_iters=9")
+    assert checkpoint.read_json(out / "last" / "trainer.json")["wandb_id"] == name, "with wandb again, it would be another run there"
 
 
 def test_wandb_without_an_account_is_one_line(tiny_data, tmp_path, monkeypatch):

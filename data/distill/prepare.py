@@ -42,7 +42,7 @@ class Teacher:
         self.model.to(self.machine.weight_dtype)
         if self.model.reconstructs:
             raise ValueError(f"--run {run} is an autoencoder, which writes nothing new; give the run of a language model")
-        generate.lay_out_for_decoding(self.model)
+        generate.prepare_for_decoding(self.model)
         self.sampling, self.batch = generate.Sampling(temperature, seed=seed), batch
         self.written = self.left_out = 0
         weights = checkpoint.find_first(Path(run), which, "last") / "model.safetensors"
