@@ -14,7 +14,7 @@ import configurator
 import dataloader
 import tokenizer
 from benchmarks.timing import in_turns, rate
-from data import corpus
+from data import corpus, sources
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ def library_sources() -> Iterator[str]:
 
 def bench_data(config: DataBench) -> list[dict]:
     encoder, threads = tokenizer.get(config.tokenizer), config.threads or torch.get_num_threads()
-    source = corpus.read_documents(config.input) if config.input else library_sources()
+    source = sources.read_documents(config.input) if config.input else library_sources()
     with tempfile.TemporaryDirectory() as folder:
         text, made = Path(folder, "text.txt"), Path(folder, "set")
-        text.write_bytes(tokenizer.to_utf8(corpus.SEPARATOR.join(corpus.take_bytes(source, config.megabytes * 10**6))))
-        documents = list(corpus.read_documents(text))
+        text.write_bytes(tokenizer.to_utf8(sources.SEPARATOR.join(sources.take_bytes(source, config.megabytes * 10**6))))
+        documents = list(sources.read_documents(text))
         size = sum(len(tokenizer.to_utf8(document)) for document in documents)
 
         def ours(times: int) -> int:
             with contextlib.redirect_stdout(None):  # it says what it has written
                 for _ in range(times):
-                    corpus.write_dataset(corpus.read_documents(text), encoder, made, 0.1, "bench.py", threads=threads)
+                    corpus.write_dataset(sources.read_documents(text), encoder, made, 0.1, "bench.py", threads=threads)
             return times * size
 
         def theirs(times: int) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import tokenizer as tokenizers
-from data import corpus
+from data import corpus, sources
 from data.distill import prepare as distill
 from data.fineweb import prepare as fineweb
 from data.pairs import prepare as pairs
@@ -59,7 +59,7 @@ def test_formats_agree(tmp_path, kind, packer):
     data = jsonl(DOCUMENTS) if kind == ".jsonl" else "\n\n\n".join(DOCUMENTS).encode()
     path = tmp_path / f"some.name{kind}{packer}"
     path.write_bytes(PACKERS[packer](data))
-    assert list(corpus.read_documents(path)) == DOCUMENTS
+    assert list(sources.read_documents(path)) == DOCUMENTS
 
 
 @pytest.mark.parametrize("name", ["A.TXT", "a.Txt.GZ", "A.JSONL", "a.JSONL.XZ"])
@@ -67,7 +67,7 @@ def test_suffixes_in_capitals(tmp_path, name):
     """Guards against a packed file or rows of JSON that are read as plain text because of how their name is written."""
     data = jsonl(DOCUMENTS) if "JSONL" in name else "\n\n\n".join(DOCUMENTS).encode()
     (tmp_path / name).write_bytes(PACKERS[Path(name.lower()).suffix.replace(".txt", "").replace(".jsonl", "")](data))
-    assert list(corpus.read_documents(tmp_path / name)) == DOCUMENTS
+    assert list(sources.read_documents(tmp_path / name)) == DOCUMENTS
 
 
 def test_zstd_with_a_long_window(tmp_path):
@@ -78,13 +78,13 @@ def test_zstd_with_a_long_window(tmp_path):
     data = packer.compress("\n\n\n".join(DOCUMENTS).encode()) + packer.flush()
     assert zstandard.get_frame_parameters(data).window_size == 1 << 28
     (tmp_path / "a.txt.zst").write_bytes(data)
-    assert list(corpus.read_documents(tmp_path / "a.txt.zst")) == DOCUMENTS
+    assert list(sources.read_documents(tmp_path / "a.txt.zst")) == DOCUMENTS
 
 
 def test_jsonl_with_a_byte_order_mark(tmp_path):
     """Guards against "not JSON" for the files of some Windows programs."""
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(DOCUMENTS))
-    assert list(corpus.read_documents(tmp_path / "a.jsonl")) == DOCUMENTS
+    assert list(sources.read_documents(tmp_path / "a.jsonl")) == DOCUMENTS
 
 
 def test_parquet_agrees(tmp_path):
@@ -92,17 +92,17 @@ def test_parquet_agrees(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pa.table({"title": [f"T{i}" for i in range(60)], "body": DOCUMENTS, "n": range(60)})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
-    assert list(corpus.read_documents(tmp_path / "a.parquet", text_key="body")) == DOCUMENTS
+    assert list(sources.read_documents(tmp_path / "a.parquet", text_key="body")) == DOCUMENTS
     both = [f"T{i}\n\n{document}" for i, document in enumerate(DOCUMENTS)]
-    assert list(corpus.read_documents(tmp_path / "a.parquet", text_key="title,body")) == both
+    assert list(sources.read_documents(tmp_path / "a.parquet", text_key="title,body")) == both
     for key in ("text", "title,text"):  # all columns are listed, whichever of them were asked for
         with pytest.raises(ValueError, match=f"a.parquet: no text under '{key}', there is title, body, n; set --text_key"):
-            list(corpus.read_documents(tmp_path / "a.parquet", text_key=key))
+            list(sources.read_documents(tmp_path / "a.parquet", text_key=key))
     with pytest.raises(ValueError, match="a.parquet, row 1: the value under 'n' is int, not text; .*set --text_key"):
-        list(corpus.read_documents(tmp_path / "a.parquet", text_key="n"))
+        list(sources.read_documents(tmp_path / "a.parquet", text_key="n"))
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-10])
     with pytest.raises(ValueError, match="b.parquet is damaged"):
-        list(corpus.read_documents(tmp_path / "b.parquet"))
+        list(sources.read_documents(tmp_path / "b.parquet"))
 
 
 def test_parquet_rows_without_text(tmp_path):
@@ -119,7 +119,7 @@ def test_parquet_rows_without_text(tmp_path):
     for message, column in columns.items():
         pq.write_table(pa.table({"id": pa.array(range(len(column))), "text": column}), tmp_path / "a.parquet")
         with pytest.raises(ValueError, match=message):
-            list(corpus.read_documents(tmp_path / "a.parquet"))
+            list(sources.read_documents(tmp_path / "a.parquet"))
 
 
 def tar_file() -> bytes:
@@ -145,7 +145,7 @@ def test_zero_byte_is_refused(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     place = f"{name}, line 2" if name == "rows.jsonl" else name
     with pytest.raises(ValueError, match=f"{place} holds a zero byte: not"):
-        list(corpus.read_documents(tmp_path / name))
+        list(sources.read_documents(tmp_path / name))
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
@@ -155,9 +155,9 @@ def test_empty_archive_is_an_error(tmp_path, suffix):
         pytest.importorskip("zstandard")
     (tmp_path / f"a.txt{suffix}").touch()
     with pytest.raises(ValueError, match=f"a.txt{suffix} is damaged or not a {suffix} file"):
-        list(corpus.read_documents(tmp_path / f"a.txt{suffix}"))
+        list(sources.read_documents(tmp_path / f"a.txt{suffix}"))
     (tmp_path / "a.txt").touch()
-    assert list(corpus.read_documents(tmp_path / "a.txt")) == []
+    assert list(sources.read_documents(tmp_path / "a.txt")) == []
 
 
 def test_folder_in_order_of_paths(tmp_path):
@@ -166,12 +166,12 @@ def test_folder_in_order_of_paths(tmp_path):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content, encoding="utf-8")
-    assert list(corpus.read_documents(tmp_path)) == ["one", "two", "three"]
+    assert list(sources.read_documents(tmp_path)) == ["one", "two", "three"]
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        list(corpus.read_documents(tmp_path / "nowhere"))
+        list(sources.read_documents(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="without files"):
-        list(corpus.read_documents(tmp_path / "empty"))
+        list(sources.read_documents(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
@@ -180,33 +180,33 @@ def test_documents_do_not_depend_on_the_size_of_reads(tmp_path, monkeypatch, siz
     text = "é\n\n\nzwei\r\n\r\n\r\ndrei \ufeff🙂\n\n\n\n\nvier\n\n\n\n\n\n\nfünf\n\n6"
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # with a byte order mark, and mixed line ends
     expected = [d.strip("\n") for d in re.split("\n\n\n", text.replace("\r\n", "\n")) if d.strip("\n")]
-    monkeypatch.setattr(corpus, "READ_BYTES", size)
-    assert list(corpus.read_documents(tmp_path / "a.txt")) == expected == ["é", "zwei", "drei \ufeff🙂", "vier", "fünf\n\n6"]
+    monkeypatch.setattr(sources, "READ_BYTES", size)
+    assert list(sources.read_documents(tmp_path / "a.txt")) == expected == ["é", "zwei", "drei \ufeff🙂", "vier", "fünf\n\n6"]
     (tmp_path / "b.txt").write_text("one<|end|>two<|end|><|end|>three", encoding="utf-8")
-    assert list(corpus.read_documents(tmp_path / "b.txt", separator="<|end|>")) == ["one", "two", "three"]
+    assert list(sources.read_documents(tmp_path / "b.txt", separator="<|end|>")) == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize("longest", [1 << 22, 100_000])
 def test_text_without_separator_is_cut_at_line_ends(tmp_path, monkeypatch, longest):
     """Guards against a document as large as the file, text lost or lines broken at a cut, and cuts in what a separator marks."""
-    monkeypatch.setattr(corpus, "LONGEST_CHARS", longest)
+    monkeypatch.setattr(sources, "LONGEST_CHARS", longest)
     text = "".join(f"{i} is a line\n" for i in range(30_000)) + "the last one has no end"
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    pieces = list(corpus.read_documents(tmp_path / "a.txt"))
+    pieces = list(sources.read_documents(tmp_path / "a.txt"))
     assert "".join(pieces) == text
     assert len(pieces) == len(text) // 65_536 + 1 and all(piece.endswith("\n") for piece in pieces[:-1])
     assert all(65_536 <= len(piece) < 65_600 for piece in pieces[:-1])
     long = text[:90_000].strip()
-    assert list(corpus.split_documents(["short\n\n\n", long])) == ["short", long]
-    assert list(corpus.cut_lines("ab\ncd\n\nef", 3)) == ["ab\n", "cd\n", "\nef"]
+    assert list(sources.split_documents(["short\n\n\n", long])) == ["short", long]
+    assert list(sources.cut_lines("ab\ncd\n\nef", 3)) == ["ab\n", "cd\n", "\nef"]
 
 
 def test_one_endless_line_is_cut_as_well(tmp_path, monkeypatch):
     """Guards against unbounded memory for a file without any line end."""
-    monkeypatch.setattr(corpus, "LONGEST_CHARS", 100_000)
-    monkeypatch.setattr(corpus, "READ_BYTES", 1000)
+    monkeypatch.setattr(sources, "LONGEST_CHARS", 100_000)
+    monkeypatch.setattr(sources, "READ_BYTES", 1000)
     (tmp_path / "a.txt").write_text("x" * 1_000_001, encoding="utf-8")
-    pieces = list(corpus.read_documents(tmp_path / "a.txt"))
+    pieces = list(sources.read_documents(tmp_path / "a.txt"))
     assert "".join(pieces) == "x" * 1_000_001
     assert max(map(len, pieces)) <= 101_000
 
@@ -215,10 +215,10 @@ def test_one_endless_line_is_cut_as_well(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("data", "at"), [(b"good \xff bad", 5), ("äöü".encode() + b"\xc3(", 6), (b"cut off \xe6\x97", 8)])
 def test_undecodable_byte_is_located(tmp_path, monkeypatch, size, data, at):
     """Guards against a decoding error that names a position in some buffer instead of file and byte."""
-    monkeypatch.setattr(corpus, "READ_BYTES", size)
+    monkeypatch.setattr(sources, "READ_BYTES", size)
     (tmp_path / "latin.txt").write_bytes(data)
     with pytest.raises(ValueError, match=rf"latin.txt is not UTF-8 at byte {at} "):
-        list(corpus.read_documents(tmp_path / "latin.txt"))
+        list(sources.read_documents(tmp_path / "latin.txt"))
 
 
 @pytest.mark.parametrize("packer", [".gz", ".xz", ".zst"])
@@ -231,10 +231,10 @@ def test_truncated_archive_is_an_error(tmp_path, kind, packer):
         path = tmp_path / f"a{kind}{packer}"
         path.write_bytes(data[:-cut])
         with pytest.raises(ValueError, match=f"{path.name} is damaged or not a {packer} file"):
-            list(corpus.read_documents(path))
+            list(sources.read_documents(path))
     path.write_bytes(b"this is not packed at all")
     with pytest.raises(ValueError, match=f"{path.name} is damaged or not a {packer} file"):
-        list(corpus.read_documents(path))
+        list(sources.read_documents(path))
 
 
 def test_bad_rows_are_located(tmp_path):
@@ -250,16 +250,16 @@ def test_bad_rows_are_located(tmp_path):
     }.items():
         path.write_text('{"text": "fine"}\n\n' + row + "\n", encoding="utf-8")
         with pytest.raises(ValueError, match=f"a.jsonl, line 3: {message}"):
-            list(corpus.read_documents(path))
+            list(sources.read_documents(path))
     path.write_text('{"text": "half \\ud83d a character"}\n{"text": ""}\n', encoding="utf-8")
-    assert list(corpus.read_documents(path)) == ["half ? a character"]
+    assert list(sources.read_documents(path)) == ["half ? a character"]
 
 
 def test_take_bytes_ends_between_documents():
     """Guards against a limit counted in characters, and against a document cut in the middle."""
     documents = ["äää", "bbb", "c", "ddd"]  # 6, 3, 1, 3 bytes
     for limit, expected in {None: 4, 13: 4, 12: 3, 10: 3, 9: 2, 8: 1, 1: 1}.items():
-        assert list(corpus.take_bytes(documents, limit)) == documents[:expected]
+        assert list(sources.take_bytes(documents, limit)) == documents[:expected]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -356,8 +356,8 @@ def test_line_ends_around_a_document_do_not_matter(tmp_path):
     for i, document in enumerate(documents):
         (tmp_path / f"{i}.txt").write_text(document + "\n" * (i % 3), encoding="utf-8")
     (tmp_path / "all.txt").write_text("\n\n\n".join(documents), encoding="utf-8")
-    assert sorted(corpus.read_documents(tmp_path)) == sorted(documents * 2)
-    write(tmp_path / "set", corpus.read_documents(tmp_path))
+    assert sorted(sources.read_documents(tmp_path)) == sorted(documents * 2)
+    write(tmp_path / "set", sources.read_documents(tmp_path))
     sides = [documents_of(tmp_path / "set", split) for split in ("train", "val")]
     assert not set(sides[0]) & set(sides[1]) and sorted(sides[0] + sides[1]) == sorted(documents * 2)
 
@@ -366,7 +366,7 @@ def test_small_files_of_a_char_tokenizer_do_not_touch(tmp_path):
     """Guards against the last line of a file and the first of the next without the empty line that separates documents."""
     for i in range(30):
         (tmp_path / f"{i:02d}.txt").write_text(f"file {i}\n", encoding="utf-8")
-    read = list(corpus.read_documents(tmp_path))
+    read = list(sources.read_documents(tmp_path))
     write(tmp_path / "set", read, corpus.make_tokenizer("char", lambda: read))
     tokenizer = tokenizers.load(tmp_path / "set")
     texts = [tokenizer.decode(tokens_of(tmp_path / "set", split)) for split in ("train", "val")]
@@ -375,7 +375,7 @@ def test_small_files_of_a_char_tokenizer_do_not_touch(tmp_path):
 
 PREPARE_AND_HANG = """
 import sys, time
-from data import corpus
+from data import corpus, sources
 import tokenizer
 def documents():
     yield from ("a document", "another one")
@@ -663,7 +663,7 @@ def test_own_text(tmp_path, monkeypatch):
 def test_limit_of_bytes(tmp_path, script):
     """Guards against a limit that is ignored, and against a vocabulary with characters from behind it."""
     (tmp_path / "a.txt").write_text("\n\n\n".join([*DOCUMENTS, "ß"]), encoding="utf-8")
-    taken = list(corpus.take_bytes(DOCUMENTS, 2000))
+    taken = list(sources.take_bytes(DOCUMENTS, 2000))
     words = ["--input", str(tmp_path / "a.txt"), "--out_dir", str(tmp_path / "set"), "--tokenizer", "char"]
     meta = script.main([*words, "--val_fraction", "0.3", "--max_bytes", "2000"])
     assert meta["train"]["documents"] + meta["val"]["documents"] == len(taken) < len(DOCUMENTS)
@@ -674,9 +674,9 @@ def test_a_text_of_any_size_has_two_sides(tmp_path):
     """Guards a text of 70 KB without empty lines, which was cut into two documents, so that mostly nothing could validate."""
     text = "".join(f"line {i}, of which every one is different\n" for i in range(1800))
     (tmp_path / "a.txt").write_text(text)
-    pieces = list(corpus.read_documents(tmp_path / "a.txt", alone=True))
+    pieces = list(sources.read_documents(tmp_path / "a.txt", alone=True))
     assert 45 <= len(pieces) <= 50 and "".join(pieces) == text.strip("\n")
-    assert len(list(corpus.read_documents(tmp_path / "a.txt"))) == 2, "beside other files it stays as whole as it may be"
+    assert len(list(sources.read_documents(tmp_path / "a.txt"))) == 2, "beside other files it stays as whole as it may be"
     assert text_set.main(["--input", str(tmp_path / "a.txt"), "--out_dir", str(tmp_path / "set")])["val"]["documents"] > 0
 
 

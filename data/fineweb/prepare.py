@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, when run as a script
 
 from configurator import exit_on_user_error
-from data import corpus
+from data import corpus, sources
 
 REPOSITORY, SAMPLE = "HuggingFaceFW/fineweb", "sample-10BT"
 REVISION = "9bb295ddab0e05d785b879661af7260fed5140fc"  # tag v1.4.0
@@ -21,7 +21,7 @@ DEFAULT_BYTES = 1_000_000_000
 
 def pages(path: str = REPOSITORY, name: str | None = SAMPLE, revision: str | None = REVISION, **options) -> Iterator[str]:
     """Text of the pages. The arguments are those of datasets.load_dataset, e.g. "parquet" with data_files=..."""
-    for row in corpus.stream_rows(path, name=name, revision=revision, **options):
+    for row in sources.stream_rows(path, name=name, revision=revision, **options):
         yield row["text"]
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict:
     else:
         documents, source = pages, f"{REPOSITORY} {SAMPLE} at revision {REVISION}"
     source += f", the first {args.max_bytes:,} bytes"
-    tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: corpus.take_bytes(documents(), args.max_bytes))
+    tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: sources.take_bytes(documents(), args.max_bytes))
     return corpus.write_dataset(documents(), tokenizer, args.out_dir, args.val_fraction, source, "fineweb", args.max_bytes)
 
 

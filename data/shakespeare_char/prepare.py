@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, when run as a script
 
 from configurator import exit_on_user_error
-from data import corpus
+from data import corpus, sources
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CHARACTERS = 1_115_394  # of the file nanoGPT uses; the address names no revision
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = corpus.arguments(__doc__, Path(__file__).resolve().parent, "char", 0.1)
     parser.add_argument("--input", type=corpus.given_path, help="the text, instead of downloading it")
     args = corpus.parse(parser, argv)
-    text = "".join(corpus.read_text(args.input)) if args.input else download()
+    text = "".join(sources.read_text(args.input)) if args.input else download()
     cut = int(len(text) * (1 - args.val_fraction))
     tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: [text])
     sided = [(False, text[:cut]), (True, text[cut:])]

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, when run as a script
 
 from configurator import exit_on_user_error
-from data import corpus
+from data import corpus, sources
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--name", help="name of the data set, written to data/NAME unless --out_dir is given")
     args = corpus.parse(parser, argv)
     out_dir = corpus.folder_for(args.name, args.out_dir)
-    tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: corpus.take_bytes(corpus.read_inputs(args), args.max_bytes))
+    tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: sources.take_bytes(corpus.read_inputs(args), args.max_bytes))
     source = ", ".join(path.name for path in args.input)
     name = args.name or out_dir.resolve().name
     return corpus.write_dataset(corpus.read_inputs(args), tokenizer, out_dir, args.val_fraction, source, name, args.max_bytes)

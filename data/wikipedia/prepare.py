@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, when run as a script
 
 from configurator import exit_on_user_error
-from data import corpus
+from data import corpus, sources
 
 REPOSITORY, SNAPSHOT = "wikimedia/wikipedia", "20231101.en"
 REVISION = "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"  # Parquet files: `datasets` runs no script of the repository
@@ -24,7 +24,7 @@ PUBLISHED_BYTES = 178_723_194  # text of the published runs
 
 def articles(path: str = REPOSITORY, name: str | None = SNAPSHOT, revision: str | None = REVISION, **options) -> Iterator[str]:
     """Title, an empty line, text. The arguments are those of datasets.load_dataset, e.g. "parquet" with data_files=..."""
-    for row in corpus.stream_rows(path, name=name, revision=revision, **options):
+    for row in sources.stream_rows(path, name=name, revision=revision, **options):
         yield row["title"] + "\n\n" + row["text"]
 
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> dict:
     else:
         max_bytes, documents = PUBLISHED_BYTES if args.max_bytes is None else args.max_bytes, articles
         source = f"{REPOSITORY} {SNAPSHOT} at revision {REVISION}, the first {max_bytes:,} bytes"
-    tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: corpus.take_bytes(documents(), max_bytes))
+    tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: sources.take_bytes(documents(), max_bytes))
     return corpus.write_dataset(documents(), tokenizer, args.out_dir, args.val_fraction, source, "wikipedia", max_bytes)
 
 
