@@ -97,6 +97,16 @@ def tiny_data(tmp_path_factory) -> Path:
     return write_tokens(tmp_path_factory.mktemp("data") / "tiny", text[:80_000], text[80_000:83_001])
 
 
+@pytest.fixture(scope="session")
+def reference(tiny_data, tmp_path_factory) -> Path:
+    """Six uninterrupted steps with dropout, the embedding loss, accumulation: everything that could break a resumed run."""
+    from tiny_runs import REFERENCE, run
+
+    out = tmp_path_factory.mktemp("runs") / "reference"
+    run(tiny_data, out, *REFERENCE)
+    return out
+
+
 def crash_behind_meta(monkeypatch) -> None:
     """Have a preparation end right after it has put meta.json into place."""
     replace = os.replace

@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_train import arguments
 
 import checkpoint
 import dataloader
@@ -16,6 +15,7 @@ import runtime
 import train
 from conftest import write_tokens
 from dev import codes, embeddings
+from tiny_runs import arguments
 from trainer import summed_loss, whole_file
 
 
