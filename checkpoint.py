@@ -177,8 +177,8 @@ def read_run(settings: dict, data_hash: str, out: Path) -> dict:
     ]
     if changed:
         raise ValueError(
-            f"{out} was made with other settings: {', '.join(changed)}; resume with the config file and the flags that "
-            "started it, which need not be given again where config.json lists them, or start a new run"
+            f"{out} was made with other settings: {', '.join(changed)}. To go on, leave them out: what its config.json lists need "
+            f"not be given again. With the new ones, start a new run from its weights: --init_from={out} --out_dir=..."
         )
     if (length := settings["train"]["max_iters"]) < trainer["step"]:
         raise ValueError(f"max_iters={length}, but {out} has come to step {trainer['step']}: it can only go on from there")
@@ -187,7 +187,10 @@ def read_run(settings: dict, data_hash: str, out: Path) -> dict:
     trainer.setdefault("decay_ends", [end] if trainer["step"] > 0 else [])
     trainer.setdefault("evaluated", trainer["step"])
     if trainer["data_hash"] != data_hash:
-        raise ValueError(f"{out} was made with other data (sha256 {trainer['data_hash'][:12]}..., now {data_hash[:12]}...)")
+        raise ValueError(
+            f"{out} was trained on other data than {settings['train']['dataset']} is now (sha256 {trainer['data_hash'][:12]}..., now "
+            f"{data_hash[:12]}...): prepare the old data again, or start a new run from its weights, --init_from={out}"
+        )
     return trainer
 
 
@@ -237,13 +240,15 @@ def find(run: Path, which: str) -> Path:
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is not a directory; give a run directory, as written by train.py --out_dir=...")
     if not (run / "config.json").exists():
-        raise FileNotFoundError(f"{run} is not a run directory: it has no config.json")
+        inside = [path.parent.name for path in sorted(run.glob("*/config.json"))]
+        found = f"; there are {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''} in it" if inside else ""
+        raise FileNotFoundError(f"{run} is not a run directory: it has no config.json{found}")
     for folder in (run / which, run / f"{which}.old"):  # .old: a crash struck between the two renames of save()
         if (folder / "trainer.json").exists() and (folder / "model.safetensors").exists():
             return folder
-    others = any((run / name).is_dir() for name in ("last", "best"))
-    reason = "" if others else ": it holds no weights (best/ or last/), stopped before its first evaluation or copied without"
-    raise FileNotFoundError(f"{run} has no complete {which} checkpoint{reason}")
+    others = [name for name in ("last", "best") if name != which and (run / name).is_dir()]
+    why = ": it holds no weights (best/ or last/), stopped before its first evaluation or copied without"
+    raise FileNotFoundError(f"{run} has no complete {which} checkpoint{f', but a {others[0]}' if others else why}")
 
 
 def find_first(run: Path, *which: str) -> Path:
@@ -275,7 +280,9 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     try:
         safetensors.torch.load_model(model, str(path))
     except (safetensors.SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit the model or is damaged: {' '.join(str(error).split())[:300]}") from None
+        other = folder.with_name("last" if folder.name.startswith("best") else "best")
+        advice = f"; {other} may be whole" if other.is_dir() else ""
+        raise ValueError(f"{path} does not fit the model or is damaged: {' '.join(str(error).split())[:300]}{advice}") from None
 
 
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -362,20 +369,30 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
     (a .pt for the decoder-only model). Raises ValueError where names or shapes do not fit, the codes are another autoencoder's,
     or a setting differs that no shape shows and that decides what the weights mean.
     """
+    ours = configurator.to_dict(model.config)
 
     def check_meaning(theirs: dict) -> None:
         keys = ("n_head", "n_cross_head", "decoder_order", "position", "pos_sub", "decoder_pos_emb")
-        ours = {key: getattr(model.config, key) for key in keys if hasattr(model.config, key)}
-        if other := [f"{key}={theirs[key]} (here {value})" for key, value in ours.items() if theirs.get(key, value) != value]:
+        other = [f"{key}={theirs[key]} (here {ours[key]})" for key in keys if key in ours and theirs.get(key, ours[key]) != ours[key]]
+        if other:
             raise ValueError(f"init_from={source} has {', '.join(other)}, so its weights would mean something else; set the same")
 
     if source.suffix != ".pt":
-        folder, config = find(source, "best"), read_config(source)[2]
-        theirs, ours = (getattr(of, "codebook_hash", None) for of in (config, model.config))
-        if theirs and theirs != ours:
+        folder, (_, kind, config) = find(source, "best"), read_config(source)
+        if not isinstance(model, MODELS[kind][1]):
+            raise ValueError(f"init_from={source} is a run of model={kind}, whose weights are not for this model; name a run of the same")
+        theirs = configurator.to_dict(config)
+        if theirs.get("codebook_hash") and theirs["codebook_hash"] != ours["codebook_hash"]:
             raise ValueError(f"init_from={source} was trained on the codes of another autoencoder, which mean something else")
-        load_weights(model, folder)
-        check_meaning(configurator.to_dict(config))
+        try:
+            load_weights(model, folder)
+        except ValueError:
+            sizes = [key for key, value in ours.items() if not isinstance(value, float) and theirs.get(key, value) != value]
+            if not sizes:
+                raise
+            other = ", ".join(f"{key}={theirs[key]} (here {ours[key]})" for key in sizes)
+            raise ValueError(f"init_from={source} does not fit: it has {other}; set the same, or name another run") from None
+        check_meaning(theirs)
         return
     if not source.is_file():
         raise FileNotFoundError(f"init_from={source}: there is no such file")

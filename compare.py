@@ -51,7 +51,8 @@ PUBLISHED = [
 ]
 PUBLISHED_NOTE = (
     "Published: one seed each, Wikipedia with the GPT-2 vocabulary, judged on random validation windows (about 2.0 M tokens, "
-    "sampling error about 0.004), so these numbers and the ones above come from different validation samples. "
+    "sampling error about 0.004), so these numbers and the ones above come from different validation samples; "
+    "losses of other tokens, such as bytes, cannot be compared with them at all. "
     "`baseline_dropout` was judged with attention dropout still on."
 )
 
@@ -278,7 +279,7 @@ def curve(row: Row, key: str) -> curves.Curve:
 
 
 def check_metrics(rows: list[Row], keys: tuple[str, ...]) -> None:
-    """Raises ValueError for a key without a curve in any row, naming keys like it."""
+    """Raises ValueError for a key without a curve in any row, naming those there are."""
     lines = (line for row in rows for run in row.runs for line in run.lines)
     known = sorted({key for line in lines for key, value in line.items() if is_number(value)} - {"step", "tokens"})
     for key in keys:
@@ -286,7 +287,8 @@ def check_metrics(rows: list[Row], keys: tuple[str, ...]) -> None:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
             raise ValueError(
                 f"--metrics={key}: no run logged that; "
-                + (f"near it are {', '.join(near)}" if near else f"there are {', '.join(known) or 'no metrics at all'}")
+                + (f"did you mean {near[0]}? " if near else "")
+                + f"there are {', '.join(known) or 'no metrics at all'}"
             )
         if not any(len(curve(row, key)[0]) for row in rows):
             raise ValueError(f"--metrics={key}: in no row is there a step at which all seeds logged it")

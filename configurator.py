@@ -45,6 +45,7 @@ import textwrap
 import threading
 import types
 import typing
+import warnings
 from pathlib import Path
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -455,7 +456,10 @@ def field_comments(cls: type) -> dict[str, tuple[str, str]]:
 
 @contextlib.contextmanager
 def exit_on_user_error():
-    """What a user can cause ends in one line on stderr and an exit status, 2 for a bad key or value, 1 for a file."""
+    """
+    What a user can cause ends in one line on stderr and an exit status, 2 for a bad key or value, 1 for a file. Warnings are a line
+    as well, without the place in the code.
+    """
 
     def end(number: int, frame) -> None:
         raise SystemExit(128 + number)
@@ -468,7 +472,9 @@ def exit_on_user_error():
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character is no reason to lose a text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *place: print(f"warning: {message}", file=sys.stderr)
+            yield
         if sys.stdout is not None:  # closed by the shell: >&-
             sys.stdout.flush()  # here, so that a closed pipe is noticed here
     except BrokenPipeError:  # `compare.py ... | head`: not an error, and stdout must not be flushed again at exit

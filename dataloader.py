@@ -47,6 +47,8 @@ def resolve(dataset: str | Path) -> Path:
         return named
     if (path / "train.bin").is_file() or in_data(path):
         return path
+    if (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is a run directory, not a data set; give the data set that it names in its config.json")
     own = {path.parent.name for path in DATA.glob("*/meta.json")}
     raise FileNotFoundError(
         f"no data set {str(dataset)!r}; known sets: {', '.join(sorted(own.union(known_sets())))}; "

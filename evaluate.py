@@ -22,6 +22,7 @@ import configurator
 import dataloader
 import runtime
 from baseline_transformer.model import DecoderOnly
+from dataloader import PairData
 from model import EncoderDecoder
 from runs import find_runs
 from trainer import summed_loss, whole_file
@@ -62,10 +63,13 @@ def evaluate(run: Path, config: EvaluateConfig, machine: runtime.Runtime) -> dic
     name = config.dataset or checkpoint.read_config(run)[0]["dataset"]
     data = dataloader.open_data(dataloader.prepare_if_missing(name), model.config.block_size, "val")
     checkpoint.check_tokenizers(data.folder, run)
+    kinds = [("text", "pairs")[pairs] for pairs in ("separator" in checkpoint.read_json(run / "config.json"), isinstance(data, PairData))]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{run} was trained on {kinds[0]}, but {name} is a set of {kinds[1]}; give one of {kinds[0]}")
     summary = checkpoint.read_json(run / "summary.json") if (run / "summary.json").exists() else {}
     if config.dataset is None and summary.get("data_hash", data.val_hash) != data.val_hash:
         print(f"note: {name} has another validation file now than when {run} was trained on it", file=sys.stderr)
-    if hasattr(model, "check"):
+    if hasattr(model, "check"):  # whether its pairs fit
         model.check(data, 0)
     if config.attention_dropout:
         keep_attention_dropout(model, run)
@@ -85,7 +89,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     machine = runtime.start(config.device, config.dtype, "off")
     if machine.world_size > 1:
         raise ValueError(f"evaluate.py is one process, not {machine.world_size}: start it without torchrun")
-    print(machine.reasons)
+    print(machine.reasons.split("; compile")[0])
     if config.json is not None:
         if Path(config.json).is_dir():
             raise ValueError(f"json={config.json} is a folder; give the name of a file")

@@ -42,7 +42,7 @@ class SampleConfig:
     top_p: float | tuple[float, ...] = 1.0  # then only the most likely ones that together have this probability, likewise
     token_temperature: float = 0.0  # of the tokens that the codes of a block become, where the model writes blocks
     seed: int = 1337  # of the noise
-    stop: str | None = None  # end where this text appears (it is not printed)
+    stop: str | None = None  # end where this text appears (it is not printed); \n is a line end, \t a tab
     eos: bool = True  # end at the end-of-document token, where the tokenizer has one
     stream: bool = False  # print tokens as they come; needs num_samples=1
     cache: bool = True  # false: compute the whole context again for every token
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> list[str]:
         return [reconstruct(model, text, prompt, machine)]
 
     def start(write=None) -> list[generate.Continuation]:
-        eos, stop = text.eos if config.eos else None, (config.stop,) if config.stop else ()
+        eos, stop = text.eos if config.eos else None, (config.stop.replace(r"\n", "\n").replace(r"\t", "\t"),) if config.stop else ()
         return [generate.Continuation(prompt, config.max_new_tokens, text, eos, stop, write) for _ in range(config.num_samples)]
 
     def timed(steps: Iterator[None]) -> float:
@@ -256,11 +256,13 @@ def main(argv: list[str] | None = None) -> list[str]:
     report = {
         "run": str(run), "step": trainer["step"], "samples": len(samples), "prompt_tokens": len(prompt), "tokens": tokens,
         "seconds": seconds, "tokens_per_second": tokens / seconds, "ended": [sample.reason for sample in samples],
+        "texts": [sample.text for sample in samples],
         "device": str(machine.device), "dtype": str(machine.dtype).removeprefix("torch."),
     } | counts  # fmt: skip
     line = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s"
     if counts:
-        line += f"; lookahead {counts['lookahead']}: {counts['tokens_per_step']:.2f} tokens/step, "
+        which = counts["lookahead"] if counts["lookahead"] != "plain" else "auto, trials included"
+        line += f"; lookahead {which}: {counts['tokens_per_step']:.2f} tokens/step, "
         line += f"{counts['accepted_share']:.0%} of {counts['drafted']} drafted tokens accepted"
     print(line, file=sys.stderr)
     if config.check:

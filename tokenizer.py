@@ -75,7 +75,7 @@ class CharTokenizer(_Tokenizer):
             at = int(unknown[0])
             raise ValueError(
                 f"character {text[at]!r} at position {at} is not in the vocabulary, which has the {self.vocab_size} characters "
-                "of the training text; leave it out, or train with --tokenizer byte, which knows every character"
+                "of the training text; leave it out, or prepare the text again with --tokenizer byte, which knows all, and train on that"
             )
         return ids
 

@@ -157,8 +157,11 @@ def check_inputs(config: TrainConfig, model: torch.nn.Module, data: dataloader.T
         raise ValueError(
             f"{config.dataset} is a set of pairs, but {config.model} is made for whole texts; choose another model"
         )
-    if getattr(model.config, "freeze_codes", False) and not (config.resume or (config.init_from and model.quantizer.initialized)):
-        raise ValueError("freeze_codes=true keeps the codes of another run: name one that has learned them, --init_from=RUN")
+    if getattr(model.config, "freeze_codes", False) and not config.resume:
+        if not config.init_from:
+            raise ValueError("freeze_codes=true keeps the codes of another run: name one that has learned them, --init_from=RUN")
+        if not model.quantizer.initialized:
+            raise ValueError(f"init_from={config.init_from} was stopped before its codebooks were made of data; train it longer")
     if hasattr(model, "check"):
         model.check(data, config.max_iters)
     inputs = {"dataset": data.folder} | {key: getattr(model.config, key, None) for key in ("autoencoder", "backbone")}

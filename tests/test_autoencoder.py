@@ -498,7 +498,7 @@ def test_a_setting_that_an_older_run_has_not_had(tiny_data, tmp_path):
     settings = json.loads((tmp_path / "config.json").read_text())
     del settings["model"]["encoder_context"]
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"encoder_context='block' \(was 'prefix'\); resume with"):
+    with pytest.raises(ValueError, match=r"encoder_context='block' \(was 'prefix'\). To go on"):
         run(tiny_data, tmp_path, "--max_iters=3", "--resume", "--encoder_context=block")
     assert run(tiny_data, tmp_path, "--max_iters=3", "--resume")["steps"] == 3
 

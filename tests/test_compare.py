@@ -930,7 +930,7 @@ def test_metrics_that_nobody_logged(tmp_path, capsys):
     """Guards an empty panel: what is wrong is said, once, before any table, with what there is."""
     write_metrics(tmp_path)
     for words, message in (
-        (["--metrics=gain_encodr"], "--metrics=gain_encodr: no run logged that; near it are gain_encoder"),
+        (["--metrics=gain_encodr"], "--metrics=gain_encodr: no run logged that; did you mean gain_encoder? there are embedding_loss, "),
         (
             ["--metrics=xyz"],
             "--metrics=xyz: no run logged that; there are embedding_loss, gain_encoder, grad_norm, train_loss, val",

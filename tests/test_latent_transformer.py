@@ -615,7 +615,7 @@ def test_learns_pairs_by_heart(few_pairs, tiny_data, tmp_path, capsys):
         sample.main([*arguments, f"--prompt={question[:-1]}"]) == sample.main([*arguments, f"--prompt={question}"]) == [answer]
     )
     assert capsys.readouterr().out == (question + answer + "\n") * 2
-    with pytest.raises(ValueError, match="is a set of text; set --task=text"):  # a number would come out, of other windows
+    with pytest.raises(ValueError, match="is a set of text; give one of pairs"):  # a number would come out, of other windows
         evaluate.main([str(out), f"--dataset={tiny_data}", "--device=cpu"])
     with pytest.raises(ValueError, match="answers whole questions only"):  # it was never shown half an answer
         sample.main([*arguments, f"--prompt={question}{answer[:2]}"])

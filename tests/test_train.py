@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import checkpoint
+import configurator
 import dataloader
 import generate
 import runtime
@@ -561,3 +563,29 @@ def test_check_takes_another_path(reference, monkeypatch, capsys, flags, paths):
     )
     sample.main([str(reference), "--max_new_tokens=40", "--device=cpu", "--check", *flags])
     assert used == paths and "gives the same text" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_are_explained_by_the_settings(tiny_data, tmp_path, capsys, reference):
+    """Guards init_from against torch's list of missing keys, which says neither which setting differs nor that nothing is damaged."""
+    for words, model, message in (
+        (["--n_embd=8"], "encoder_decoder", f"init_from={reference} does not fit: it has n_embd=16 (here 8); set the same"),
+        ([], "decoder_only", f"init_from={reference} is a run of model=encoder_decoder, whose weights are not for this model"),
+    ):
+        options = [*REFERENCE[:3], f"--init_from={reference}", *words] if model == "encoder_decoder" else [f"--init_from={reference}"]
+        code, line = complaint(train, arguments(tiny_data, tmp_path / "never", *options, model=model), capsys)
+        assert code == 2 and message in line and "damaged" not in line
+    assert not (tmp_path / "never").exists()
+
+
+def test_warnings_are_lines(capsys):
+    """Guards what a user reads against the place in the code where a warning was raised."""
+    with configurator.exit_on_user_error():
+        warnings.warn("nothing was learned", stacklevel=1)
+    assert capsys.readouterr().err == "warning: nothing was learned\n"
+
+
+def test_stop_at_a_line_end(reference, capsys):
+    """Guards --stop='\\n' against a search for a backslash and an n, which no text ends at."""
+    given = [str(reference), "--temperature=2", "--seed=3", "--max_new_tokens=400", "--device=cpu"]
+    (whole,), (cut,) = sample.main(given), sample.main([*given, "--stop=\\n"])
+    assert "\n" in whole and cut == whole.split("\n")[0]
