@@ -274,15 +274,20 @@ def read_config(run: Path) -> tuple[dict, str, object]:
         return settings["train"], name, configurator.from_dict(CONFIGS[name], settings["model"])
 
 
+class Misfit(ValueError):
+    """Weights of other names or shapes than the model's."""
+
+
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Fill the model from a checkpoint folder. Raises ValueError for a damaged file or one of another shape."""
+    """Fill the model from a checkpoint folder. Raises ValueError for a damaged file, Misfit for one of another model."""
     path = folder / "model.safetensors"
     try:
         safetensors.torch.load_model(model, str(path))
-    except (safetensors.SafetensorError, RuntimeError) as error:
+    except safetensors.SafetensorError as error:
         other = folder.with_name("last" if folder.name.startswith("best") else "best")
-        advice = f"; {other} may be whole" if other.is_dir() else ""
-        raise ValueError(f"{path} does not fit the model or is damaged: {' '.join(str(error).split())[:300]}{advice}") from None
+        raise ValueError(f"{path} is damaged: {error}{f'; {other} may be whole' if other.is_dir() else ''}") from None
+    except RuntimeError as error:
+        raise Misfit(f"{path} does not fit the model: {' '.join(str(error).split())[:300]}") from None
 
 
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -386,7 +391,7 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
             raise ValueError(f"init_from={source} was trained on the codes of another autoencoder, which mean something else")
         try:
             load_weights(model, folder)
-        except ValueError:
+        except Misfit:
             sizes = [key for key, value in ours.items() if not isinstance(value, float) and theirs.get(key, value) != value]
             if not sizes:
                 raise
