@@ -170,6 +170,7 @@ class Context:
     """What all attention layers of one forward pass share."""
 
     mask: torch.Tensor | None  # bool (T, S) or (B, 1, T, S), True = may look; None: the causal square, or one token that sees all
+    causal: bool  # mask is None and T == S: let the kernel mask
     rotary: dict[int, tuple[torch.Tensor, torch.Tensor]]  # head width -> cos, sin; empty with learned positions
     start: int | torch.Tensor  # tokens in the cache before this call
     dropout: float  # of attention weights
@@ -182,7 +183,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, 
         q, k = rotate(q, context.rotary[q.size(-1)]), rotate(k, (context.key_rotary or context.rotary)[k.size(-1)])
     if cache is not None:
         k, v = cache.append(k, v, context.start)  # (B, H, S, D)
-    y = attention(q, k, v, context.mask, context.mask is None and q.size(2) == k.size(2), context.dropout)
+    y = attention(q, k, v, context.mask, context.causal, context.dropout)
     return y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H, D) -> (B, T, C)
 
 
@@ -319,7 +320,7 @@ class CausalModel(nn.Module):
             mask = (behind < self.window) & (behind >= 0 if mask is None else mask)
         rotary = {width: rotary_angles(positions, width) for width in self.head_widths} if config.position == "rope" else {}
         dropout = config.dropout if self.training else self.evaluation_dropout
-        return positions, Context(mask, rotary, start, dropout)
+        return positions, Context(mask, causal=mask is None and start == 0, rotary=rotary, start=start, dropout=dropout)
 
     @torch.no_grad()
     def initialize(self, stacks: list[nn.ModuleList]) -> None:

@@ -117,7 +117,7 @@ class CompressionHead(nn.Module):
         ends = self.ends(slots, h.device)
         rotary = {width: rotary_angles(ends[first:], width) for width in context.rotary}
         mask = ends <= positions[:, None]  # (T, N)
-        return memory, Context(mask, context.rotary, start=first, dropout=context.dropout, key_rotary=rotary), losses
+        return memory, Context(mask, False, context.rotary, start=first, dropout=context.dropout, key_rotary=rotary), losses
 
     def remember(self, h: torch.Tensor, first: int) -> tuple[torch.Tensor, Losses]:
         """Slots (B, N - first, C) of the memory of states h (B, T, C), and the quantizer's losses."""

@@ -160,7 +160,8 @@ class LatentTransformer(CausalModel):
         """Of queries at positions (T,) that see keys at `keys` (S,), by default the same, where mask (..., T, S) is True (None: all)."""
         rotary = {self.head_width: rotary_angles(positions, self.head_width)}
         key_rotary = None if keys is None else {self.head_width: rotary_angles(keys, self.head_width)}
-        return Context(mask, rotary, start=0, dropout=self.config.dropout if self.training else 0.0, key_rotary=key_rotary)
+        dropout = self.config.dropout if self.training else 0.0
+        return Context(mask, causal=False, rotary=rotary, start=0, dropout=dropout, key_rotary=key_rotary)
 
     # ------------------------------------------------------------------------------------------------------------------
     # rows to prefixes and targets

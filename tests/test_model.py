@@ -285,9 +285,9 @@ def test_attention_in_products_equals_the_kernel(kind):
     T, S = (9, 9) if kind == "causal" else (5, 9)
     q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (T, S, S))
     mask = torch.ones(T, S, dtype=torch.bool).tril(4) if kind == "mask" else None
-    context = Context(mask, rotary={}, start=S - T, dropout=0.0)
+    context = Context(mask, causal=kind == "causal", rotary={}, start=S - T, dropout=0.0)
     assert attend(q, k, v, context, None).shape == (2, T, 24)
-    fast, weight = attend_in_products(q, k, v, mask, kind == "causal", 0.0), torch.randn(2, 3, T, 8)
+    fast, weight = attend_in_products(q, k, v, context.mask, context.causal, context.dropout), torch.randn(2, 3, T, 8)
     grads = torch.autograd.grad((fast * weight).sum(), (q, k, v))
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
     slow = F.scaled_dot_product_attention(*exact, attn_mask=mask, is_causal=kind == "causal")

@@ -183,10 +183,10 @@ def test_one_level_is_a_plain_transformer():
         x = torch.cat((model.start.expand(B, 1, -1), x), dim=1)  # (B, M, C): shifted right behind the start
         rotary = {6: rotary_angles(torch.arange(M), 6)}
         for block in model.spatial.blocks:
-            x = block(x, Context(torch.ones(M, M, dtype=torch.bool).tril(), rotary, 0, 0.0))
+            x = block(x, Context(torch.ones(M, M, dtype=torch.bool).tril(), False, rotary, 0, 0.0))
         x = x + model.wpe_depth[0]
         for block in model.depth.blocks:  # each position sees itself
-            x = block(x, Context(torch.eye(M, dtype=torch.bool), {}, 0, 0.0))
+            x = block(x, Context(torch.eye(M, dtype=torch.bool), False, {}, 0, 0.0))
         assert (model.heads[0](x) - model(codes[..., None])[0][:, :, 0]).abs().max() < 1e-10
 
 
@@ -200,7 +200,7 @@ def test_depth_transformer_written_out():
         h = model.states(codes[:, :-1], model.table())
         assert (h - model.spatial(torch.cat((model.start.expand(2, 1, -1), sum(e)[:, :-1]), dim=1), None)).abs().max() < 1e-10
         v = torch.stack([h, e[0] @ model.from_sum.weight.T, (e[0] + e[1]) @ model.from_sum.weight.T], dim=2) + model.wpe_depth
-        x, causal = v.flatten(0, 1), Context(torch.ones(3, 3, dtype=torch.bool).tril(), {}, 0, 0.0)
+        x, causal = v.flatten(0, 1), Context(torch.ones(3, 3, dtype=torch.bool).tril(), False, {}, 0, 0.0)
         for block in model.depth.blocks:
             x = block(x, causal)
         expected = torch.stack([model.heads[d](x[:, d]) for d in range(3)], dim=1).unflatten(0, (2, -1))
