@@ -22,7 +22,6 @@ import configurator
 import dataloader
 import runtime
 from baseline_transformer.model import DecoderOnly
-from dataloader import PairData
 from model import EncoderDecoder
 from runs import find_runs
 from trainer import summed_loss, whole_file
@@ -63,9 +62,9 @@ def evaluate(run: Path, config: EvaluateConfig, machine: runtime.Runtime) -> dic
     name = config.dataset or checkpoint.read_config(run)[0]["dataset"]
     data = dataloader.open_data(dataloader.prepare_if_missing(name), model.config.block_size, "val")
     checkpoint.check_tokenizers(data.folder, run)
-    kinds = [("text", "pairs")[pairs] for pairs in ("separator" in checkpoint.read_json(run / "config.json"), isinstance(data, PairData))]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"{run} was trained on {kinds[0]}, but {name} is a set of {kinds[1]}; give one of {kinds[0]}")
+    learned, given = "pairs" if "separator" in checkpoint.read_json(run / "config.json") else "text", data.meta.get("kind", "text")
+    if given != learned:
+        raise ValueError(f"{run} was trained on {learned}, but {name} is a set of {given}; give one of {learned}")
     summary = checkpoint.read_json(run / "summary.json") if (run / "summary.json").exists() else {}
     if config.dataset is None and summary.get("data_hash", data.val_hash) != data.val_hash:
         print(f"note: {name} has another validation file now than when {run} was trained on it", file=sys.stderr)

@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> list[str]:
         return [reconstruct(model, text, prompt, machine)]
 
     def start(write=None) -> list[generate.Continuation]:
-        eos, stop = text.eos if config.eos else None, (config.stop.replace(r"\n", "\n").replace(r"\t", "\t"),) if config.stop else ()
+        eos, stop = text.eos if config.eos else None, (tokenizer.unescaped(config.stop),) if config.stop else ()
         return [generate.Continuation(prompt, config.max_new_tokens, text, eos, stop, write) for _ in range(config.num_samples)]
 
     def timed(steps: Iterator[None]) -> float:

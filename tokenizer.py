@@ -18,6 +18,11 @@ REPLACEMENT = "\ufffd".encode()  # what an id without text decodes to: a model's
 GPT2_CACHE_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
 
 
+def unescaped(word: str) -> str:
+    """A word of the command line in which \\n is a line end and \\t a tab."""
+    return word.replace(r"\n", "\n").replace(r"\t", "\t")
+
+
 def to_utf8(text: str) -> bytes:
     """UTF-8 of text; a lone surrogate (half a character, which JSON can smuggle in) becomes '?'."""
     return text.encode("utf-8", errors="replace")

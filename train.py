@@ -318,7 +318,7 @@ def evaluate(trainer: Trainer, record: Recorder, write_sample: Callable[[], str]
     found, step, what = trainer.estimates(), trainer.step, name_of_loss(trainer.raw_model)
     stop_if_not_finite(found["val_loss"], step, record.out)
     if step > 0:  # of an untrained model there is nothing to say
-        found |= trainer.measure(trainer.eval_batches("val", min(trainer.config.batch_size, trainer.micro_batch_size)))
+        found |= trainer.measure(trainer.eval_batches("val", trainer.rows_that_fit))
     accuracy = f", accuracy {found['token_accuracy']:.2%}" if "token_accuracy" in found else ""
     record.say(f"step {step}: train {what} {found['train_loss']:.4f}, val {what} {found['val_loss']:.4f}{accuracy}")
     record.log("eval", found)

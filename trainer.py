@@ -392,12 +392,17 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------------------
     # evaluation: its own windows, no dropout, no random numbers, so that it leaves no trace in the run
 
+    @property
+    def rows_that_fit(self) -> int:
+        """Sequences that are computed at once, gradients included, where not as many as in training are wanted."""
+        return min(self.config.batch_size, self.micro_batch_size)
+
     def eval_batches(self, split: str, most: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This process's share of the fixed evaluation windows of a split, at most so many at a time; none: as training takes."""
         config, machine = self.config, self.machine
         starts = self.data.eval_starts(split, config.batch_size * config.eval_iters)
         # a micro-batch of a model over codes is one of codes, not of the text that it is evaluated on
-        most = most or (self.micro_batch_size if self.train_data is self.data else min(self.micro_batch_size, config.batch_size))
+        most = most or (self.micro_batch_size if self.train_data is self.data else self.rows_that_fit)
         most = min(most, -(-len(starts) // machine.world_size))
         rows = max(n for n in range(1, most + 1) if len(starts) % n == 0)
         rows = rows if 2 * rows > most else most  # batches of one shape compile once, but not where they would be small
@@ -413,8 +418,7 @@ class Trainer:
         """train_loss and val_loss over the evaluation windows, and what there is to say of an embedding loss."""
         found = {f"{split}_loss": self.mean_loss(self.model, self.eval_batches(split))[0] for split in ("train", "val")}
         if getattr(self.raw_model, "embedding_loss", None) is not None:
-            count = min(self.config.batch_size, self.micro_batch_size)  # what fits with its gradients
-            x, _ = self.data.gather("train", self.data.eval_starts("train", count))
+            x, _ = self.data.gather("train", self.data.eval_starts("train", self.rows_that_fit))
             with self.machine.autocast():
                 found |= self.raw_model.embedding_loss_report(x.to(self.machine.device))
         return found

@@ -330,8 +330,7 @@ def folder_for(name: str | None, out_dir: Path | None) -> Path:
 
 
 def read_inputs(args: argparse.Namespace) -> Iterator[str]:
-    separator = args.separator.replace(r"\n", "\n").replace(r"\t", "\t")
-    alone = len(args.input) == 1
+    separator, alone = tokenizers.unescaped(args.separator), len(args.input) == 1
     return chain.from_iterable(read_documents(path, separator, args.text_key, alone) for path in args.input)
 
 
