@@ -1,6 +1,7 @@
 """
 Numerical building blocks: rotary positions, LayerNorm, dropout, attention, the output layer and its loss. What is written for
-speed states the plain computation it equals; tests hold it to that. What runs on a GPU in Triton is in gpu_kernels.py.
+speed states the plain computation it equals; tests hold it to that. What runs on a GPU in Triton is in gpu_kernels.py, and what runs
+on a CPU in C++ in cpu_kernels.py.
 
 Shapes: B batch, T tokens of this call, S keys, C width, H heads, D head width, V vocabulary.
 """
@@ -10,6 +11,8 @@ import math
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+import cpu_kernels
 
 try:
     import gpu_kernels
@@ -97,15 +100,11 @@ def kept(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
     return (bits >= dropped - 2**15).view(shape).to(dtype).mul_(2**16 / (2**16 - dropped))
 
 
-def attend_in_products(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, dropout: float
-) -> torch.Tensor:
+def attend_in_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
     """
     `attention` as two plain products: for short texts on a CPU a third faster than torch's kernel in bfloat16, and as much in
     float32 where weights are dropped (dev/LOG.md).
     """
-    if causal:
-        return CausalProducts.apply(*(x.flatten(0, 1) for x in (q, k, v)), dropout).unflatten(0, q.shape[:2])
     bias = torch.zeros(q.size(2), k.size(2), dtype=q.dtype)  # (T, S), -inf where a key is hidden
     if mask is not None:
         bias = bias.masked_fill_(~mask, -math.inf)
@@ -126,61 +125,16 @@ def attention(
     softmax(q k^T / sqrt(D)) v of q (B, H, T, D), k and v (B, H, S, D), its weights dropped with probability `dropout`. What a
     query sees is True in mask, (T, S) or (B, 1, T, S); without one all, or, if `causal`, the keys up to its own position (T = S).
     """
-    products_pay = q.dtype == torch.bfloat16 if dropout == 0.0 else not torch.compiler.is_compiling()
-    if products_pay and q.device.type == "cpu" and k.size(2) <= 512 and (mask is None or mask.dim() == 2):
-        return attend_in_products(q, k, v, mask, causal, dropout)
+    drawn_here = dropout > 0.0 and not torch.compiler.is_compiling()  # else dropout is torch's, in one piece with the rest
+    if causal and (dropout == 0.0 or drawn_here) and cpu_kernels.suits(q):
+        return cpu_kernels.attend(q, k, v, dropout)
     if causal and dropout == 0.0 and triton_runs(q) and gpu_kernels.suits(q):
         return gpu_kernels.attend(q, k, v)[0].transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
+    products_pay = q.dtype == torch.bfloat16 if dropout == 0.0 else drawn_here
+    if products_pay and q.device.type == "cpu" and k.size(2) <= 512 and (mask is None or mask.dim() == 2):
+        seen = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril() if causal else mask
+        return attend_in_products(q, k, v, seen, dropout)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal)
-
-
-BLOCK = 128  # queries of CausalProducts at a time; smaller ones hide more, but their products are slower
-
-
-class CausalProducts(torch.autograd.Function):
-    """
-    Causal attention of q, k, v (N, T, D) -> (N, T, D), a block of queries at a time, each with the keys up to its own end: so
-    of the scores that the mask hides only those in blocks on the diagonal are computed. Weights are dropped with probability
-    `dropout`. Not differentiable twice.
-    """
-
-    @staticmethod
-    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
-        T, D = q.shape[1:]
-        bias = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-        weights, factors, y = [], [], []
-        for start in range(0, T, BLOCK):
-            end = min(start + BLOCK, T)
-            scores = torch.baddbmm(bias[start:end, :end], q[:, start:end], k[:, :end].mT, alpha=1 / math.sqrt(D))
-            weights.append(scores.softmax(-1))  # (N, block, end)
-            factors.append(kept(scores.shape, dropout, q.dtype) if dropout > 0.0 else None)
-            y.append(torch.bmm(weights[-1] if factors[-1] is None else weights[-1] * factors[-1], v[:, :end]))
-        ctx.save_for_backward(q, k, v, *weights, *factors)
-        return torch.cat(y, dim=1)
-
-    @staticmethod
-    def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, *saved = ctx.saved_tensors
-        weights, factors = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        T, scale = q.size(1), 1 / math.sqrt(q.size(2))
-        grad_q, grad_k, grad_v = [], None, None
-        for start, weight, factor in reversed(list(zip(range(0, T, BLOCK), weights, factors))):
-            end = start + weight.size(1)
-            grad = grad_y[:, start:end]
-            grad_weight = torch.bmm(grad, v[:, :end].mT)
-            used = weight
-            if factor is not None:
-                grad_weight.mul_(factor)
-                used = weight * factor
-            grad_score = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
-            grad_q.append(torch.bmm(grad_score, k[:, :end]))
-            of_k, of_v = torch.bmm(grad_score.mT, q[:, start:end]), torch.bmm(used.mT, grad)  # (N, end, D)
-            if grad_k is None:  # the last queries, which see all keys
-                grad_k, grad_v = of_k, of_v
-            else:
-                grad_k[:, :end] += of_k
-                grad_v[:, :end] += of_v
-        return torch.cat(grad_q[::-1], dim=1).mul_(scale), grad_k.mul_(scale), grad_v, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

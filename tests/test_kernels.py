@@ -4,12 +4,14 @@ import math
 import platform
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import cpu_kernels
 import kernels
 from conftest import ROOT, make_model
 
@@ -27,33 +29,233 @@ def plain_loss(x, weight, targets):
     return F.cross_entropy(F.linear(x, weight).flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 7, 8, 9, 20])
-def test_causal_products_equal_the_kernel(tokens, monkeypatch):
-    """Guards the blocks of queries: a key too many or too few at a border, gradients added to the wrong keys, a scale forgotten."""
-    monkeypatch.setattr(kernels, "BLOCK", 7)
+# ----------------------------------------------------------------------------------------------------------------------
+# attention
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}  # relative; torch's own kernel has up to 8e-7 and 4.4e-3
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not cpu_kernels.BFLOAT16, reason="no AVX512-BF16"))]
+
+
+def plain_attention(q, k, v, factors=1.0):
+    """Causal attention, its weights times `factors`."""
+    hidden = torch.ones(q.size(2), q.size(2), dtype=torch.bool).triu(1)
+    return ((q @ k.mT / q.size(3) ** 0.5).masked_fill(hidden, -math.inf).softmax(-1) * factors) @ v
+
+
+def exact_attention(inputs, grad, factors=1.0):
+    """The same in float64, and its gradients."""
+    inputs = [x.detach().double().requires_grad_() for x in inputs]
+    y = plain_attention(*inputs, factors)
+    return y.detach(), *torch.autograd.grad(y, inputs, grad.double())
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor, least: float = 0.0) -> float:
+    """Relative; `least` stands for the size of a tensor that may be 0."""
+    return ((ours.double() - theirs.double()).norm() / (theirs.double().norm() + least)).item()
+
+
+def queries(B: int, H: int, T: int, D: int, dtype: torch.dtype, layout: str = "packed") -> list[torch.Tensor]:
+    """q, k, v: views of one projection as a model makes them, or with a last stride that is not 1."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, tokens, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    fast, slow = kernels.attend_in_products(q, k, v, None, True, 0.0), F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert (fast - slow).abs().max() < 1e-12
-    weight = torch.randn(2, 3, tokens, 5, dtype=torch.float64)
-    for ours, theirs in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (fast, slow))):
-        assert (ours - theirs).abs().max() < 1e-12
+    packed = 1.5 * torch.randn(B, T, 3, H, D).to(dtype)
+    views = [x.transpose(1, 2) for x in packed.unbind(2)]
+    if layout == "permuted":
+        views = [x.mT.contiguous().mT for x in views]
+    if not cpu_kernels.available(D, dtype == torch.bfloat16):
+        pytest.skip("no C++ compiler")
+    return [x.detach().requires_grad_() for x in views]
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_products_drop_the_same_weights_forward_and_backward(monkeypatch, causal):
-    """Guards dropout, in blocks and under a mask: value and gradients are those of all weights times the factors that were drawn."""
-    monkeypatch.setattr(kernels, "BLOCK", 7)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 5), (2, 3, 15, 5), (3, 1, 16, 34), (1, 2, 17, 34), (2, 2, 150, 5), (1, 1, 64, 34)], ids=str)
+@pytest.mark.parametrize("layout", ["packed", "permuted"])
+def test_attention_on_a_cpu_is_the_plain_one(shape, dtype, layout):
+    """Guards cpu_kernels.cpp: the diagonal, texts that fill no block, odd and wide heads, strides, scales, each gradient; threads."""
+    q, k, v = queries(*shape, dtype, layout)
+    B, H, T, D = shape
+    grad = torch.randn(B, T, H, D).to(dtype).transpose(1, 2)
+    if layout == "permuted":
+        grad = torch.ones((), dtype=dtype).expand(B, H, T, D)  # that of a sum: one number
+    found, threads = [], torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        y = cpu_kernels.attend(q, k, v)
+        found.append((y, *torch.autograd.grad(y, (q, k, v), grad)))
+    torch.set_num_threads(threads)
+    assert y.dtype == dtype and y.transpose(1, 2).is_contiguous(), "what a model reads next"
+    for ours, again, theirs in zip(*found, exact_attention((q, k, v), grad)):
+        assert torch.equal(ours, again)
+        assert distance(ours, theirs, least=T == 1) < TOLERANCE[dtype]  # then those of q and k are 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_on_a_cpu_sees_no_later_token(dtype):
+    """Guards causality to the last bit: outputs and gradients before a token do not change with it."""
+    q, k, v = queries(1, 2, 40, 5, dtype)
+    before = cpu_kernels.attend(q, k, v)
+    for t in (2, 16, 23, 39):
+        changed = [x.detach().clone() for x in (q, k, v)]
+        for x in changed:
+            x[:, :, t] = 1e4
+        after = cpu_kernels.attend(*changed)
+        assert torch.equal(after[:, :, :t], before[:, :, :t]) and not torch.equal(after[:, :, t], before[:, :, t])
+        for grad in torch.autograd.grad(before[:, :, :t].sum(), (k, v), retain_graph=True):
+            assert grad[:, :, t:].count_nonzero() == 0 and grad[:, :, :t].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_on_a_cpu_with_numbers_out_of_range(dtype):
+    """Guards the softmax: scores of thousands overflow nowhere, and what is not a number stays visible."""
+    q, k, v = (x.detach() for x in queries(1, 1, 40, 5, dtype))
+    large = 100 * q, 100 * k, v
+    y, exact = cpu_kernels.attend(*large), plain_attention(*(x.double() for x in large))
+    assert distance(y, exact) < 10 * TOLERANCE[dtype]  # scores of 10,000 have three digits behind the point
+    for broken in range(3):
+        inputs = [x.clone() for x in (q, k, v)]
+        inputs[broken][:, :, 20, 3] = math.nan
+        y = cpu_kernels.attend(*inputs)
+        assert y[:, :, 20].isnan().any() and (broken == 0 or y[:, :, 39].isnan().any()) and y[:, :, :16].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_on_a_cpu_drops_the_same_weights_forward_and_backward(dtype):
+    """
+    Guards dropout in cpu_kernels.cpp: values that pick single weights tell which were kept; share and scale, no relation between
+    neighbours, heads or texts; the gradients are those of all weights times these factors; the seed decides.
+    """
+    p, (B, H, T, D) = 0.3, (4, 3, 34, 34)
+    q, k, v = queries(B, H, T, D, dtype)
+
+    def attend(values, seed):
+        torch.manual_seed(seed)
+        return cpu_kernels.attend(q, k, values, p)
+
+    ones = torch.eye(T, dtype=dtype).expand(B, H, T, T)
+    weights = plain_attention(q.detach().double(), k.detach().double(), ones.double())
+    y, seen = attend(ones, 1), torch.ones(T, T, dtype=torch.bool).tril() & (weights > 1e-30)
+    kept = (y > 0) & seen
+    assert torch.equal(y, attend(ones, 1)) and not torch.equal(y, attend(ones, 2))
+    assert distance(y, weights * kept / (1 - p)) < TOLERANCE[dtype] + 2**-16
+    n, share, error = seen.sum(), (~kept & seen).sum() / seen.sum(), (p * (1 - p)) ** 0.5
+    assert abs(share - p) < 4 * error / n**0.5
+    dropped = (~kept).double() - p
+    for one, other, both in (
+        (dropped[..., ::2], dropped[..., 1::2], seen[..., 1::2]),  # keys that share a hash
+        (dropped[..., 1:-1:2], dropped[..., 2::2], seen[..., 2::2]),
+        (dropped[..., :-1, :], dropped[..., 1:, :], seen[..., :-1, :]),
+        (dropped[:, :-1], dropped[:, 1:], seen[:, :-1] & seen[:, 1:]), (dropped[:-1], dropped[1:], seen[:-1] & seen[1:]),
+    ):  # fmt: skip
+        assert abs((one * other)[both].mean()) < 4 * p * (1 - p) / both.sum() ** 0.5
+
+    factors, grad = kept / (1 - p), torch.randn(B, H, T, D).to(dtype)
+    y = attend(v, 1)
+    for ours, theirs in zip((y, *torch.autograd.grad(y, (q, k, v), grad)), exact_attention((q, k, v), grad, factors)):
+        assert distance(ours, theirs) < TOLERANCE[dtype] + 2**-16
+    assert cpu_kernels.attend(q, k, v, 1 - 1e-9).isfinite().all()  # 16 bits are not enough for it
+
+
+@pytest.mark.parametrize("tuned", [["-march=native", "-mno-avx512f"], []], ids=["avx2", "any"])
+def test_attention_on_another_cpu(tuned, monkeypatch):
+    """Guards vectors of 8 and 4 lanes, where this CPU has 16: blocks, squares that are turned around, two keys of a hash."""
+    monkeypatch.setattr(cpu_kernels, "TUNED", [tuned, []])
+    monkeypatch.setattr(cpu_kernels, "libraries", {})
+    q, k, v = queries(2, 2, 45, 5, torch.float32)
+    for p in (0.0, 0.3):
+        torch.manual_seed(1)
+        y, factors = cpu_kernels.attend(q, k, v, p), torch.ones(2, 2, 45, 45)
+        for i in range(0, 45 if p else 0, 5):  # the same weights, five keys at a time
+            torch.manual_seed(1)
+            part = torch.zeros(2, 2, 45, 5)
+            part[:, :, i : i + 5] = torch.eye(5)
+            factors[..., i : i + 5] = (cpu_kernels.attend(q, k, part, p) > 0) / (1 - p)
+        grad = torch.randn(2, 2, 45, 5)
+        for ours, theirs in zip((y, *torch.autograd.grad(y, (q, k, v), grad)), exact_attention((q, k, v), grad, factors)):
+            assert distance(ours, theirs) < TOLERANCE[torch.float32] + (p > 0) * 2**-16
+
+
+def test_attention_on_a_cpu_compiles_in_one_piece():
+    """Guards torch.compile on a CPU: one operation, told right sizes and strides, with the eager value and gradients."""
+    q, k, v = queries(2, 3, 20, 5, torch.float32)
+    torch.library.opcheck(cpu_kernels.attend_op, (q, k, v), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    y, lse = cpu_kernels.attend_op(q, k, v)
+    detached = [x.detach() for x in (y.transpose(1, 2), q, k, v, y, lse)]
+    torch.library.opcheck(cpu_kernels.attend_gradients, detached, test_utils=("test_schema", "test_faketensor"))
+
+    def twice(q, k, v):
+        return 2 * kernels.attention(q, k, v, None, True, 0.0)
+
+    found = []
+    for function in (twice, torch.compile(twice, backend="aot_eager", fullgraph=True)):
+        y = function(q, k, v)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(*found))
+
+
+def test_a_kernel_is_compiled_by_many_at_once(tmp_path, monkeypatch):
+    """Guards lanes and processes that start together: nobody loads half a file, and one file is left, which is then taken as it is."""
+    queries(1, 1, 1, 5, torch.float32)  # skips without a compiler
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu_kernels, "libraries", {})
+    found = []
+    lanes = [threading.Thread(target=lambda: found.append(cpu_kernels.available(1, False))) for _ in range(2)]
+    processes = [threading.Thread(target=lambda: found.append(cpu_kernels.compiled(1, False) is not None)) for _ in range(2)]
+    for thread in lanes + processes:
+        thread.start()
+    for thread in lanes + processes:
+        thread.join()
+    assert found == [True] * 4
+    (file,) = (tmp_path / "encdec").iterdir()
+    written = file.stat().st_mtime_ns
+    assert cpu_kernels.compiled(1, False) and file.stat().st_mtime_ns == written
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))  # a disk that was full has half a file
+    half = cpu_kernels.cached(file.name)
+    half.write_bytes(b"half")
+    assert cpu_kernels.compiled(1, False) and half.stat().st_size == file.stat().st_size
+
+
+def test_which_attention_a_cpu_takes(monkeypatch):
+    """Guards the choice: causal attention of a model's types goes to the kernel, with dropout unless compiled; nothing else does."""
+    q, k, v = queries(2, 3, 20, 5, torch.float32)
+    taken = []
+    monkeypatch.setattr(cpu_kernels, "attend", lambda q, k, v, dropout: taken.append(dropout) or v)
+    for p in (0.0, 0.3):
+        kernels.attention(q, k, v, None, True, p)
+        kernels.attention(q, k, v, None, False, p)
+        kernels.attention(q, k, v, torch.ones(20, 20, dtype=torch.bool).tril(), False, p)
+        kernels.attention(*(x.double() for x in (q, k, v)), None, True, p)
+        kernels.attention(*(x[:, :, :1] for x in (q, k, v)), None, True, p)
+    assert taken == [0.0, 0.3]
+
+
+def test_attention_without_a_compiler(monkeypatch, capsys, tmp_path):
+    """Guards a machine without one, and a home where nothing can be written: a note, once, and torch's numbers."""
+    monkeypatch.setattr(cpu_kernels, "libraries", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "/nonexistent")
+    for width in (5, 6):
+        q = torch.randn(2, 3, 20, width)
+        assert not cpu_kernels.suits(q)
+        y = kernels.attention(q, q, q, None, True, 0.0)
+        assert torch.equal(y, F.scaled_dot_product_attention(q, q, q, is_causal=True))
+    notes = capsys.readouterr().err
+    assert notes.count("Attention on the CPU") == 1 and "/nonexistent" in notes
+    q, k, v = (torch.randn(2, 3, 20, 5).bfloat16() for _ in range(3))
+    assert distance(kernels.attention(q, k, v, None, True, 0.0), plain_attention(q.double(), k.double(), v.double())) < 0.01
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cpu_kernels.cached("x.so").parent.is_dir()
+
+
+def test_products_drop_the_same_weights_forward_and_backward(monkeypatch):
+    """Guards dropout under a mask: value and gradients are those of all weights times the factors that were drawn."""
     torch.manual_seed(0)
     drawn, kept = [], kernels.kept
     monkeypatch.setattr(kernels, "kept", lambda *args: drawn.append(kept(*args)) or drawn[-1])
     q, k, v = (torch.randn(2, 3, 20, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    seen = None if causal else torch.ones(20, 20, dtype=torch.bool).tril()
-    fast = kernels.attend_in_products(q, k, v, seen, causal, 0.3)
-    factors = torch.cat([F.pad(part, (0, 20 - part.size(2))) for part in drawn], dim=1).view(2, 3, 20, 20)
-    hidden = torch.ones(20, 20, dtype=torch.bool).triu(1)
-    slow = ((q @ k.mT / 5**0.5).masked_fill(hidden, float("-inf")).softmax(-1) * factors) @ v
-    assert 0 < (factors.tril() == 0).sum() - hidden.sum() * 6 < 6 * 210 and (fast - slow).abs().max() < 1e-12
+    fast = kernels.attend_in_products(q, k, v, torch.ones(20, 20, dtype=torch.bool).tril(), 0.3)
+    factors = drawn[0].view(2, 3, 20, 20)
+    slow = plain_attention(q, k, v, factors)
+    assert 0 < (factors == 0).sum() < 6 * 400 and (fast - slow).abs().max() < 1e-12
     weight = torch.randn(2, 3, 20, 5, dtype=torch.float64)
     for ours, theirs in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (fast, slow))):
         assert (ours - theirs).abs().max() < 1e-12

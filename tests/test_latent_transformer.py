@@ -661,8 +661,8 @@ def test_flops_count_every_product(options):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = (
-        make_model(**options, n_embd=48, latent_dim=32, codebook_size=300, vocab_size=300, bottleneck="gumbel").float().train()
+    model = (  # in float64, in which attention is torch's
+        make_model(**options, n_embd=48, latent_dim=32, codebook_size=300, vocab_size=300, bottleneck="gumbel").double().train()
     )
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         idx, targets = rows(model, ((16, 48),) * 2)

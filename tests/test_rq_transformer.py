@@ -317,7 +317,7 @@ def test_flops_are_those_of_a_step():
     from torch.utils.flop_counter import FlopCounterMode
 
     sizes = {"block_size": 64, "codebook_size": 16, "latent_dim": 4}
-    model = make_prior(prior={"n_embd": 48, "n_spatial_layer": 3}, **sizes).float().train()
+    model = make_prior(prior={"n_embd": 48, "n_spatial_layer": 3}, **sizes).double().train()  # its attention is torch's
     codes = random_codes(model, rows=16)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(codes, codes)[1]["total"].backward()
