@@ -64,6 +64,18 @@ inline Units as_columns(Units rows) {
     return Units(_mm512_permutexvar_epi16(order, __m512i(rows)));
 }
 inline Unit joined(const Number *x, int step) { return x[0] | Unit(x[step]) << 16; }
+
+inline float widened(Number x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+inline Number narrowed(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return (bits + (x == x ? 0x7fff + (bits >> 16 & 1) : 0)) >> 16;  // to the nearest, ties to even; NaN as it is
+}
 #else
 typedef float Number, Unit;
 typedef Floats Units;
@@ -73,6 +85,8 @@ inline Floats multiply_add(Units a, Units b, Floats sum) { return sum + a * b; }
 inline Units as_rows(const Floats *x) { return x[0]; }
 inline Units as_columns(Units rows) { return rows; }
 inline Unit joined(const Number *x, int) { return x[0]; }
+inline float widened(Number x) { return x; }
+inline Number narrowed(float x) { return x; }
 #endif
 
 constexpr int W = sizeof(Unit) / sizeof(Number);
@@ -146,10 +160,24 @@ struct Tensor {  // (B, H, T, D)
     Matrix head(int64_t i) const { return {data + i / H * of_b + i % H * of_h, of_t}; }
 };
 
+// Rotary positions, arXiv:2104.09864, eq. 34: cos and sin (T, D / 2) of the angles by which channels i and i + D / 2 turn; or none.
+struct Rotary {
+    const float *cos, *sin;
+    void operator()(Number *row, int t, float direction) const {
+        constexpr int half = D / 2;
+        if (!cos) return;
+        for (int i = 0; i < half; i++) {
+            const float a = widened(row[i]), b = widened(row[i + half]), c = cos[t * half + i], s = direction * sin[t * half + i];
+            row[i] = narrowed(a * c - b * s), row[i + half] = narrowed(b * c + a * s);
+        }
+    }
+};
+
 // n rows from t on, as units (n, P). Rows lie far apart, so those of the next block are asked for while this one is computed.
-inline void read(Unit *out, Matrix x, int t, int n) {
+inline void read(Unit *out, Matrix x, int t, int n, Rotary rotary = {}) {
     for (int i = 0; i < n; i++) {
         std::memcpy(out + i * P, x.row(t + i), D * sizeof(Number));
+        rotary((Number *)(out + i * P), t + i, 1);
         __builtin_prefetch(x.row(t + i + L)), __builtin_prefetch(x.row(t + i + L) + D - 1);
     }
 }
@@ -166,15 +194,18 @@ inline void along(Unit *out, const Unit *rows) {
         for (int d = 0; d < D; d++) out[d] = joined((const Number *)rows + d, W * P);
 }
 
-// Columns (D, L) -> the rows of a matrix from t on, n of them.
-inline void write(Matrix y, int t, const Floats *columns, int n) {
+// Columns (D, L) -> the rows of a matrix from t on, n of them, turned back.
+inline void write(Matrix y, int t, const Floats *columns, int n, Rotary rotary = {}) {
     Unit rows[L][P];
     for (int p = 0; p < P; p++) {
         Floats x[2] = {columns[p * W], p * W + 1 < D ? columns[p * W + 1] : Floats{}};
         Units units = as_columns(as_rows(x));
         for (int i = 0; i < L; i++) rows[i][p] = units[i];
     }
-    for (int i = 0; i < n; i++) std::memcpy(y.row(t + i), rows[i], D * sizeof(Number));
+    for (int i = 0; i < n; i++) {
+        rotary((Number *)rows[i], t + i, -1);
+        std::memcpy(y.row(t + i), rows[i], D * sizeof(Number));
+    }
 }
 
 // out[g] = sum over p of rows[g][p] columns[p]: products of G rows (G, P) with the L rows whose columns (P, L) these are.
@@ -244,15 +275,15 @@ struct Forward {
 
     Forward(int T) : keys(T * P), values(T / W * D), scores(T), weights(T / W) {}
 
-    void operator()(const Tensor *x, int64_t head, float *lse, int T, const Dropout &dropout) {
+    void operator()(const Tensor *x, int64_t head, float *lse, int T, const Dropout &dropout, Rotary rotary) {
         const Matrix q = x[0].head(head), k = x[1].head(head), v = x[2].head(head), y = x[3].head(head);
         for (int i = 0; i < T; i += L) {
             const int n = std::min(L, T - i);
             Unit q_rows[L * P] = {}, v_rows[L * P] = {};
             Units queries[P];
-            read(q_rows, q, i, n), across(queries, q_rows);
+            read(q_rows, q, i, n, rotary), across(queries, q_rows);
             read(v_rows, v, i, n), along(&values[i / W * D], v_rows);
-            read(&keys[i * P], k, i, n);
+            read(&keys[i * P], k, i, n, rotary);
             Floats top = all(-INFINITY), sum = {}, out[D];
             for (int j = 0; j < i + L; j += G) {
                 Floats *s = &scores[j];
@@ -289,7 +320,7 @@ struct Backward {
 
     Backward(int T) : k_rows(T * P), v_rows(T * P), keys(T / W * D), weights(T / W), sum_k(T / L * D), sum_v(T / L * D) {}
 
-    void operator()(const Tensor *x, int64_t head, const float *lse, int T, const Dropout &dropout) {
+    void operator()(const Tensor *x, int64_t head, const float *lse, int T, const Dropout &dropout, Rotary rotary) {
         const Matrix q = x[0].head(head), k = x[1].head(head), v = x[2].head(head), y = x[3].head(head), g = x[4].head(head);
         const Matrix dq = x[5].head(head), dk = x[6].head(head), dv = x[7].head(head);
         std::fill(sum_k.begin(), sum_k.end(), Floats{});
@@ -298,10 +329,10 @@ struct Backward {
             const int n = std::min(L, T - i);
             Unit q_rows[L * P] = {}, g_rows[L * P] = {}, y_rows[L * P] = {}, queries[L / W * D], grads[L / W * D];
             Units q_columns[P], g_columns[P], y_columns[P];
-            read(q_rows, q, i, n), across(q_columns, q_rows), along(queries, q_rows);
+            read(q_rows, q, i, n, rotary), across(q_columns, q_rows), along(queries, q_rows);
             read(g_rows, g, i, n), across(g_columns, g_rows), along(grads, g_rows);
             read(y_rows, y, i, n), across(y_columns, y_rows);
-            read(&k_rows[i * P], k, i, n), along(&keys[i / W * D], &k_rows[i * P]);
+            read(&k_rows[i * P], k, i, n, rotary), along(&keys[i / W * D], &k_rows[i * P]);
             read(&v_rows[i * P], v, i, n);
             Floats delta = {}, log_sum = {}, out[D];  // delta: what the softmax takes off
             for (int p = 0; p < P; p++) delta = multiply_add(g_columns[p], y_columns[p], delta);
@@ -347,12 +378,12 @@ struct Backward {
             }
             weigh(out, keys.data(), weights.data(), (i + L) / W);
             for (int d = 0; d < D; d++) out[d] *= SCALE;
-            write(dq, i, out, n);
+            write(dq, i, out, n, rotary);
         }
         for (int j = 0; j < T; j += L) {
             Floats *of_k = &sum_k[j / L * D], *of_v = &sum_v[j / L * D];
             for (int d = 0; d < D; d++) of_k[d] *= SCALE, of_v[d] *= dropout.factor;
-            write(dk, j, of_k, std::min(L, T - j));
+            write(dk, j, of_k, std::min(L, T - j), rotary);
             write(dv, j, of_v, std::min(L, T - j));
         }
     }
@@ -363,6 +394,7 @@ struct Backward {
 
 struct Call {
     int64_t B, H, T, seed, dropped, threads;
+    Rotary rotary;
 };
 
 template <class Work> void each_head(const Call &call, const Tensor *x, float *lse) {
@@ -370,7 +402,8 @@ template <class Work> void each_head(const Call &call, const Tensor *x, float *l
     {
         Work work(whole(call.T));
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < call.B * call.H; i++) work(x, i, lse + i * call.T, call.T, Dropout(call.seed, call.dropped, i));
+        for (int64_t i = 0; i < call.B * call.H; i++)
+            work(x, i, lse + i * call.T, call.T, Dropout(call.seed, call.dropped, i), call.rotary);
     }
 }
 

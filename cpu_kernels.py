@@ -124,57 +124,64 @@ def suits(q: torch.Tensor) -> bool:
     return q.device.type == "cpu" and known and D <= WIDEST and q.size(2) >= SHORTEST and available(D, bfloat16)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+Rotary = tuple[torch.Tensor, torch.Tensor] | None
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0, rotary: Rotary = None) -> torch.Tensor:
     """
     Causal softmax(q k^T / sqrt(D)) v of q, k, v (B, H, T, D), any strides, its weights dropped with probability `dropout`, which is
-    rounded as in `kernels.kept`. The result lies as (B, T, H, D) in memory. Not differentiable twice.
+    rounded as in `kernels.kept`. With `rotary`, cos and sin (T, D // 2), q and k are rotated first, as `kernels.rotate` does it.
+    The result lies as (B, T, H, D) in memory. Not differentiable twice.
     """
     if torch.compiler.is_compiling():
-        assert dropout == 0.0, "its masks would be drawn when it is compiled"
+        assert dropout == 0.0 and rotary is None, "torch.compile makes both one piece with the rest"
         return attend_op(q, k, v)[0].transpose(1, 2)
-    return Attention.apply(q, k, v, dropout)
+    return Attention.apply(q, k, v, dropout, rotary)
 
 
 class Attention(torch.autograd.Function):
     """`attend` where nothing is compiled: the operation for the compiler takes 0.05 ms longer, forward and backward each."""
 
     @staticmethod
-    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, rotary: Rotary) -> torch.Tensor:
         seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout > 0.0 else 0
-        ctx.dropout = seed, min(round(dropout * 2**16), 2**16 - 1)
-        y, lse = forward(q, k, v, *ctx.dropout)
+        ctx.options = seed, min(round(dropout * 2**16), 2**16 - 1), rotary
+        y, lse = forward(q, k, v, *ctx.options)
         ctx.save_for_backward(q, k, v, y, lse)
         return y.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *backward(grad_y, *ctx.saved_tensors, *ctx.dropout).transpose(2, 3), None
+        return *backward(grad_y, *ctx.saved_tensors, *ctx.options).transpose(2, 3), None, None
 
 
-def forward(q, k, v, seed: int, dropped: int) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q, k, v, seed: int = 0, dropped: int = 0, rotary: Rotary = None) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, T, H, D) and the log-sum-exp (B, H, T) of the scores, to base 2. Of 2^16 weights `dropped` are dropped."""
     B, H, T, D = q.shape
     y, lse = q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
-    call("forward", (q, k, v), (y.transpose(1, 2),), lse, seed, dropped)
+    call("forward", (q, k, v), (y.transpose(1, 2),), lse, seed, dropped, rotary)
     return y, lse
 
 
-def backward(grad_y, q, k, v, y, lse, seed: int, dropped: int) -> torch.Tensor:
+def backward(grad_y, q, k, v, y, lse, seed: int = 0, dropped: int = 0, rotary: Rotary = None) -> torch.Tensor:
     """Gradients of q, k and v: (3, B, T, H, D)."""
     B, H, T, D = q.shape
     grads = q.new_empty(3, B, T, H, D)
-    call("backward", (q, k, v, y.transpose(1, 2), grad_y), grads.transpose(2, 3).unbind(), lse, seed, dropped)
+    call("backward", (q, k, v, y.transpose(1, 2), grad_y), grads.transpose(2, 3).unbind(), lse, seed, dropped, rotary)
     return grads
 
 
-def call(name: str, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], lse: torch.Tensor, seed: int, dropped: int):
+def call(name: str, inputs: tuple, outputs: tuple, lse: torch.Tensor, seed: int, dropped: int, rotary: Rotary) -> None:
     """A function of cpu_kernels.cpp, of tensors (B, H, T, D). Other threads of Python run meanwhile."""
     B, H, T, D = shape = inputs[0].shape
     dtype = inputs[0].dtype
     assert all(x.shape == shape and x.dtype == dtype for x in inputs), "what differs from the queries would be read beyond its end"
     tensors = [x if x.stride(3) == 1 else x.contiguous() for x in inputs] + [*outputs]
-    sizes = B, H, T, seed, dropped, min(torch.get_num_threads(), B * H)
+    tables = [0, 0] if rotary is None else [x.data_ptr() for x in rotary]
+    angles = (T, D // 2), True, torch.float32
+    assert all((x.shape, x.is_contiguous(), x.dtype) == angles for x in rotary or ()), "they are read as such"
+    sizes = B, H, T, seed, dropped, min(torch.get_num_threads(), B * H), *tables
     places = [number for x in tensors for number in (x.data_ptr(), H, *x.stride()[:3])]
     of_int64 = [(ctypes.c_int64 * len(numbers))(*numbers) for numbers in (sizes, places)]
     getattr(libraries[D, dtype == torch.bfloat16], name)(*of_int64, ctypes.c_void_p(lse.data_ptr()))
@@ -183,14 +190,14 @@ def call(name: str, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tenso
 @torch.library.custom_op("encdec::cpu_attend", mutates_args=())
 def attend_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward` without dropout as one operation for torch.compile."""
-    return forward(q, k, v, 0, 0)
+    return forward(q, k, v)
 
 
 @torch.library.custom_op("encdec::cpu_attend_backward", mutates_args=())
 def attend_gradients(
     grad_y: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, lse: torch.Tensor
 ) -> torch.Tensor:
-    return backward(grad_y, q, k, v, y, lse, 0, 0)
+    return backward(grad_y, q, k, v, y, lse)
 
 
 @attend_op.register_fake

@@ -119,18 +119,24 @@ def triton_runs(x: torch.Tensor) -> bool:
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, dropout: float
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, dropout: float,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:  # fmt: skip
     """
     softmax(q k^T / sqrt(D)) v of q (B, H, T, D), k and v (B, H, S, D), its weights dropped with probability `dropout`. What a
     query sees is True in mask, (T, S) or (B, 1, T, S); without one all, or, if `causal`, the keys up to its own position (T = S).
+    With `rotary`, angles (T, D // 2), q and k are rotated first.
     """
-    drawn_here = dropout > 0.0 and not torch.compiler.is_compiling()  # else dropout is torch's, in one piece with the rest
-    if causal and (dropout == 0.0 or drawn_here) and cpu_kernels.suits(q):
-        return cpu_kernels.attend(q, k, v, dropout)
+    eager = not torch.compiler.is_compiling()  # else dropout and rotation are torch's, in one piece with the rest
+    if causal and eager and cpu_kernels.suits(q):
+        return cpu_kernels.attend(q, k, v, dropout, rotary)
+    if rotary is not None:
+        q, k = rotate(q, rotary), rotate(k, rotary)
+    if causal and dropout == 0.0 and cpu_kernels.suits(q):
+        return cpu_kernels.attend(q, k, v)
     if causal and dropout == 0.0 and triton_runs(q) and gpu_kernels.suits(q):
         return gpu_kernels.attend(q, k, v)[0].transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
-    products_pay = q.dtype == torch.bfloat16 if dropout == 0.0 else drawn_here
+    products_pay = q.dtype == torch.bfloat16 if dropout == 0.0 else eager
     if products_pay and q.device.type == "cpu" and k.size(2) <= 512 and (mask is None or mask.dim() == 2):
         seen = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril() if causal else mask
         return attend_in_products(q, k, v, seen, dropout)

@@ -179,11 +179,12 @@ class Context:
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, cache: LayerCache | None) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v, with positions and mask of the context: q, k, v (B, H, T, D), cached keys first -> (B, T, H D)."""
-    if context.rotary:
-        q, k = rotate(q, context.rotary[q.size(-1)]), rotate(k, (context.key_rotary or context.rotary)[k.size(-1)])
+    rotary = context.rotary.get(q.size(-1))
+    if rotary is not None and (cache is not None or context.key_rotary):
+        q, k, rotary = rotate(q, rotary), rotate(k, (context.key_rotary or context.rotary)[k.size(-1)]), None
     if cache is not None:
         k, v = cache.append(k, v, context.start)  # (B, H, S, D)
-    y = attention(q, k, v, context.mask, context.causal, context.dropout)
+    y = attention(q, k, v, context.mask, context.causal, context.dropout, rotary)
     return y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H, D) -> (B, T, C)
 
 
@@ -464,7 +465,6 @@ class EncoderDecoder(CausalModel):
             x = self.ln_pos_sub(x)
         if cache is not None:
             cache.length += idx.size(1)
-
         if targets is None:
             return head_logits(x, self.wte.weight), {}
         loss = head_loss(x, self.wte.weight, targets)

@@ -190,7 +190,7 @@ def choose_compile(word: str, device: torch.device, dtype: torch.dtype = torch.f
     if word != "auto":
         return word == "on", "as asked"
     if device.type != "cuda":
-        return False, "on a CPU it takes long to start and pays for larger models only; compile=on asks for it"
+        return False, "on a CPU it takes long to start and hardly pays; compile=on asks for it"
     if not sys.platform.startswith("linux"):
         return False, "torch.compile for GPUs needs Linux"
     if missing:

@@ -89,6 +89,21 @@ def test_attention_on_a_cpu_is_the_plain_one(shape, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 45, 5), (1, 2, 64, 34), (2, 4, 40, 17)], ids=str)
+def test_attention_on_a_cpu_rotates_as_rotary_positions_do(shape, dtype):
+    """Guards rotation inside the kernel: pairs, the last channel of odd heads, every position, the way back of both gradients."""
+    q, k, v = queries(*shape, dtype)
+    B, H, T, D = shape
+    rotary, grad = kernels.rotary_angles(torch.arange(T), D), torch.randn(B, T, H, D).to(dtype).transpose(1, 2)
+    y = kernels.attention(q, k, v, None, True, 0.0, rotary)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    plain = plain_attention(kernels.rotate(exact[0], rotary), kernels.rotate(exact[1], rotary), exact[2])
+    grads = torch.autograd.grad(y, (q, k, v), grad), torch.autograd.grad(plain, exact, grad.double())
+    for ours, theirs in zip((y, *grads[0]), (plain, *grads[1])):
+        assert distance(ours, theirs) < 1.5 * TOLERANCE[dtype]  # rotated channels are rounded once more
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_on_a_cpu_sees_no_later_token(dtype):
     """Guards causality to the last bit: outputs and gradients before a token do not change with it."""
     q, k, v = queries(1, 2, 40, 5, dtype)
@@ -217,7 +232,7 @@ def test_which_attention_a_cpu_takes(monkeypatch):
     """Guards the choice: causal attention of a model's types goes to the kernel, with dropout unless compiled; nothing else does."""
     q, k, v = queries(2, 3, 20, 5, torch.float32)
     taken = []
-    monkeypatch.setattr(cpu_kernels, "attend", lambda q, k, v, dropout: taken.append(dropout) or v)
+    monkeypatch.setattr(cpu_kernels, "attend", lambda q, k, v, dropout, rotary: taken.append(dropout) or v)
     for p in (0.0, 0.3):
         kernels.attention(q, k, v, None, True, p)
         kernels.attention(q, k, v, None, False, p)
