@@ -5,6 +5,7 @@ cpu_kernels.cpp is the algorithm; here it is compiled, for each head width and t
 Shapes: B texts, H heads, T tokens, D head width.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -110,7 +111,15 @@ def cached(name: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder / name
     except (OSError, RuntimeError):  # RuntimeError: nobody's home
-        return Path(tempfile.mkdtemp(prefix="encdec"), name)
+        return scratch() / name
+
+
+@functools.cache
+def scratch() -> Path:
+    """A folder that goes with this process."""
+    folder = tempfile.mkdtemp(prefix="encdec")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
