@@ -1,5 +1,5 @@
 """
-What kernels.py computes on a CPU in C++, where torch's own kernel takes up to 8 times as long (dev/LOG.md): causal attention.
+What kernels.py computes on a CPU in C++, where torch's own kernel takes several times as long (dev/LOG.md): causal attention.
 cpu_kernels.cpp is the algorithm; here it is compiled, for each head width and type of number when first used, and called.
 
 Shapes: B texts, H heads, T tokens, D head width.
