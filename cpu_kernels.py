@@ -133,6 +133,11 @@ def suits(q: torch.Tensor) -> bool:
     return q.device.type == "cpu" and known and D <= WIDEST and q.size(2) >= SHORTEST and available(D, bfloat16)
 
 
+def in_65536(p: float) -> int:
+    """A probability as 16 random bits decide it: in so many of 2^16 cases, but never in all."""
+    return min(round(p * 2**16), 2**16 - 1)
+
+
 Rotary = tuple[torch.Tensor, torch.Tensor] | None
 
 
@@ -154,7 +159,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, rotary: Rotary) -> torch.Tensor:
         seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout > 0.0 else 0
-        ctx.options = seed, min(round(dropout * 2**16), 2**16 - 1), rotary
+        ctx.options = seed, in_65536(dropout), rotary
         y, lse = forward(q, k, v, *ctx.options)
         ctx.save_for_backward(q, k, v, y, lse)
         return y.transpose(1, 2)
@@ -167,16 +172,14 @@ class Attention(torch.autograd.Function):
 
 def forward(q, k, v, seed: int = 0, dropped: int = 0, rotary: Rotary = None) -> tuple[torch.Tensor, torch.Tensor]:
     """y (B, T, H, D) and the log-sum-exp (B, H, T) of the scores, to base 2. Of 2^16 weights `dropped` are dropped."""
-    B, H, T, D = q.shape
-    y, lse = q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
+    y, lse = empty_output(q, k, v)
     call("forward", (q, k, v), (y.transpose(1, 2),), lse, seed, dropped, rotary)
     return y, lse
 
 
 def backward(grad_y, q, k, v, y, lse, seed: int = 0, dropped: int = 0, rotary: Rotary = None) -> torch.Tensor:
     """Gradients of q, k and v: (3, B, T, H, D)."""
-    B, H, T, D = q.shape
-    grads = q.new_empty(3, B, T, H, D)
+    grads = empty_gradients(grad_y, q, k, v, y, lse)
     call("backward", (q, k, v, y.transpose(1, 2), grad_y), grads.transpose(2, 3).unbind(), lse, seed, dropped, rotary)
     return grads
 
@@ -210,13 +213,13 @@ def attend_gradients(
 
 
 @attend_op.register_fake
-def _(q, k, v):
+def empty_output(q, k, v):
     B, H, T, D = q.shape
     return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
 
 
 @attend_gradients.register_fake
-def _(grad_y, q, k, v, y, lse):
+def empty_gradients(grad_y, q, k, v, y, lse):
     B, H, T, D = q.shape
     return q.new_empty(3, B, T, H, D)
 

@@ -95,7 +95,7 @@ def kept(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
     0 with probability p, else 1 / (1 - p), drawn for each element on the CPU. torch draws a number for each element; here 64 random
     bits serve four of them, so p is rounded to a multiple of 2^-16, and the factor is that of the rounded p.
     """
-    n, dropped = math.prod(shape), min(round(p * 2**16), 2**16 - 1)
+    n, dropped = math.prod(shape), cpu_kernels.in_65536(p)
     bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n]
     return (bits >= dropped - 2**15).view(shape).to(dtype).mul_(2**16 / (2**16 - dropped))
 
@@ -128,12 +128,11 @@ def attention(
     With `rotary`, angles (T, D // 2), q and k are rotated first.
     """
     eager = not torch.compiler.is_compiling()  # else dropout and rotation are torch's, in one piece with the rest
-    if causal and eager and cpu_kernels.suits(q):
+    in_cpp = causal and (eager or dropout == 0.0) and cpu_kernels.suits(q)
+    if rotary is not None and not (in_cpp and eager):
+        q, k, rotary = rotate(q, rotary), rotate(k, rotary), None
+    if in_cpp:
         return cpu_kernels.attend(q, k, v, dropout, rotary)
-    if rotary is not None:
-        q, k = rotate(q, rotary), rotate(k, rotary)
-    if causal and dropout == 0.0 and cpu_kernels.suits(q):
-        return cpu_kernels.attend(q, k, v)
     if causal and dropout == 0.0 and triton_runs(q) and gpu_kernels.suits(q):
         return gpu_kernels.attend(q, k, v)[0].transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
     products_pay = q.dtype == torch.bfloat16 if dropout == 0.0 else eager
