@@ -40,6 +40,9 @@ from latent.autoencoder import Autoencoder
 from latent.codes import CodeData
 from model import Block, Cache, CausalModel, check_fields, require
 
+# torch.compiler.disable, but for when it imports the compiler, 1.4 s: at the first call; private in torch, so it may go away
+uncompiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+
 FROM_AUTOENCODER = ("vocab_size", "block_size", "latent_factor", "latent_dim", "codebook_size", "codebook_levels")
 
 
@@ -180,7 +183,7 @@ class RQTransformer(CausalModel):
             self.autoencoder._apply(fn)
         return super()._apply(fn, recurse)
 
-    @torch.compiler.disable
+    @uncompiled
     def encode(self, idx: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Text (B, T), mask True = real -> codes (B, M, D), and their soft targets (B, M, D, K) in training, if there are any."""
         with torch.no_grad(), torch.autocast(idx.device.type, enabled=False):  # codes must not depend on the precision
@@ -191,7 +194,7 @@ class RQTransformer(CausalModel):
             codes, soft = codes.unflatten(0, z.shape[:2]), soft.unflatten(0, z.shape[:2])
             return codes if real is None else torch.where(real[..., None], codes, -1), soft
 
-    @torch.compiler.disable
+    @uncompiled
     def token_nats(self, codes: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
         """Nats (B, T) of the tokens idx (B, T), given their codes (B, M, D)."""
         states = self.autoencoder.expand(self.autoencoder.quantizer.decode(codes))  # (B, M S, C)
