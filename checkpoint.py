@@ -107,8 +107,12 @@ def alone_in(out: Path) -> Iterator[None]:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Raise FileExistsError for a folder that holds anything, unless that may be overwritten."""
-    if out.exists() and any(out.iterdir()) and not overwrite:
+    """Raise FileExistsError for a folder that holds anything, unless it is a run that may be overwritten."""
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / "config.json").exists():  # --overwrite would delete folders in it that look like parts of a run
+        raise FileExistsError(f"{out} holds other things than a run; --out_dir=... writes elsewhere")
+    if not overwrite:
         resume = "--resume continues it, " if any((out / name).is_dir() for name in ("last", "last.old")) else ""
         raise FileExistsError(f"{out} exists; {resume}--overwrite starts it again, --out_dir=... writes elsewhere")
 

@@ -184,7 +184,7 @@ def read_config_file(path: str | Path, readers: tuple[Path, ...] = ()) -> dict[s
     if path.resolve() in readers:
         raise ValueError(f"{path}: this config file is its own base: {' -> '.join(p.name for p in (*readers, path))}")
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except SyntaxError as error:
         where = "" if error.lineno is None else f" line {error.lineno}"
         raise ValueError(f"{path}{where}: {error.msg}") from None

@@ -76,7 +76,9 @@ def compiled(width: int, bfloat16: bool) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         new = Path(folder, path.name)
         for tuned, threaded in itertools.product(TUNED, THREADED):
-            done = subprocess.run([*command, *tuned, *threaded, str(SOURCE), "-o", str(new)], capture_output=True, text=True)
+            # in a session of its own: Ctrl-C, which a training run survives, would end the compiler and look like a bad option
+            words = [*command, *tuned, *threaded, str(SOURCE), "-o", str(new)]
+            done = subprocess.run(words, capture_output=True, text=True, start_new_session=True)
             why = done.stderr
             try:
                 library = ctypes.CDLL(str(new))

@@ -27,8 +27,9 @@ class Recorder:
         self.tokens_per_step = trainer.sequences * trainer.data.block_size  # of pairs padding counts: it is computed, too
         self.wandb = None
         self.state = {
-            "best_val_loss": None, "best_step": 0, "evaluated": None, "seconds": 0.0, "train_seconds": 0.0, "wandb_id": None,
-            "data_hash": trainer.data.both_hash, "micro_batch_size": None, "lanes": 1, "decay_ends": [],
+            "best_val_loss": None, "best_step": 0, "no_better": 0, "evaluated": None, "seconds": 0.0,
+            "train_seconds": 0.0, "wandb_id": None, "data_hash": trainer.data.both_hash, "micro_batch_size": None, "lanes": 1,
+            "decay_ends": [],
         }  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -112,11 +113,12 @@ class Recorder:
             trainer_state = {"step": trainer.step, "scaler": trainer.scaler.state_dict(), **self.state}
             checkpoint.save(self.out / "last", trainer.raw_model, trainer.optimizer, trainer_state)
 
-    def save(self, val_loss: float) -> None:
-        """After an evaluation: best/, if that is the lowest loss so far, and last/."""
+    def save(self, val_loss: float, codes_of_data: bool = True) -> None:
+        """After an evaluation: best/, if that is the lowest loss so far, and last/. One of random codes does not try patience."""
         self.state["evaluated"] = self.trainer.step
+        self.state["no_better"] += codes_of_data
         if self.state["best_val_loss"] is None or val_loss < self.state["best_val_loss"]:
-            self.state.update(best_val_loss=val_loss, best_step=self.trainer.step)
+            self.state.update(best_val_loss=val_loss, best_step=self.trainer.step, no_better=0)
             if self.machine.is_main:
                 checkpoint.save(self.out / "best", self.trainer.raw_model, None, {"step": self.trainer.step, **self.state})
         self.save_last()

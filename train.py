@@ -138,6 +138,8 @@ def build_model(config: TrainConfig, model_config, data: dataloader.TokenData) -
         return model  # its checkpoint brings all weights, those of a backbone among them
     if config.init_from:
         checkpoint.init_from(model, Path(config.init_from))
+        if hasattr(model, "steps"):
+            model.steps.zero_()  # its schedules are of this run
         if Path(config.init_from).suffix != ".pt":
             checkpoint.check_tokenizers(data.folder, config.init_from)
     elif getattr(model_config, "backbone", None):
@@ -289,8 +291,7 @@ def loop(trainer: Trainer, record: Recorder, write_sample: Callable[[], str] | N
                 record.lap(training=False)
             if trainer.step >= config.max_iters:
                 return estimates
-            stalled = config.patience and trainer.step - state["best_step"] >= config.patience * config.eval_interval
-            if stalled and state["evaluated"] == trainer.step:  # and saved
+            if config.patience and state["no_better"] >= config.patience and state["evaluated"] == trainer.step:  # and saved
                 say(f"patience={config.patience}: no val loss is lower than that of step {state['best_step']}")
                 return estimates
             # All processes have to stop at the same step. They ask each other only every few seconds, because all wait for the answer,
@@ -324,7 +325,7 @@ def evaluate(trainer: Trainer, record: Recorder, write_sample: Callable[[], str]
     record.log("eval", found)
     if write_sample and trainer.machine.is_main:
         record.say(f"sample: {write_sample()!r}")
-    record.save(found["val_loss"])
+    record.save(found["val_loss"], found.get("codes_of_data", True))
     return found
 
 

@@ -172,9 +172,10 @@ def bench_sample(config: SampleBench) -> list[dict]:
         if "separator" in checkpoint.read_json(Path(config.run) / "config.json"):
             raise ValueError(f"run={config.run} answers questions; python bench.py latent --run=... --prompt=QUESTION measures that")
         models = {Path(config.run).name: model}
-        prompts = [text.encode(config.prompt)]
         if config.val_prompts:
             prompts = validation_prompts(config.run, config.val_prompts, model.config.block_size)
+        else:
+            prompts = [text.encode(config.prompt)]
     rows = []
     for name, model in models.items():
         model.to(machine.device, machine.weight_dtype).eval()

@@ -283,7 +283,7 @@ def given_path(word: str) -> Path:
     """The value of an option; Path("") would be the current folder."""
     if not word:
         raise argparse.ArgumentTypeError("nothing was given: a file or folder is needed")
-    return Path(word).expanduser()
+    return Path(os.path.expanduser(word))  # leaves a name like ~$notes.docx as it is
 
 
 def bare_arguments(description: str, out_dir: Path | None) -> argparse.ArgumentParser:

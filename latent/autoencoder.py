@@ -75,6 +75,7 @@ class AutoencoderConfig:
             not self.freeze_codes or self.dropout == self.quantize_dropout == 0.0,
             f"freeze_codes=true: dropout={self.dropout} and quantize_dropout={self.quantize_dropout} would change codes; set both to 0",
         )
+        require(self.latent_dim >= 2, f"latent_dim={self.latent_dim}: at least 2, as LayerNorm leaves nothing of one channel")
         require(
             self.pretrained is None or self.position == "rope",
             f"position={self.position}: backbone={self.backbone} has positions of its own; leave position out",

@@ -81,6 +81,7 @@ class LatentTransformerConfig:
             f"freeze_codes_after={self.freeze_codes_after} is not beyond quantize_after={self.quantize_after}: the codebooks would "
             "never be made of data; raise it",
         )
+        require(self.latent_dim >= 2, f"latent_dim={self.latent_dim}: at least 2, as LayerNorm leaves nothing of one channel")
         doublings(self.latent_factor)
         require(
             self.target_size % self.latent_factor == 0,

@@ -193,6 +193,7 @@ def test_config_file_arithmetic_names_and_base(tmp_path):
         "learning_rate = (6 - 2) * 1.5 / 2 ** 64\nlimit = -max_iters // 3 + 5 * 8\n"
         "betas = [0.9, 1 / 2]\nnote = None\ncompile = False\n",
     )
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # as Windows' editor saves it
     assert read_config_file(file) == {
         "max_iters": 20,
         "learning_rate": 4 * 1.5 / 2**64,

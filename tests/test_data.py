@@ -237,6 +237,12 @@ def test_truncated_archive_is_an_error(tmp_path, kind, packer):
         list(sources.read_documents(path))
 
 
+def test_names_that_begin_with_a_tilde():
+    """Guards `--input *` where an office program keeps ~$notes.docx: nobody's home is asked for; one's own is found."""
+    assert corpus.given_path("~$notes.docx") == Path("~$notes.docx")
+    assert corpus.given_path("~/notes") == Path.home() / "notes"
+
+
 def test_bad_rows_are_located(tmp_path):
     """Guards against a KeyError from deep inside, and against rows that are dropped silently."""
     path = tmp_path / "a.jsonl"

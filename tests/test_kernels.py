@@ -1,11 +1,14 @@
 """What is written for speed, against the plain computation that it equals."""
 
 import math
+import os
 import platform
+import shlex
 import subprocess
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,6 +229,23 @@ def test_a_kernel_is_compiled_by_many_at_once(tmp_path, monkeypatch):
     half = cpu_kernels.cached(file.name)
     half.write_bytes(b"half")
     assert cpu_kernels.compiled(1, False) and half.stat().st_size == file.stat().st_size
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="sessions are read from /proc")
+def test_an_interrupted_run_does_not_interrupt_the_compiler(tmp_path, monkeypatch):
+    """Guards the cache: Ctrl-C goes to all of a session, and a compiler it ends looked like one that knows no -fopenmp, for good."""
+    queries(1, 1, 1, 5, torch.float32)
+    script = tmp_path / "cxx"
+    script.write_text(
+        f'#!/bin/sh\nread -r _ _ _ _ _ session _ < /proc/$$/stat\necho $session >> {tmp_path}/sessions\n'
+        f'exec {shlex.join(cpu_kernels.compiler())} "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(script))
+    assert cpu_kernels.compiled(1, False)
+    sessions = (tmp_path / "sessions").read_text().split()
+    assert str(os.getsid(0)) not in sessions[1:] and len(sessions) >= 2, "the first only says its version"
 
 
 def test_which_attention_a_cpu_takes(monkeypatch):

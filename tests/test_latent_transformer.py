@@ -593,6 +593,11 @@ def test_frozen_codes_stay_as_they_are(few_pairs, tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(codes[1], codes[2]))
     assert not torch.equal(codes[0][0], codes[1][0]) and not torch.equal(codes[0][1], codes[1][1])
     assert not torch.equal(reads[1], reads[2])  # the prior goes on
+    run(few_pairs, tmp_path / "next", *options, f"--init_from={tmp_path}", "--max_iters=12")
+    model = checkpoint.load_run(tmp_path / "next", "last")[0]
+    assert model.steps == 12, "a new run counts its own steps"
+    with torch.no_grad():
+        assert not torch.equal(model.ae(targets)[0], codes[-1][0]), "so its codes are not frozen from the start"
 
 
 def test_learns_pairs_by_heart(few_pairs, tiny_data, tmp_path, capsys):

@@ -223,7 +223,8 @@ try:
     with configurator.exit_on_user_error():
         train.main(sys.argv[1:])
 finally:
-    print("rank", rank, "stopped", flush=True)
+    sys.stdout.write(f"rank {rank} stopped\\n")  # in one piece: both write into one pipe
+    sys.stdout.flush()
 """
 
 

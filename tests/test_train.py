@@ -231,8 +231,11 @@ def test_patience_ends_a_run_that_no_longer_improves(tiny_data, tmp_path, monkey
     losses[:] = [5.0, 4.0, 3.5, 3.0, *[6.0] * 9]  # the lowest is where a run ended, between two evaluations of the longer one
     run(tiny_data, tmp_path / "odd", "--max_iters=7", "--lr_decay_iters=30", "--patience=1")
     summary = run(tiny_data, tmp_path / "odd", "--max_iters=30", "--lr_decay_iters=30", "--patience=1", "--resume")
-    assert (summary["best_step"], summary["steps"]) == (7, 12)
-    assert checkpoint.read_json(tmp_path / "odd" / "last" / "trainer.json")["step"] == 12, "it ends where it was saved"
+    assert (summary["best_step"], summary["steps"]) == (7, 9), "evaluations count, not steps"
+    assert checkpoint.read_json(tmp_path / "odd" / "last" / "trainer.json")["step"] == 9, "it ends where it was saved"
+    losses[:] = [5.0, 3.0, *[6.0] * 9]
+    monkeypatch.setattr(Trainer, "measure", lambda trainer, _: {"codes_of_data": trainer.step > 9})  # until then they mean nothing
+    assert run(tiny_data, tmp_path / "codes", "--max_iters=30", "--patience=2")["steps"] == 15
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -434,6 +437,10 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
     (tmp_path / "none").mkdir()
     code, line = complaint(train, arguments(tiny_data, tmp_path / "none", "--resume"), capsys)
     assert code == 1 and "no config.json" in line
+    shutil.copytree(reference, tmp_path / "runs" / "best")  # a folder of runs is no run, and its runs are not parts of one
+    for words in ([], ["--overwrite"]):
+        code, line = complaint(train, arguments(tiny_data, tmp_path / "runs", *words), capsys)
+        assert code == 1 and "holds other things than a run" in line and snapshot(tmp_path / "runs" / "best") == snapshot(reference)
     (out / "notes.txt").write_text("mine")
     run(tiny_data, out, "--overwrite")
     assert (out / "notes.txt").read_text() == "mine" and not same(weights(out), weights(reference))
