@@ -106,12 +106,19 @@ def alone_in(out: Path) -> Iterator[None]:
                 out.rmdir()
 
 
+def parts_of_run(out: Path) -> list[Path]:
+    """What a new run replaces in its directory. Last, as the other parts are known by it, config.json."""
+    folders = [name + suffix for name in ("last", "best") for suffix in ("", ".old", ".tmp")] + ["autoencoder"]
+    return [out / name for name in (*folders, "metrics.jsonl", "summary.json", tokenizer.FILE_NAME, "config.json")]
+
+
 def check_free(out: Path, overwrite: bool) -> None:
     """Raise FileExistsError for a folder that holds anything, unless it is a run that may be overwritten."""
     if not out.exists() or not any(out.iterdir()):
         return
-    if not (out / "config.json").exists():  # --overwrite would delete folders in it that look like parts of a run
-        raise FileExistsError(f"{out} holds other things than a run; --out_dir=... writes elsewhere")
+    found = [path.name for path in parts_of_run(out) if path.exists()]
+    if found and "config.json" not in found:  # perhaps other runs, or a data set
+        raise FileExistsError(f"{out} is no run, but has {', '.join(found)}, which a run would replace; --out_dir=... writes elsewhere")
     if not overwrite:
         resume = "--resume continues it, " if any((out / name).is_dir() for name in ("last", "last.old")) else ""
         raise FileExistsError(f"{out} exists; {resume}--overwrite starts it again, --out_dir=... writes elsewhere")
@@ -119,12 +126,11 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 def start_run(settings: dict, data_folder: Path, out: Path) -> None:
     """Make the run directory, without anything of a run that was there."""
-    for name in ("last", "best"):
-        for suffix in ("", ".old", ".tmp"):
-            shutil.rmtree(out / (name + suffix), ignore_errors=True)
-    for name in ("config.json", "metrics.jsonl", "summary.json", tokenizer.FILE_NAME):
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "autoencoder", ignore_errors=True)
+    for path in parts_of_run(out):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(data_folder / tokenizer.FILE_NAME, out / tokenizer.FILE_NAME)
     write_json(out / "config.json", settings)

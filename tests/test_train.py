@@ -440,7 +440,7 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
     shutil.copytree(reference, tmp_path / "runs" / "best")  # a folder of runs is no run, and its runs are not parts of one
     for words in ([], ["--overwrite"]):
         code, line = complaint(train, arguments(tiny_data, tmp_path / "runs", *words), capsys)
-        assert code == 1 and "holds other things than a run" in line and snapshot(tmp_path / "runs" / "best") == snapshot(reference)
+        assert code == 1 and "is no run, but has best" in line and snapshot(tmp_path / "runs" / "best") == snapshot(reference)
     (out / "notes.txt").write_text("mine")
     run(tiny_data, out, "--overwrite")
     assert (out / "notes.txt").read_text() == "mine" and not same(weights(out), weights(reference))
