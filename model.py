@@ -362,8 +362,8 @@ class EmbeddingLoss(nn.Module):
         self.ln_embedding = norm() if config.embedding_loss_ln != "none" else None
         self.config, self.ln_encoder = config, norm()
 
-    def forward(self, e: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """Scalar loss, unweighted, from the input embeddings e and the encoder states h, both (B, T, C)."""
+    def forward(self, e: torch.Tensor, h: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """Mean loss, unweighted, of input embeddings e and encoder states h, both (B, T, C), where `counted` (B, T) is True."""
         config, e, h = self.config, at_least_float32(e), at_least_float32(h)
         e = e.detach() if config.embedding_loss_detach == "embedding" else e
         h = h.detach() if config.embedding_loss_detach == "encoder" else h
@@ -375,10 +375,11 @@ class EmbeddingLoss(nn.Module):
             m = self.ln_embedding(m)
         u = self.ln_encoder(h)
         if config.embedding_loss == "mse":
-            return F.mse_loss(m, u) * (m.size(-1) / config.n_embd)  # 1, unless padding.py has put zeros behind the channels
-        similarity = (F.cosine_similarity(m, u, dim=-1) + 1) / 2  # in [0, 1]
-        # the clamp only matters for exactly opposite vectors
-        return (1 - similarity if config.embedding_loss == "cosine" else -similarity.clamp_min(1e-8).log()).mean()
+            losses = (m - u).square().sum(-1) / config.n_embd  # no mean: padding.py may have put zeros behind the channels
+        else:
+            similarity = (F.cosine_similarity(m, u, dim=-1) + 1) / 2  # in [0, 1]; 0 for exactly opposite vectors
+            losses = 1 - similarity if config.embedding_loss == "cosine" else -similarity.clamp_min(1e-8).log()
+        return torch.where(counted, losses, 0.0).sum() / counted.sum()
 
 
 class EncoderDecoder(CausalModel):
@@ -449,7 +450,7 @@ class EncoderDecoder(CausalModel):
         E, layers = len(self.encoder), cache.layers if cache is not None else [None] * self.n_layer_cache
         e, h = self.encode(idx, positions, context, layers[:E])
         if self.compression is not None:
-            memory, cross_context, head_losses = self.compression(h, positions, context, cache)
+            memory, cross_context, head_losses = self.compression(h, positions, context, cache, targets)
         else:  # a window limits self-attention only
             memory = h
             cross_context = context if self.window == 0 else self.place(idx, cache, positions, mask, windowed=False)[1]
@@ -467,10 +468,9 @@ class EncoderDecoder(CausalModel):
             cache.length += idx.size(1)
         if targets is None:
             return head_logits(x, self.wte.weight), {}
-        loss = head_loss(x, self.wte.weight, targets)
-        losses = {"token": loss, "total": loss}
+        losses = dict.fromkeys(("token", "total"), head_loss(x, self.wte.weight, targets))
         if self.embedding_loss is not None and self.training:
-            losses["embedding"] = self.embedding_loss(e, h)
+            losses["embedding"] = self.embedding_loss(e, h, targets >= 0)
             losses["total"] = losses["token"] + self.config.embedding_loss_weight * losses["embedding"]
         if self.compression is not None and self.training:
             losses["commitment"] = head_losses["commitment"]
@@ -481,15 +481,15 @@ class EncoderDecoder(CausalModel):
         """As counted above, less what the head needs only once for each latent."""
         return super().flops_per_token() - (0 if self.compression is None else round(self.compression.spared_flops(self)))
 
-    def embedding_loss_report(self, idx: torch.Tensor) -> dict[str, float]:
+    def embedding_loss_report(self, idx: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
         """
-        What the embedding loss does to the model on tokens idx (B, T), in evaluation mode: its value; mean gain and norm of the bias
-        of its two LayerNorms, and how far the biases are apart; norm of the gradient of weight * loss in token and position table.
+        What the embedding loss does to the model on idx and targets (B, T), in evaluation mode: its value; mean gain and norm of the
+        bias of its two LayerNorms, how far the biases are apart; norm of the gradient of weight * loss in token and position table.
         """
         assert not self.training, "dropout would change what is reported"
         tables = {"wte": self.wte.weight} | ({"wpe": self.wpe.weight} if self.wpe is not None else {})
         with torch.enable_grad():
-            loss = self.embedding_loss(*self.encode(idx, *self.place(idx)))
+            loss = self.embedding_loss(*self.encode(idx, *self.place(idx)), targets >= 0)
             grads = torch.autograd.grad(self.config.embedding_loss_weight * loss, list(tables.values()), allow_unused=True)
         report = {f"embedding_grad_{name}": 0.0 if grad is None else grad.norm().item() for name, grad in zip(tables, grads)}
         norms = {name[3:]: norm for name, norm in self.embedding_loss.named_children() if norm.weight is not None}  # of ln_...

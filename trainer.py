@@ -418,9 +418,9 @@ class Trainer:
         """train_loss and val_loss over the evaluation windows, and what there is to say of an embedding loss."""
         found = {f"{split}_loss": self.mean_loss(self.model, self.eval_batches(split))[0] for split in ("train", "val")}
         if getattr(self.raw_model, "embedding_loss", None) is not None:
-            x, _ = self.data.gather("train", self.data.eval_starts("train", self.rows_that_fit))
+            x, y = self.to_device(*self.data.gather("train", self.data.eval_starts("train", self.rows_that_fit)))
             with self.machine.autocast():
-                found |= self.raw_model.embedding_loss_report(x.to(self.machine.device))
+                found |= self.raw_model.embedding_loss_report(x, y)
         return found
 
     def measure(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float | int | list]:

@@ -101,11 +101,20 @@ class CompressionHead(nn.Module):
         """Position (N,) of the last token that each slot of the memory knows; -1 for the start."""
         return torch.arange(slots, device=device) * self.factor - 1
 
-    def forward(self, h: torch.Tensor, positions: torch.Tensor, context: Context, cache) -> tuple[torch.Tensor, Context, Losses]:
+    def real(self, targets: torch.Tensor) -> torch.Tensor:
+        """Which latents (B, M) end before the padding behind the last target of their row, targets (B, T), -1 = none."""
+        tokens = torch.arange(targets.size(1), device=targets.device)
+        last = torch.where(targets >= 0, tokens, -1).amax(1)  # (B,)
+        return self.ends(1 + targets.size(1) // self.factor, targets.device)[1:] <= last[:, None]
+
+    def forward(
+        self, h: torch.Tensor, positions: torch.Tensor, context: Context, cache, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Context, Losses]:
         """
         Encoder states h (B, T, C) at `positions` (T,) -> the slots (B, N, C) that this call adds to the memory, the context in
         which cross-attention sees it, and the quantizer's losses. `context` is that of self-attention in this call; with a
-        cache, what came before is in its `states` and layers.
+        cache, what came before is in its `states` and layers. Latents of padding, which `targets` (B, T) tell, are zeros that
+        nothing with a target sees, and neither the codebooks nor the losses count them.
         """
         if cache is not None:
             h = cache.states.append(h, context.start)
@@ -113,16 +122,16 @@ class CompressionHead(nn.Module):
         slots = 1 + h.size(1) // self.factor
         memory, losses = h[:, :0], {}
         if slots > first:
-            memory, losses = self.remember(h, first)
+            memory, losses = self.remember(h, first, self.real(targets) if targets is not None and cache is None else None)
         ends = self.ends(slots, h.device)
         rotary = {width: rotary_angles(ends[first:], width) for width in context.rotary}
         mask = ends <= positions[:, None]  # (T, N)
         return memory, Context(mask, False, context.rotary, start=first, dropout=context.dropout, key_rotary=rotary), losses
 
-    def remember(self, h: torch.Tensor, first: int) -> tuple[torch.Tensor, Losses]:
-        """Slots (B, N - first, C) of the memory of states h (B, T, C), and the quantizer's losses."""
+    def remember(self, h: torch.Tensor, first: int, real: torch.Tensor | None) -> tuple[torch.Tensor, Losses]:
+        """Slots (B, N - first, C) of the memory of states h (B, T, C), and the quantizer's losses over the latents that are real."""
         latents = self.latents(h, max(first - 1, 0))
-        z_q, _, losses, _ = self.quantizer(latents)
+        z_q, _, losses, _ = self.quantizer(latents, real)
         memory = self.from_latent(z_q.type_as(latents))
         if self.ablation == "zeroed":
             memory = torch.zeros_like(memory)
@@ -161,14 +170,13 @@ class CompressionHead(nn.Module):
     @torch.no_grad()
     def measure(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
         """
-        Sums over a batch of evaluation, x and y (B, T), y = -1 not counted: how often each code of each level occurs in whole
-        blocks (D, K), and the token losses, nats, of a model whose latents are zeroed or swapped.
+        Sums over a batch of evaluation, x and y (B, T), y = -1 not counted: how often each code of each level occurs in front of
+        padding (D, K), and the token losses, nats, of a model whose latents are zeroed or swapped.
         """
         assert not model.training, "measured in evaluation mode: training would collect statistics"
         _, h = model.encode(x, *model.place(x))
         codes = self.quantizer.encode(self.latents(h, 0))  # (B, M, D)
-        whole = (y[:, : codes.size(1) * self.factor] >= 0).unflatten(1, (codes.size(1), self.factor)).all(-1)  # (B, M)
-        counts = code_counts(codes[whole], self.quantizer.config.codebook_size)
+        counts = code_counts(codes[self.real(y)], self.quantizer.config.codebook_size)
         tokens = (y >= 0).sum().cpu().double()
         others = tokens if len(x) > 1 else torch.zeros_like(tokens)  # one row has no other to swap with
         sums = {"codes": counts.cpu().double(), "tokens": tokens, "swapped_tokens": others}

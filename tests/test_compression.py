@@ -227,6 +227,32 @@ def test_other_rows_and_padding_change_nothing(options):
             assert (model(F.pad(x, (0, more)))[0][:, :14] - logits).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
+def test_padding_is_no_data(options):
+    """
+    Guards training on pairs, which pads them: losses, gradients and codebooks do not depend on how much padding there is, and an
+    embedding loss adds up over parts of a batch as the trainer weights them, by targets.
+    """
+    options = options | {"commitment_weight": 0.5, "embedding_loss": "mse", "embedding_loss_detach": "none"}
+    x, y = tokens(3, 14), tokens(3, 14, seed=1)
+    y[:, :3] = -1  # the question
+    y[0, 9:], y[2, 6:] = -1, -1
+    found = []
+    for more in (0, 12):
+        model = make_head(4, options).train()
+        losses = model(F.pad(x, (0, more)), F.pad(y, (0, more), value=-1))[1]
+        losses["total"].backward()
+        model.after_step()
+        book = model.compression.quantizer.codebook
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append(losses | gradients | {"codes": book.codes, "counts": book.ema_count, "recent": book.recent[:-1]})
+    for name, value in found[0].items():
+        assert (value - found[1][name]).abs().max() < 1e-12, name
+    count = (y >= 0).sum(1)
+    parts = torch.stack([model(x[i : i + 1], y[i : i + 1])[1]["embedding"] for i in range(3)])
+    assert abs((parts * count).sum() / count.sum() - losses["embedding"]) < 1e-12
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_memory_is_made_of_codes(training):
     """Guards the bottleneck: what goes back to the width of the model is what the codes decode to, not the latents themselves."""
@@ -463,14 +489,14 @@ def test_measure_counts_whole_blocks_and_ablates():
     """Guards summary.json: codes of padding are not counted, sums add up over batches, and ablations are what they are called."""
     model = make_head(4, {"window": 8})
     x, y = tokens(3, 33), tokens(3, 33, seed=1)
-    y[1, 14:] = -1
+    y[1, 12:] = -1  # a block ends with the last target
     y[2, 30:] = -1
     head, parts = model.compression, [model.measure(x[i : i + 1], y[i : i + 1]) for i in range(3)]
     sums = model.measure(x, y)
     for key in ("codes", "tokens", "zeroed"):
         assert torch.allclose(sum(part[key] for part in parts), sums[key]), key
     report = model.summarize(sums)
-    assert report["codebook_latents"] == 8 + 3 + 7 and sums["tokens"] == 33 + 14 + 30
+    assert report["codebook_latents"] == 8 + 3 + 7 and sums["tokens"] == 33 + 12 + 30
     positions, context = model.place(x)
     codes = head.quantizer.encode(head.latents(model.encode(x, positions, context)[1], 0))
     counted = torch.cat((codes[0], codes[1, :3], codes[2, :7]))

@@ -407,6 +407,11 @@ LOSSES = [
 ]
 
 
+def everywhere(x: torch.Tensor) -> torch.Tensor:
+    """All positions of a batch (B, T, ...) count."""
+    return torch.ones(x.shape[:2], dtype=torch.bool)
+
+
 def slow_embedding_loss(module: EmbeddingLoss, config: EncoderDecoderConfig, e, h):
     """The formula of the design, one vector at a time."""
 
@@ -442,7 +447,7 @@ def test_embedding_loss_and_its_gradients(options, detach):
         return torch.autograd.grad(loss, parameters.values(), allow_unused=True)
 
     e, h = model.encode(x, positions, context)
-    fast = model.embedding_loss(e, h)
+    fast = model.embedding_loss(e, h, everywhere(x))
     e, h = model.encode(x, positions, context)
     slow = slow_embedding_loss(
         model.embedding_loss, model.config, e.detach() if detach == "embedding" else e, h.detach() if detach == "encoder" else h
@@ -466,7 +471,7 @@ def test_embedding_loss_in_training_only_and_weighted():
         model.embedding_loss.ln_embedding.bias.copy_(torch.tensor([3.0, 1.0] + [0.0] * 10))
         model.embedding_loss.ln_encoder.bias.copy_(torch.tensor([-1.0] + [0.0] * 11))
     _, losses = model(x, x)
-    report = model.eval().embedding_loss_report(x)
+    report = model.eval().embedding_loss_report(x, x)
     biases = [report[f"bias_{name}"] for name in ("embedding", "encoder", "distance")]
     assert biases == pytest.approx([10**0.5, 1.0, 17**0.5], rel=1e-6)
     assert abs(report["embedding_loss"] - losses["embedding"]) < 1e-12
@@ -475,14 +480,14 @@ def test_embedding_loss_in_training_only_and_weighted():
     assert abs(report["embedding_grad_wpe"] - model.wpe.weight.grad.norm()) < 1e-9
     assert report["gain_encoder"] == model.embedding_loss.ln_encoder.weight.mean()
     wet, dry = (make_model("encoder_decoder", {"embedding_loss": "mse", "dropout": p}).eval() for p in (0.5, 0.0))
-    assert wet.embedding_loss_report(x) == dry.embedding_loss_report(x), "dropout was on"
+    assert wet.embedding_loss_report(x, x) == dry.embedding_loss_report(x, x), "dropout was on"
 
 
 def test_log_cosine_of_opposite_vectors_is_finite():
     """Guards -log(0): where a state is exactly opposite to the mean embedding, neither loss nor gradient may leave the numbers."""
     model = make_model("encoder_decoder", {"embedding_loss": "log_cosine", "embedding_loss_ln_affine": False})
     e = torch.randn(2, 5, 12, dtype=torch.float64)[:, :1].requires_grad_()
-    loss = model.embedding_loss(e, -e.detach())
+    loss = model.embedding_loss(e, -e.detach(), everywhere(e))
     assert loss.item() == pytest.approx(-math.log(1e-8)) and torch.autograd.grad(loss, e)[0].isfinite().all()
 
 
@@ -494,10 +499,9 @@ def test_the_embedding_loss_has_a_trivial_solution():
         for layer in (model.embedding_loss.ln_embedding, model.embedding_loss.ln_encoder):
             layer.weight.zero_()
             layer.bias.fill_(0.7)
-    assert model.embedding_loss(e, h) < 1e-30
-    assert (
-        make_model("encoder_decoder", {"embedding_loss": "mse", "embedding_loss_ln_affine": False}).embedding_loss(e, h) > 0.5
-    )
+    assert model.embedding_loss(e, h, everywhere(e)) < 1e-30
+    closed = make_model("encoder_decoder", {"embedding_loss": "mse", "embedding_loss_ln_affine": False})
+    assert closed.embedding_loss(e, h, everywhere(e)) > 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
