@@ -391,6 +391,9 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
         other = [f"{key}={theirs[key]} (here {ours[key]})" for key in keys if key in ours and theirs.get(key, ours[key]) != ours[key]]
         if other:
             raise ValueError(f"init_from={source} has {', '.join(other)}, so its weights would mean something else; set the same")
+        if theirs.get("window", 0) != ours.get("window", 0):  # as far as they looked, weights can look on, or learn to look less far
+            now = f"window={theirs.get('window', 0)} (here {ours.get('window', 0)})"
+            warnings.warn(f"init_from={source} has {now}: self-attention of these weights saw other positions", stacklevel=1)
 
     if source.suffix != ".pt":
         folder, (_, kind, config) = find(source, "best"), read_config(source)

@@ -208,6 +208,10 @@ def main(argv: list[str] | None = None) -> dict:
             summary = train(config, model_config, machine, parsed, out)
         machine.barrier()  # gloo's threads abort a process that leaves while another is still connected to it
         return summary
+    except RuntimeError as error:
+        if machine.world_size > 1 and "by peer" in str(error):  # gloo's, of a connection that is closed
+            raise SystemExit(f"process {machine.rank} ends because another one has ended, which says why") from None
+        raise
     finally:
         runtime.stop()
 

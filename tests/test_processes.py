@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,16 @@ def test_two_processes_equal_one(tiny_data, tmp_path, model):
         assert len(a) == len(b)
         for key in keys:
             assert np.allclose([r[key] for r in a], [r[key] for r in b], atol=1e-5, rtol=0), key
+
+
+def test_what_one_process_refuses_is_no_traceback_of_the_others(tiny_data, tmp_path, reference):
+    """Guards one clear message: process 0 finds that a run is there already, and the others, which wait for it, cannot know why."""
+    shutil.copytree(reference, tmp_path / "run")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    process = command(tiny_data, tmp_path / "run", *REFERENCE, launcher=launcher)
+    printed, complaints = process.communicate(timeout=300)
+    assert process.returncode != 0 and complaints.count("error: ") == 1 and "--resume" in complaints, complaints
+    assert "[rank" not in complaints and "process 1 ends because another one has ended" in complaints, complaints
 
 
 def test_what_auto_means(monkeypatch):
@@ -134,10 +145,15 @@ def test_compiled_checkpoint_loads_without_compile(tiny_data, tmp_path):
 
 
 def test_init_from_another_run(tiny_data, tmp_path, reference):
-    """Guards warm starts: zero further steps from another run's weights give that run's loss."""
-    summary = run(tiny_data, tmp_path / "next", *REFERENCE, f"--init_from={reference}", "--max_iters=0")
+    """Guards warm starts: zero further steps from another run's weights give that run's loss, under another window a warning."""
+    start = (*REFERENCE, f"--init_from={reference}", "--max_iters=0")
+    with warnings.catch_warnings(record=True) as told:
+        summary = run(tiny_data, tmp_path / "next", *start)
     best = json.loads((reference / "summary.json").read_text())
     assert best["best_step"] == 6 and abs(summary["val_loss"] - best["val_loss"]) < 1e-12
+    assert not any("init_from" in str(warning.message) for warning in told)
+    with pytest.warns(UserWarning, match=r"window=0 \(here 4\)"):
+        run(tiny_data, tmp_path / "window", *start, "--window=4")
     again = run(tiny_data, tmp_path / "next", *REFERENCE, f"--init_from={reference}", "--max_iters=0", "--resume")
     train.main([f"--out_dir={tmp_path / 'next'}", "--resume"])
     kept = checkpoint.read_json(tmp_path / "next" / "config.json")["train"]["init_from"]
