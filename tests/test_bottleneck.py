@@ -44,6 +44,9 @@ def test_decode_gives_what_forward_gave(kind):
     for name, loss in bottleneck(other, mask, 7).losses.items():
         assert torch.equal(loss, first.losses[name])
         assert torch.isclose(loss, bottleneck(z[mask], None, 7).losses[name])  # and not be averaged over
+    many = bottleneck(torch.randn(300, 6, dtype=torch.float64))
+    assert set(many.codes.unique().tolist()) == set(range(8)), "vacuous: code 0 must be among them, which is no padding"
+    assert torch.equal(many.z_q, bottleneck.decode(many.codes))
     bottleneck.train()
     assert torch.equal(bottleneck(z, mask, 5000).codes, first.codes)  # whatever noise z_q has by then
 

@@ -83,6 +83,7 @@ def test_byte_and_char_agree_with_plain_python():
     byte = tokenizer.get("byte")
     assert (char.vocab_size, byte.vocab_size) == (len(table), 256)
     assert byte.encode(text) == list(text.encode())
+    assert byte.decode_bytes(list(range(256))) == bytes(range(256)) and byte.decode_bytes([byte.eos]) == b"\0"
 
 
 @pytest.mark.parametrize("unknown", ["\x01", "z", "\U0010ffff"])
