@@ -416,12 +416,12 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
         raise FileNotFoundError(f"init_from={source}: there is no such file")
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
-        weights, arguments = content["model"], dict(content.get("model_args") or {})
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, OSError) as error:
+        # torch.compile's prefix; `attn.bias` is the causal mask that older versions stored as a buffer
+        weights = {key.removeprefix("_orig_mod."): value for key, value in content["model"].items() if not key.endswith(".attn.bias")}
+        arguments = dict(content.get("model_args") or {})
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         raise ValueError(f"init_from={source} is no checkpoint of nanoGPT, or a damaged one: {why}") from None
-    # torch.compile's prefix; `attn.bias` is the causal mask that older versions stored as a buffer
-    weights = {key.removeprefix("_orig_mod."): value for key, value in weights.items() if not key.endswith(".attn.bias")}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

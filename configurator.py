@@ -461,6 +461,13 @@ def exit_on_user_error():
     as well, without the place in the code.
     """
 
+    told = set()
+
+    def warn(message: Warning, *place) -> None:
+        if str(message) not in told:  # a config that is made anew from itself warns again
+            told.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
+
     def end(number: int, frame) -> None:
         raise SystemExit(128 + number)
 
@@ -473,7 +480,7 @@ def exit_on_user_error():
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *place: print(f"warning: {message}", file=sys.stderr)
+            warnings.showwarning = warn
             yield
         if sys.stdout is not None:  # closed by the shell: >&-
             sys.stdout.flush()  # here, so that a closed pipe is noticed here

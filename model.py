@@ -470,7 +470,7 @@ class EncoderDecoder(CausalModel):
             return head_logits(x, self.wte.weight), {}
         losses = dict.fromkeys(("token", "total"), head_loss(x, self.wte.weight, targets))
         if self.embedding_loss is not None and self.training:
-            losses["embedding"] = self.embedding_loss(e, h, targets >= 0)
+            losses["embedding"] = self.embedding_loss(e, h, targets >= 0)  # a mean over targets, too
             losses["total"] = losses["token"] + self.config.embedding_loss_weight * losses["embedding"]
         if self.compression is not None and self.training:
             losses["commitment"] = head_losses["commitment"]

@@ -150,10 +150,10 @@ def read_prompt(word: str) -> str:
 
 def encode_prompt(written: str, text: tokenizer.Tokenizer, separator: int | None) -> tuple[str, list[int]]:
     """The prompt as it is printed and its tokens; `separator` ends the question of a model of pairs. Raises ValueError without any."""
+    if separator is not None:
+        prompt = tokenizer.encode_question(text, written, separator)
+        return text.decode(prompt), prompt
     prompt = text.encode(written)
-    if separator is not None and separator not in prompt:
-        written = written.rstrip("\n")
-        return written + text.decode([separator]), [*text.encode(written), separator]
     if prompt or text.eos is not None:
         return written, prompt or [text.eos]
     raise ValueError("the prompt is empty, and this tokenizer has no end-of-document token to begin with; give a prompt")
@@ -219,8 +219,8 @@ def main(argv: list[str] | None = None) -> list[str]:
     if separator is not None and hasattr(model, "bottleneck") and separator in prompt[:-1]:
         raise ValueError("the prompt goes on behind the end of its question, but a latent transformer answers whole questions only")
     if model.reconstructs:
-        keys = ("num_samples", "stop", "stream", "lookahead", "check", "json")
-        if given := [key for key in keys if getattr(config, key) != getattr(SampleConfig, key)]:
+        keys = vars(config).keys() - {"prompt", "checkpoint", "device", "dtype"}
+        if given := sorted(key for key in keys if getattr(config, key) != getattr(SampleConfig, key)):
             raise ValueError(f"{', '.join(given)}: {run} is an autoencoder, which gives its prompt back and nothing else; leave them out")
         return [reconstruct(model, text, prompt, machine)]
 

@@ -151,6 +151,18 @@ def _download(name: str):
         ) from error
 
 
+def encode_question(text: Tokenizer, written: str, separator: int) -> list[int]:
+    """
+    Tokens of a question as a model of pairs knows it, with the separator behind it, unless it is in it and an answer has begun; line
+    ends at its end do not belong to it. Raises ValueError for none.
+    """
+    prompt = text.encode(written.rstrip("\r\n"))
+    prompt += [separator] * (separator not in prompt)
+    if prompt[0] == separator:
+        raise ValueError("the prompt is empty, but this model answers a question: give one")
+    return prompt
+
+
 def get(name: str, chars: str | None = None) -> Tokenizer:
     """Make a tokenizer by name: "byte", "char" (needs `chars`, a text or its characters), "gpt2" or another tiktoken encoding.
 

@@ -10,9 +10,9 @@ One *step* is one optimizer update on batch_size * gradient_accumulation_steps s
 processes share them. Which sequences those are, and every dropout mask, is a function of (seed, step) alone; that is why
 resuming, evaluating more often, or adding processes does not change a run. micro_batch_size, how many sequences are computed at
 a time, changes rounding and, because each micro-batch draws its own, the dropout masks. On pairs, whose answers differ in length,
-it also changes, a little, the losses that are not means over target tokens: the embedding loss and those of codes. lanes, the
-number of parts of a micro-batch that a CPU computes side by side, changes the same things but for dropout, which lanes exclude; the
-number is chosen when a run starts, from torch's number of threads at that time, and kept when it is resumed.
+it also changes, a little, the losses of codes, which are not means over target tokens. lanes, the number of parts of a micro-batch
+that a CPU computes side by side, changes the same things but for dropout, which lanes exclude; the number is chosen when a run
+starts, from torch's number of threads at that time, and kept when it is resumed.
 """
 
 import contextlib
@@ -144,6 +144,8 @@ def build_model(config: TrainConfig, model_config, data: dataloader.TokenData) -
             checkpoint.check_tokenizers(data.folder, config.init_from)
     elif getattr(model_config, "backbone", None):
         checkpoint.load_backbone(model, model_config)
+        if model_config.pretrained is None:
+            checkpoint.check_tokenizers(data.folder, model_config.backbone)
     return model
 
 
@@ -166,7 +168,8 @@ def check_inputs(config: TrainConfig, model: torch.nn.Module, data: dataloader.T
             raise ValueError(f"init_from={config.init_from} was stopped before its codebooks were made of data; train it longer")
     if hasattr(model, "check"):
         model.check(data, config.max_iters)
-    inputs = {"dataset": data.folder} | {key: getattr(model.config, key, None) for key in ("autoencoder", "backbone")}
+    inputs = {"dataset": data.folder, "init_from": None if config.resume else config.init_from}
+    inputs |= {key: getattr(model.config, key, None) for key in ("autoencoder", "backbone")}
     for key, folder in inputs.items():
         if folder is not None and Path(folder).resolve().is_relative_to(out.resolve()):
             raise ValueError(f"out_dir={out} is or holds what the run reads as its {key}, {folder}; write to another folder")
@@ -177,9 +180,11 @@ def make_sampler(config: TrainConfig, model: torch.nn.Module, data: dataloader.T
     if config.eval_sample_tokens == 0:
         return None
     text, sampling = tokenizer.load(data.folder), generate.Sampling(seed=config.seed)
-    prompt = text.encode(config.eval_sample_prompt)
-    if isinstance(data, dataloader.PairData):  # a question ends where its answer begins
-        prompt.append(data.separator)
+    written, pairs = config.eval_sample_prompt, isinstance(data, dataloader.PairData)
+    if written is None:
+        prompt = next(data.questions("val", 1))[0] if pairs else text.encode("\n")
+    else:
+        prompt = tokenizer.encode_question(text, written, data.separator) if pairs else text.encode(written)
     generate.check_prompts(model, [prompt])
     return lambda: text.decode(
         generate.generate(model, [prompt], config.eval_sample_tokens, sampling, text.eos, tokenizer=text)[0]
@@ -228,7 +233,8 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
 
     encoder_run, autoencoder = find_autoencoder(config, model_config, out, say), None
     if encoder_run is not None:  # it settles all sizes of text and codes
-        autoencoder = checkpoint.load_autoencoder(encoder_run)
+        copy = out / "autoencoder"  # the decoder of the original may have been trained on
+        autoencoder = checkpoint.load_autoencoder(copy if config.resume and copy.is_dir() else encoder_run)
         model_config = model_config.fitted_to(autoencoder, parsed.given)
     data, model_config = open_data(config, model_config, encoder_run, parsed.given)
     config = dataclasses.replace(config, out_dir=str(out))

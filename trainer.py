@@ -53,7 +53,7 @@ class TrainConfig:
     final_eval_tokens: int | None = None  # validation tokens that the final evaluation predicts; none: the whole file
     log_interval: int = 10  # steps between progress lines
     eval_sample_tokens: int = 0  # length of a sample printed at evaluations; 0: none
-    eval_sample_prompt: str = "\n"  # what that sample begins with
+    eval_sample_prompt: str | None = None  # what that sample begins with; none: a line end, or of pairs the first question
     wandb: Literal["off", "online", "offline"] = "off"  # log to Weights & Biases as well
     wandb_project: str = "encoder-decoder-lm"  # project there
     wandb_run_name: str | None = None  # name there; none: the name of out_dir

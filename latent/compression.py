@@ -12,7 +12,7 @@ latents in place of the encoder states.
 3. Latents are made when their block is complete, and again from the encoder states when sampling goes on after a cache: those of
    the block and of the one before it are all that a convolution of kernel 3 sees. So the head has no state besides the states.
 4. Without a `window` on self-attention the latents are redundant, and a model learns to do without them. `measure` asks how much
-   they say: the loss with all latents zeroed, and with those of the text in the next row.
+   they say: the loss with all latents zeroed, and with those of the text in the row before.
 5. Commitment has no weight by default: LayerNorm bounds the latents. In an autoencoder the reconstruction holds them apart; here the
    gradient through cross-attention begins at 0, and with a weight of 0.25 their variance was 0.02% of their square after 500 steps
    of config/latent/head_stdlib.py: those of another text did as well. Without it about half of the codes are used at step 700.
@@ -113,8 +113,8 @@ class CompressionHead(nn.Module):
         """
         Encoder states h (B, T, C) at `positions` (T,) -> the slots (B, N, C) that this call adds to the memory, the context in
         which cross-attention sees it, and the quantizer's losses. `context` is that of self-attention in this call; with a
-        cache, what came before is in its `states` and layers. Latents of padding, which `targets` (B, T) tell, are zeros that
-        nothing with a target sees, and neither the codebooks nor the losses count them.
+        cache, what came before is in its `states` and layers. In training, latents of padding, which `targets` (B, T) tell, are
+        zeros that nothing with a target sees, and neither the codebooks nor the losses count them.
         """
         if cache is not None:
             h = cache.states.append(h, context.start)
@@ -122,7 +122,8 @@ class CompressionHead(nn.Module):
         slots = 1 + h.size(1) // self.factor
         memory, losses = h[:, :0], {}
         if slots > first:
-            memory, losses = self.remember(h, first, self.real(targets) if targets is not None and cache is None else None)
+            counts = self.training and targets is not None  # else nothing is made of the latents but the memory
+            memory, losses = self.remember(h, first, self.real(targets) if counts else None)
         ends = self.ends(slots, h.device)
         rotary = {width: rotary_angles(ends[first:], width) for width in context.rotary}
         mask = ends <= positions[:, None]  # (T, N)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import torch
 import checkpoint
 import compare
 import sample
+import tokenizer
 import train
 from conftest import ROOT, write_tokens
 from dev import codes
@@ -450,8 +452,8 @@ def test_learns_a_text_by_heart(by_heart, capsys):
     assert sample.main([str(out), f"--prompt={prompt}", "--device=cpu"]) == [prompt]
     shown = capsys.readouterr()
     assert shown.out == prompt + "\n" and "continues no text; it gave back 42 of 42 tokens" in shown.err
-    with pytest.raises(ValueError, match="check, json: .* gives its prompt back and nothing else"):
-        sample.main([str(out), "--device=cpu", "--check", "--json"])
+    with pytest.raises(ValueError, match="check, json, temperature: .* gives its prompt back and nothing else"):
+        sample.main([str(out), "--device=cpu", "--check", "--json", "--temperature=0.3"])
     with pytest.raises(ValueError, match="run is an autoencoder"):
         compare.main([str(out), "--plot=none"])
 
@@ -631,3 +633,9 @@ def test_backbones_that_do_not_fit(by_heart, tiny_data, tmp_path):
         with pytest.raises(ValueError, match=message):
             run(tiny_data, out, *more)
         assert not out.exists()
+    train.main([f"--dataset={tiny_data}", f"--out_dir={trunk}", "--overwrite", *shape.split(), *length.split()])
+    other = shutil.copytree(tiny_data, tmp_path / "data")
+    tokenizer.save(tokenizer.CharTokenizer("abc"), other)
+    with pytest.raises(ValueError, match="has another tokenizer than"):  # its embeddings are those of other characters
+        run(other, out, f"--backbone={trunk}", "--vocab_size=256", "--position=learned", *shape.split()[:3])
+    assert not out.exists()

@@ -510,6 +510,9 @@ def test_measure_counts_whole_blocks_and_ablates():
         assert abs(report[f"val_loss_latents_{how}"] - expected) < 1e-12 and abs(expected - model(x, y)[1]["token"]) > 1e-4
     alone = model.summarize(parts[0])  # the row before would be the row itself, and say that latents are worth nothing
     assert "val_loss_latents_swapped" not in alone and "val_loss_latents_zeroed" in alone
+    y[2, 3:] = -1
+    short = model.measure(x[[0, 2]], y[[0, 2]])
+    assert abs(short["swapped"] - short["zeroed"]) > 1e-4, "where the other text is over, its padding has latents, too"
     nothing = model.measure(x, torch.full_like(y, -1))
     assert all((value == 0).all() for value in nothing.values()), "a process without data must be able to add up"
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -367,6 +368,15 @@ def test_user_errors_end_in_one_line_and_a_status(capsys, error, status, message
     with pytest.raises(SystemExit) as exit_, exit_on_user_error():
         raise error
     assert exit_.value.code == status and capsys.readouterr().err == message
+
+
+def test_warnings_are_lines_and_each_is_said_once(capsys):
+    """Guards against a warning for each time that a config is made anew from itself."""
+    with exit_on_user_error():
+        for message in ("one", "another", "one"):
+            warnings.simplefilter("default")  # as imports do, after which Python has forgotten what it has said
+            warnings.warn(message, stacklevel=1)
+    assert capsys.readouterr().err == "warning: one\nwarning: another\n"
 
 
 def test_an_output_that_is_closed_or_cannot_show_a_character():

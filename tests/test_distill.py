@@ -207,20 +207,28 @@ def test_answers_are_utf8(bytes_run, tmp_path):
     answers = [bytes(y).decode() for _, y in data.questions("train", None)]
     teacher = prepare.Teacher(str(bytes_run / "pairs_run"), "best", 1.0, 1337, 64, "cpu")
     questions = sorted((x for x, _ in dataloader.open_data(bytes_run / "pairs", 32).questions("train", None)), key=len)
-    samples = [s for s in teacher.continuations(questions, 33 - len(questions[-1])) if s.reason == "eos" and s.text.strip()]
+    longest = dataloader.open_data(bytes_run / "pairs", 32).longest_y
+    samples = [s for s in teacher.continuations(questions, longest) if s.reason == "eos" and s.text.strip()]
     assert any("\ufffd" in sample.text for sample in samples), "the run is too good for this test"
     assert answers == [sample.text for sample in samples if "\ufffd" not in sample.text and "\t" not in sample.text]
     assert meta["teacher"]["written"] + meta["teacher"]["left_out"] == len(questions)
 
 
 def test_a_teacher_without_texts(pairs_run):
-    """Guards against a training side of nothing, answers left out that just fit, and a search for prompts that never ends."""
+    """
+    Guards against a training side of nothing, answers left out that just fit, those to short questions for want of the room that
+    long ones have, and a search for prompts that never ends.
+    """
     run, source = pairs_run
     fitting, teacher = (prepare.Teacher(str(run), "best", 0.0, 1, 8, "cpu") for _ in range(2))
     data = dataloader.open_data(source, 16)
-    data.block_size = int(data.longest_x + data.longest_y) - 1  # room for two letters and an end
+    questions = [[7] * length for length in (3, 9, 16)]
+    assert [s.limit - s.n_prompt for s in fitting.continuations(questions, 99)] == [14, 8, 1], "the end of a pair is no input"
+    assert [s.limit - s.n_prompt for s in fitting.continuations(questions, 4)] == [4, 4, 1]
+    assert [s.limit - s.n_prompt for s in fitting.continuations(questions)] == [13, 7, 0]
+    assert data.longest_y == 3  # two letters and an end
     assert max(len(answer) for val, _, answer in fitting.pairs(data, None) if not val) == 2
-    data.block_size = int(data.longest_x)  # room for one token: no answer comes to its end
+    data.longest_y = 1  # no answer comes to its end
     with pytest.raises(ValueError, match="nothing but empty or endless texts"):
         list(teacher.pairs(data, 10))
     assert teacher.left_out == 10

@@ -245,10 +245,12 @@ def test_init_from_weights_that_would_mean_something_else(tiny_data, tmp_path, c
     assert not (tmp_path / "next").exists()
 
 
-@pytest.mark.parametrize("content", [b"hello", b"", None])
+@pytest.mark.parametrize(
+    "content", [b"hello", b"", {"weights": 1}, {"model": "gpt2"}, {"model": {}, "model_args": "x"}], ids=lambda content: str(content)
+)
 def test_init_from_what_is_no_checkpoint(tiny_data, tmp_path, capsys, content):
     """Guards --init_from=FILE.pt: text, nothing, and a file of torch without a model end in one line."""
     path = tmp_path / "some.pt"
-    torch.save({"weights": 1}, path) if content is None else path.write_bytes(content)
+    torch.save(content, path) if isinstance(content, dict) else path.write_bytes(content)
     code, line = complaint(train, arguments(tiny_data, tmp_path / "run", f"--init_from={path}", model="decoder_only"), capsys)
     assert code == 2 and "is no checkpoint of nanoGPT" in line and not (tmp_path / "run").exists()

@@ -646,6 +646,19 @@ def test_other_codebooks_are_refused_wherever_they_meet(own_autoencoder, tiny_da
         sample.main([str(out), "--device=cpu"])
 
 
+def test_a_resumed_run_keeps_its_own_decoder(own_autoencoder, tiny_data, tmp_path):
+    """Guards the bound in summary.json: the decoder of the original may have been trained on, with the codes as they were."""
+    out, word = tmp_path / "prior", f"--autoencoder={own_autoencoder}"
+    run("rq_transformer", tiny_data, out, word)
+    shutil.copytree(out, tmp_path / "other")
+    shutil.copytree(own_autoencoder, tmp_path / "before")
+    more = ("rq_transformer", tiny_data)
+    expected = run(*more, tmp_path / "other", word, "--resume", "--max_iters=7")
+    again = [f"--init_from={tmp_path / 'before'}", "--freeze_codes=true", "--learning_rate=0.05", "--overwrite"]
+    run("autoencoder", tiny_data, own_autoencoder, *again)
+    assert run(*more, out, word, "--resume", "--max_iters=7")["val_loss"] == expected["val_loss"]
+
+
 def test_autoencoders_that_cannot_serve(own_autoencoder, tiny_data, tmp_path):
     """Guards the lines a user reads: no run, a run of another model, codebooks that are still random, another data set."""
     out, word = tmp_path / "prior", f"--autoencoder={own_autoencoder}"

@@ -115,6 +115,16 @@ def test_samples_of_pairs_are_those_of_sample_py(name, tmp_path, capsys):
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sample: ")]
     command = [str(tmp_path / "run"), "--prompt=q7", "--checkpoint=last", "--max_new_tokens=12", "--temperature=1", "--device=cpu"]
     assert shown[-1] == f"sample: {sample.main(command)[0]!r}" and len(shown) == 3
+    for asked in ("q7\t", "q7\n", "q7\t\n"):  # each of them the same question
+        assert sample.main([word.replace("q7", asked) for word in command])[0] == sample.main(command)[0]
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        sample.main([word for word in command if "q7" not in word])
+    capsys.readouterr()
+    train.main([*words, "--overwrite", "--eval_sample_tokens=12"])  # without a prompt it is the first question
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sample: ")]
+    first = next(dataloader.open_data(tmp_path / "set", 32).questions("val", 1))[0]
+    prompt = f"--prompt={bytes(first[:-1]).decode()}"
+    assert shown[-1] == f"sample: {sample.main([prompt if 'q7' in word else word for word in command])[0]!r}"
     if name == "latent_transformer":
         with pytest.raises(ValueError, match="the prompt has 17 tokens, but the model has room for 16"):
             train.main([*words, "--overwrite", "--eval_sample_tokens=12", f"--eval_sample_prompt={'q' * 16}"])
@@ -415,6 +425,8 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
             patch.setitem(sys.modules, "wandb", None)
             code, line = complaint(train, arguments(tiny_data, out, *REFERENCE, "--overwrite", *late.split()), capsys)
         assert code == 2 and snapshot(out) == before, late
+    code, line = complaint(train, arguments(tiny_data, out, *REFERENCE, "--overwrite", f"--init_from={out}"), capsys)
+    assert code == 2 and "what the run reads as its init_from" in line and snapshot(out) == before
     (tmp_path / "set").mkdir()
     for file in tiny_data.iterdir():
         shutil.copyfile(file, tmp_path / "set" / file.name)

@@ -56,14 +56,15 @@ class Teacher:
             "seed": seed,
         }
 
-    def continuations(self, prompts: Iterable[list[int]], room: int | None = None) -> Iterator[generate.Continuation]:
-        """What follows each prompt, in their order: up to `room` tokens, by default what block_size leaves."""
+    def continuations(self, prompts: Iterable[list[int]], answer: int | None = None) -> Iterator[generate.Continuation]:
+        """What follows each prompt, in their order: what block_size leaves, or an answer of so many tokens with its end, if it fits."""
         prompts, ahead, first = iter(prompts), [], 0
         while some := [*ahead, *islice(prompts, self.batch - len(ahead))]:
             # those that are sampled together have one length
             count = next((i for i, prompt in enumerate(some) if len(prompt) != len(some[0])), len(some))
             some, ahead = some[:count], some[count:]
-            most = self.model.config.block_size - len(some[0]) if room is None else room
+            left = self.model.config.block_size - len(some[0])
+            most = left if answer is None else min(answer, left + 1)  # nothing comes after the end, so that the model need not see it
             samples = [generate.Continuation(prompt, most, self.tokenizer, self.tokenizer.eos) for prompt in some]
             for _ in generate.sample_together(self.model, samples, self.sampling, first_sample=first):
                 pass
@@ -88,7 +89,7 @@ class Teacher:
     def pairs(self, data: dataloader.PairData, count: int | None) -> Iterator[tuple[bool, str, str]]:
         """(is it validation?, x, y): the first `count` pairs (none: all) of training with the run's y, and validation as it is."""
         questions = sorted((x for x, _ in data.questions("train", count)), key=len)
-        for sample in self.continuations(questions, data.block_size + 1 - len(questions[-1])):
+        for sample in self.continuations(questions, int(data.longest_y)):
             answer = utf8_part(sample.bytes)
             whole = sample.reason == "eos" and answer.encode() == sample.bytes
             if not whole or not answer.strip() or SEPARATOR in answer:
