@@ -259,6 +259,7 @@ def prepare_for_decoding(model: torch.nn.Module) -> None:
     has without a cache or in small batches. Not so for an RQ-transformer.
     """
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # of convolutions, which that does not reach
     for parameter in model.parameters() if getattr(model, "autoencoder", None) is None else ():
         if parameter.dim() == 2 and parameter.device.type == "cpu":
             parameter.data = parameter.data.t().contiguous().t()

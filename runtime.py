@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -110,7 +111,9 @@ def start(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> R
     elif chosen.type == "cpu":
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        on_gpu = chosen.type == "cuda"
+        # hours, because process 0 alone prepares data, writes codes and answers questions, for which the others wait
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=6), device_id=chosen if on_gpu else None)
     processes = f", {world_size} processes" if world_size > 1 else ""
     reasons = (
         f"device {chosen} ({why_device}){processes}; precision {str(chosen_dtype).removeprefix('torch.')} ({why_dtype}); "
@@ -130,8 +133,12 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the end of the heap above which it shrinks
 
 
-def stop() -> None:
-    if dist.is_initialized():
+def stop(failed: bool = False) -> None:
+    """
+    Leave the other processes. NCCL waits for them, and they wait in a collective for one that has failed alone: it leaves without, and
+    says why.
+    """
+    if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 
@@ -148,6 +155,8 @@ def choose_device(word: str, local_rank: int = 0, world_size: int = 1) -> tuple[
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device={word}: this machine or this build of torch has no CUDA GPU; use device=cpu or auto")
+        if device.index is not None and world_size > 1:
+            raise ValueError(f"device={word}: each of {world_size} processes needs a GPU of its own; use device=cuda")
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"device={device}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")

@@ -212,13 +212,13 @@ def main(argv: list[str] | None = None) -> dict:
         with checkpoint.alone_in(out) if machine.is_main else contextlib.nullcontext():
             summary = train(config, model_config, machine, parsed, out)
         machine.barrier()  # gloo's threads abort a process that leaves while another is still connected to it
-        return summary
-    except RuntimeError as error:
-        if machine.world_size > 1 and "by peer" in str(error):  # gloo's, of a connection that is closed
+    except BaseException as error:
+        runtime.stop(failed=isinstance(error, Exception))  # interrupted are all of them
+        if machine.world_size > 1 and isinstance(error, RuntimeError) and "by peer" in str(error):  # gloo's, of a closed connection
             raise SystemExit(f"process {machine.rank} ends because another one has ended, which says why") from None
         raise
-    finally:
-        runtime.stop()
+    runtime.stop()
+    return summary
 
 
 def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: configurator.Settings, out: Path) -> dict:

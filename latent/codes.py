@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 import runtime
 from dataloader import TokenData, json_in
+from kernels import full_float32
 from latent.autoencoder import Autoencoder
 from latent.quantize import distributed
 
@@ -94,7 +95,7 @@ def extract(folder: Path, data: TokenData, autoencoder: Autoencoder, starts: np.
     # of this process alone: another run on the same autoencoder may be at the same work
     codes_file, meta_file = (folder / f"{name}.{os.getpid()}.tmp" for name in ("codes.bin", "meta.json"))
     try:
-        with open(codes_file, "wb") as file, torch.autocast(device.type, enabled=False):
+        with open(codes_file, "wb") as file, full_float32(device):
             firsts = range(0, len(starts), rows)
             for first in runtime.with_progress(firsts, len(firsts), "encoded"):
                 text, _ = data.gather("train", starts[first : first + rows])

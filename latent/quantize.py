@@ -35,6 +35,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 
+from kernels import full_float32
+
 
 def require(condition: bool, message: str) -> None:
     if not condition:
@@ -100,18 +102,13 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """
     Index (N,) of the row of codebook (K, Z) nearest to each row of x (N, Z); of equal ones the first.
 
-    argmin |e|^2 / 2 - x.e, in chunks of at most 2^24 distances. Full float32: TF32 has 10 bits of mantissa, and so codes
-    would depend on the machine; torch.cdist expands the square as well, and keeps |x|^2 in it, which only adds rounding.
+    argmin |e|^2 / 2 - x.e, in chunks of at most 2^24 distances. torch.cdist expands the square as well, and keeps |x|^2 in it,
+    which only adds rounding.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(x.device.type, enabled=False):
-            half_square = codebook.pow(2).sum(-1) / 2
-            chunks = x.split(max(1, 2**24 // codebook.size(0)))
-            return torch.cat([torch.addmm(half_square, chunk, codebook.T, alpha=-1).argmin(-1) for chunk in chunks])
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with full_float32(x.device):
+        half_square = codebook.pow(2).sum(-1) / 2
+        chunks = x.split(max(1, 2**24 // codebook.size(0)))
+        return torch.cat([torch.addmm(half_square, chunk, codebook.T, alpha=-1).argmin(-1) for chunk in chunks])
 
 
 @nearest_code.register_fake

@@ -35,7 +35,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from dataloader import TokenData
-from kernels import Dropout, head_logits
+from kernels import Dropout, full_float32, head_logits
 from latent.autoencoder import Autoencoder
 from latent.codes import CodeData
 from model import Block, Cache, CausalModel, check_fields, require
@@ -186,7 +186,7 @@ class RQTransformer(CausalModel):
     @uncompiled
     def encode(self, idx: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Text (B, T), mask True = real -> codes (B, M, D), and their soft targets (B, M, D, K) in training, if there are any."""
-        with torch.no_grad(), torch.autocast(idx.device.type, enabled=False):  # codes must not depend on the precision
+        with torch.no_grad(), full_float32(idx.device):  # codes must not depend on the precision
             if not self.training or self.config.soft_labels == 0.0:
                 return self.autoencoder.encode(idx, mask), None
             z, real = self.autoencoder.compress(idx, mask)

@@ -54,9 +54,13 @@ def test_how_codes_are_extracted_does_not_matter(data, tmp_path, monkeypatch):
     def codes(name: str) -> torch.Tensor:
         return CodeData(tmp_path / name, few, model).gather("train", np.arange(62))[0]
 
-    whole = codes("whole")
+    whole, used = codes("whole"), []
+    seen = lambda *_: used.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))  # noqa: E731
+    hook = model.down.register_forward_pre_hook(seen)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(codes("autocast"), whole)
+    hook.remove()
+    assert set(used) == {("highest", False)}, "on a GPU products and convolutions would be TF32"
     monkeypatch.setattr(latent.codes, "TOKENS", 23)
     assert torch.equal(codes("single"), whole)
 

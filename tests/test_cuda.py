@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import kernels
 import runtime
 import trainer
 from kernels import head_loss, losses_and_gradients
@@ -91,8 +92,29 @@ def test_compiled_training_is_plain_training(how):
 
 
 @needs_gpu
+def test_chunks_of_the_output_layer_are_padded_on_a_gpu(monkeypatch):
+    """Guards widths and a vocabulary that are padded there, in several chunks: compiled in bfloat16, loss and both gradients."""
+    calls, one = [], gpu_kernels.losses_and_gradients
+    monkeypatch.setattr(gpu_kernels, "losses_and_gradients", lambda *given: calls.append(given[0].shape) or one(*given))
+    monkeypatch.setitem(kernels.CHUNK, "cuda", 50257 * 500)
+    monkeypatch.setattr(kernels, "FEW", 0)
+    torch.manual_seed(0)
+    x = torch.randn(3, 400, 150, device="cuda").requires_grad_()
+    weight = (0.02 * torch.randn(50257, 150, device="cuda")).requires_grad_()
+    targets = torch.randint(50257, (3, 400), device="cuda")
+    targets[0, :50] = -1
+    with torch.autocast("cuda", torch.bfloat16):
+        mine = torch.compile(head_loss)(x, weight, targets)
+    part = F.cross_entropy(F.linear(x, weight).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    assert abs(mine - part) < 1e-3 * part
+    for a, b in zip(torch.autograd.grad(mine, (x, weight)), torch.autograd.grad(part, (x, weight))):
+        assert (a - b).norm() < 0.02 * b.norm()
+    assert calls == [(500, 50304), (500, 50304), (200, 50304)]
+
+
+@needs_gpu
 def test_the_loss_of_the_output_layer_on_a_gpu():
-    """Guards widths and a vocabulary that are padded there: loss and both gradients in float32."""
+    """Guards chunks of it: loss and both gradients in float32, as nothing is compiled."""
     torch.manual_seed(0)
     x, weight = (torch.randn(*shape, device="cuda").requires_grad_() for shape in ((3, 4000, 150), (50257, 150)))
     targets = torch.randint(50257, (3, 4000), device="cuda")

@@ -176,6 +176,7 @@ def test_layout_for_decoding_changes_no_value(name):
     torch.set_float32_matmul_precision("high")  # as runtime.start has it for training on a GPU
     generate.prepare_for_decoding(model)
     assert torch.get_float32_matmul_precision() == "highest", "a text would depend on how many tokens are computed together"
+    assert not torch.backends.cudnn.allow_tf32
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert (model(x)[0] - before).abs().max() < 1e-12 and sum(1 for _ in model.parameters()) == count
 

@@ -54,6 +54,21 @@ def test_what_one_process_refuses_is_no_traceback_of_the_others(tiny_data, tmp_p
     assert "[rank" not in complaints and "process 1 ends because another one has ended" in complaints, complaints
 
 
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_a_process_that_fails_alone_does_not_wait_for_the_others(tiny_data, tmp_path, monkeypatch, reference, backend):
+    """Guards its message: NCCL leaves only together, so with it this process would wait for those that wait for it."""
+    left = []
+    monkeypatch.setattr(runtime.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(runtime.dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(runtime.dist, "destroy_process_group", lambda: left.append(backend))
+    monkeypatch.setattr("latent.quantize.distributed", lambda: False)
+    with pytest.raises(FileExistsError):
+        run(tiny_data, reference, *REFERENCE)
+    assert left == ([] if backend == "nccl" else ["gloo"])
+    run(tiny_data, tmp_path / "run", *REFERENCE)
+    assert left[-1:] == [backend]
+
+
 def test_what_auto_means(monkeypatch):
     """Guards the choices of a machine that is not this one: a GPU of its own for each process, bfloat16 only where it is fast."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
@@ -68,6 +83,8 @@ def test_what_auto_means(monkeypatch):
         assert runtime.choose_device("auto")[0].type == "mps" and runtime.choose_device("auto", 0, 2)[0].type == "cpu"
         with pytest.raises(ValueError, match="several processes"):
             runtime.choose_device("mps", 0, 2)
+    with pytest.raises(ValueError, match="each of 2 processes needs a GPU of its own"):
+        runtime.choose_device("cuda:1", 0, 2)
     for capability, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         assert runtime.choose_dtype("auto", gpu)[0] == dtype and runtime.choose_dtype("float16", gpu)[0] == torch.float16

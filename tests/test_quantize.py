@@ -66,9 +66,10 @@ def test_nearest_code(monkeypatch):
     assert torch.equal(nearest_code(x, codebook), brute)
     for word in ("medium", "highest"):
         torch.set_float32_matmul_precision(word)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", word == "medium")
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(nearest_code(x, codebook), brute)
-        assert torch.get_float32_matmul_precision() == word
+        assert torch.get_float32_matmul_precision() == word and torch.backends.cudnn.allow_tf32 == (word == "medium")
     assert used == ["highest"] * 3  # on a CPU the words make no difference, on a GPU the second is TF32
     many = torch.randn(2**13, 2)
     assert torch.equal(nearest_code(many[:2100], many), torch.arange(2100))  # two chunks

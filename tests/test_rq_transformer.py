@@ -309,6 +309,11 @@ def test_codes_do_not_depend_on_the_precision(soft_labels):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(model.encode(x, None)[0], codes) and not torch.equal(model.autoencoder.encode(x), codes)
         assert torch.equal(model.eval().encode(x, None)[0], codes)
+    used = []
+    seen = lambda *_: used.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))  # noqa: E731
+    model.autoencoder.down.register_forward_pre_hook(seen)
+    model.train().encode(x, None)
+    assert used == [("highest", False)], "on a GPU products and convolutions would be TF32"
 
 
 def test_flops_are_those_of_a_step():
