@@ -214,6 +214,11 @@ def main(argv: list[str] | None = None) -> dict:
         machine.barrier()  # gloo's threads abort a process that leaves while another is still connected to it
     except BaseException as error:
         runtime.stop(failed=isinstance(error, Exception))  # interrupted are all of them
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ValueError(
+                f"{str(error).split('. ')[0].strip('. ')}; compute fewer sequences at a time, --micro_batch_size=N or auto (it is "
+                f"{config.micro_batch_size or config.batch_size}), or keep less of them, --activation_checkpointing"
+            ) from None
         if machine.world_size > 1 and isinstance(error, RuntimeError) and "by peer" in str(error):  # gloo's, of a closed connection
             raise SystemExit(f"process {machine.rank} ends because another one has ended, which says why") from None
         raise

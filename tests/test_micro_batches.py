@@ -10,11 +10,12 @@ import checkpoint
 import dataloader
 import recorder
 import runtime
+import train
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from conftest import make_model
 from data.pairs import prepare as pairs
 from model import Block, DecoderBlock
-from tiny_runs import REFERENCE, records, run, same, weights
+from tiny_runs import REFERENCE, arguments, complaint, records, run, same, weights
 from trainer import TrainConfig, Trainer, make_optimizer
 
 
@@ -230,6 +231,17 @@ def test_out_of_memory_repeats_the_step(tiny_data, capsys):
         make_trainer(tiny_data, SmallMemory(limit=5).double(), micro_batch_size=8, **settings).update()
     with pytest.raises(torch.OutOfMemoryError):  # not one sequence: there is no end to halving
         make_trainer(tiny_data, SmallMemory(limit=0).double(), micro_batch_size="auto", **settings).update()
+
+
+def test_out_of_memory_is_a_setting_to_change(tiny_data, tmp_path, monkeypatch, capsys):
+    """Guards a traceback for a batch that is too large."""
+
+    def gradients(self, size):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "gradients", gradients)
+    code, line = complaint(train, arguments(tiny_data, tmp_path / "run", "--micro_batch_size=2"), capsys)
+    assert code == 2 and "CUDA out of memory; compute fewer sequences at a time, --micro_batch_size=N or auto (it is 2)" in line
 
 
 def test_probe(tiny_data, monkeypatch):
