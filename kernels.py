@@ -6,9 +6,7 @@ on a CPU in C++ in cpu_kernels.py.
 Shapes: B batch, T tokens of this call, S keys, C width, H heads, D head width, V vocabulary.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
@@ -25,23 +23,6 @@ except ImportError:  # no Triton
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Losses and statistics are computed in float32 under bfloat16 autocast, and in float64 in float64 tests."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-@contextlib.contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """
-    Inside, neither autocast nor TF32, whose 10 bits of mantissa would make codes depend on the machine: products and convolutions in
-    float32 are what they say. Not for what torch.compile sees.
-    """
-    of_products, of_convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(of_products)
-        torch.backends.cudnn.allow_tf32 = of_convolutions
 
 
 def running_sum(x: torch.Tensor) -> torch.Tensor:

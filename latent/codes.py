@@ -21,9 +21,8 @@ import torch.distributed as dist
 
 import runtime
 from dataloader import TokenData, json_in
-from kernels import full_float32
 from latent.autoencoder import Autoencoder
-from latent.quantize import distributed
+from latent.quantize import distributed, full_float32
 
 TOKENS = 8192  # encoded at a time, and written before the next are read
 

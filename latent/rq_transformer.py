@@ -35,9 +35,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from dataloader import TokenData
-from kernels import Dropout, full_float32, head_logits
+from kernels import Dropout, head_logits
 from latent.autoencoder import Autoencoder
 from latent.codes import CodeData
+from latent.quantize import full_float32
 from model import Block, Cache, CausalModel, check_fields, require
 
 # torch.compiler.disable, but for when it imports the compiler, 1.4 s: at the first call; private in torch, so it may go away
