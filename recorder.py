@@ -35,11 +35,11 @@ class Recorder:
     # ------------------------------------------------------------------------------------------------------------------
     # its first moment
 
-    def begin(self, settings: dict, encoder_run: Path | None) -> None:
+    def begin(self, settings: dict, codes_run: Path | None) -> None:
         """
         Make the run directory, or go on with the one there, and settle what a run decides only once. `settings` become
-        config.json; encoder_run is the directory of the frozen autoencoder of a model over codes. Raises ValueError for what is
-        wrong with the directory or with wandb, and has not changed anything then.
+        config.json; codes_run is the run directory of the autoencoder beside which the codes of a model over codes are kept, if it
+        is one. Raises ValueError for what is wrong with the directory or with wandb, and has not changed anything then.
         """
         config, trainer, machine, model, out = self.config, self.trainer, self.machine, self.trainer.raw_model, self.out
         resumed = checkpoint.read_run(settings, trainer.data.both_hash, out) if config.resume else None
@@ -47,15 +47,15 @@ class Recorder:
         if machine.is_main and not resumed:
             checkpoint.check_free(out, config.overwrite)
         if hasattr(model, "training_data"):  # may take long, so that it comes before there is a run to resume
-            trainer.train_data = model.training_data(trainer.data, encoder_run / "codes")
+            trainer.train_data = model.training_data(trainer.data, codes_run / "codes")
         if machine.is_main and config.wandb != "off":  # before anything is deleted: it may fail
             self.wandb = open_wandb(config, settings, out, (resumed or {}).get("wandb_id"))
         if resumed:
             self.resume(settings, resumed)
         elif machine.is_main:
             checkpoint.start_run(settings, trainer.data.folder, out)
-            if encoder_run is not None:
-                checkpoint.copy_autoencoder(encoder_run, out)
+            if codes_run is not None:
+                checkpoint.copy_autoencoder(codes_run, out)
         if self.wandb:  # a run that goes on without wandb keeps the id for later
             self.state["wandb_id"] = self.wandb.id
         self.state["lanes"] = trainer.lanes.count

@@ -107,15 +107,20 @@ def check_warmup(config: TrainConfig, flags: set[str], say: Callable) -> None:
     say(f"note: max_iters={config.max_iters} ends the run inside its warm-up of {config.warmup_iters} steps")
 
 
-def find_autoencoder(config: TrainConfig, model_config, out: Path, say: Callable) -> Path | None:
-    """Run directory of the frozen autoencoder of a model over codes: the run's own copy where the original is no longer."""
+def find_autoencoder(config: TrainConfig, model_config, out: Path, say: Callable) -> tuple[Path | None, Path | None]:
+    """
+    Two run directories for a model over the codes of a frozen autoencoder, else None: of that autoencoder, and of the one beside
+    which the codes of the data are kept. A resumed run has its own copy, as the decoder of the original may have been trained on.
+    """
     if not hasattr(model_config, "autoencoder"):
-        return None
+        return None, None
     original, copy = Path(model_config.autoencoder), out / "autoencoder"
-    if config.resume and copy.is_dir() and not checkpoint.has_codebooks(original, model_config.codebook_hash):
-        say(f"note: {original} is gone or has other codebooks by now: the run goes on with its own copy, {copy}")
-        return copy
-    return original
+    if not (config.resume and copy.is_dir()):
+        return original, original
+    if checkpoint.has_codebooks(original, model_config.codebook_hash):
+        return copy, original
+    say(f"note: {original} is gone or has other codebooks by now: the run goes on with its own copy, {copy}")
+    return copy, copy
 
 
 def open_data(config: TrainConfig, model_config, encoder_run: Path | None, given: dict) -> tuple[dataloader.TokenData, object]:
@@ -236,10 +241,10 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         dataloader.prepare_if_missing(config.dataset)
     machine.barrier()
 
-    encoder_run, autoencoder = find_autoencoder(config, model_config, out, say), None
+    encoder_run, codes_run = find_autoencoder(config, model_config, out, say)
+    autoencoder = None
     if encoder_run is not None:  # it settles all sizes of text and codes
-        copy = out / "autoencoder"  # the decoder of the original may have been trained on
-        autoencoder = checkpoint.load_autoencoder(copy if config.resume and copy.is_dir() else encoder_run)
+        autoencoder = checkpoint.load_autoencoder(encoder_run)
         model_config = model_config.fitted_to(autoencoder, parsed.given)
     data, model_config = open_data(config, model_config, encoder_run, parsed.given)
     config = dataclasses.replace(config, out_dir=str(out))
@@ -260,7 +265,7 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
         settings["separator"] = data.separator  # sample.py has no other way to know that a prompt is a question
     trainer = Trainer(config, model, data, machine)
     record = Recorder(trainer, out, say)
-    record.begin(settings, encoder_run)
+    record.begin(settings, codes_run)
     lanes = trainer.lanes.count
     say(
         f"{config.model}: {model.get_num_params():,} parameters, {model.flops_per_token() / 1e6:.1f} MFLOP per token; "
