@@ -40,6 +40,15 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# A model is called as model(idx, targets) -> (logits, losses by name, `total` among them). Training and evaluation look for more, where
+# it has something to say, the methods with shapes in latent/:
+#   side_by_side, reconstructs, writes_blocks     its kind (model.py, CausalModel)
+#   fitted_to (of its config), attach             it works on the codes of a frozen autoencoder, the run config.autoencoder
+#   training_data                                 what a step draws from, if not text
+#   check                                         raises ValueError for data or a number of steps that it cannot be trained on
+#   named_backbone_parameters, backbone_rate      parameters with a learning rate of their own, and their share of the common one
+#   after_step, steps                             statistics that are collected once a step; steps so far, for its own schedules
+#   measure, summarize                            what an evaluation says beside the loss: sums over batches, and what they come to
 MODELS = {
     "encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
     "decoder_only": (DecoderOnlyConfig, DecoderOnly),
@@ -177,13 +186,13 @@ def read_run(settings: dict, data_hash: str, out: Path) -> dict:
     needed = ("step", "scaler", "data_hash", "best_val_loss", "seconds", "train_seconds")
     trainer = read_trainer(find(out, "last"), needed, "start the run again")
     changed = [
-        f"{key}={new.get(key)!r} (was {before.get(key)!r})"
+        f"{key}={new[key]!r} (was {before[key]!r})"
         for before, new, free in (
             (was, settings["train"], FREE_ON_RESUME),
             (configurator.to_dict(model_config), settings["model"], set()),
         )
         for key in sorted(before.keys() & new.keys())  # a model's that older runs have not had has its default
-        if key not in free and before.get(key) != new.get(key)
+        if key not in free and before[key] != new[key]
     ]
     if changed:
         raise ValueError(
@@ -270,18 +279,23 @@ def find_first(run: Path, *which: str) -> Path:
 
 
 def read_config(run: Path) -> tuple[dict, str, object]:
-    """(training settings as a dict, model name, model config) of a run. Raises ValueError for what is not the file of one."""
+    """(training settings as a dict, model name, model config) of a run. Raises ValueError where config.json is not that of a run."""
     settings = read_json(run / "config.json")
     parts = [settings.get(key) for key in ("train", "model")] if isinstance(settings, dict) else [None]
     if not all(isinstance(part, dict) for part in parts) or "model" not in settings["train"]:
         raise ValueError(
-            f"{run / 'config.json'} is damaged: it has not the settings of a run; restore it or start the run again"
+            f"{run / 'config.json'} is damaged: it lacks the settings of a run; restore it or start the run again"
         )
     name = settings["train"]["model"]
     if name not in list(MODELS):
         raise ValueError(f"{run / 'config.json'}: unknown model '{name}'; this version knows {', '.join(MODELS)}")
     with warnings.catch_warnings(action="ignore"):  # what has no effect was said when the run was made
         return settings["train"], name, configurator.from_dict(CONFIGS[name], settings["model"])
+
+
+def separator(run: str | Path) -> int | None:
+    """The token that ends a question, of a run on pairs; None of a run on text."""
+    return read_json(Path(run) / "config.json").get("separator")
 
 
 class Misfit(ValueError):
@@ -385,33 +399,37 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
     or a setting differs that no shape shows and that decides what the weights mean.
     """
     ours = configurator.to_dict(model.config)
+    theirs = load_nanogpt(model, source) if source.suffix == ".pt" else load_other_run(model, ours, source)
+    keys = ("n_head", "n_cross_head", "decoder_order", "position", "pos_sub", "decoder_pos_emb")
+    other = [f"{key}={theirs[key]} (here {ours[key]})" for key in keys if key in ours and theirs.get(key, ours[key]) != ours[key]]
+    if other:
+        raise ValueError(f"init_from={source} has {', '.join(other)}, so its weights would mean something else; set the same")
+    if theirs.get("window", 0) != ours.get("window", 0):  # the weights work with any window, but have learned with theirs
+        now = f"window={theirs.get('window', 0)} (here {ours.get('window', 0)})"
+        warnings.warn(f"init_from={source} has {now}: self-attention of these weights saw other positions", stacklevel=1)
 
-    def check_meaning(theirs: dict) -> None:
-        keys = ("n_head", "n_cross_head", "decoder_order", "position", "pos_sub", "decoder_pos_emb")
-        other = [f"{key}={theirs[key]} (here {ours[key]})" for key in keys if key in ours and theirs.get(key, ours[key]) != ours[key]]
-        if other:
-            raise ValueError(f"init_from={source} has {', '.join(other)}, so its weights would mean something else; set the same")
-        if theirs.get("window", 0) != ours.get("window", 0):  # as far as they looked, weights can look on, or learn to look less far
-            now = f"window={theirs.get('window', 0)} (here {ours.get('window', 0)})"
-            warnings.warn(f"init_from={source} has {now}: self-attention of these weights saw other positions", stacklevel=1)
 
-    if source.suffix != ".pt":
-        folder, (_, kind, config) = find(source, "best"), read_config(source)
-        if not isinstance(model, MODELS[kind][1]):
-            raise ValueError(f"init_from={source} is a run of model={kind}, whose weights are not for this model; name a run of the same")
-        theirs = configurator.to_dict(config)
-        if theirs.get("codebook_hash") and theirs["codebook_hash"] != ours["codebook_hash"]:
-            raise ValueError(f"init_from={source} was trained on the codes of another autoencoder, which mean something else")
-        try:
-            load_weights(model, folder)
-        except Misfit:
-            sizes = [key for key, value in ours.items() if not isinstance(value, float) and theirs.get(key, value) != value]
-            if not sizes:
-                raise
-            other = ", ".join(f"{key}={theirs[key]} (here {ours[key]})" for key in sizes)
-            raise ValueError(f"init_from={source} does not fit: it has {other}; set the same, or name another run") from None
-        check_meaning(theirs)
-        return
+def load_other_run(model: torch.nn.Module, ours: dict, source: Path) -> dict:
+    """init_from a run directory, into a model of the settings `ours`. Returns the settings of that run's model."""
+    folder, (_, kind, config) = find(source, "best"), read_config(source)
+    if not isinstance(model, MODELS[kind][1]):
+        raise ValueError(f"init_from={source} is a run of model={kind}, whose weights are not for this model; name a run of the same")
+    theirs = configurator.to_dict(config)
+    if theirs.get("codebook_hash") and theirs["codebook_hash"] != ours["codebook_hash"]:
+        raise ValueError(f"init_from={source} was trained on the codes of another autoencoder, which mean something else")
+    try:
+        load_weights(model, folder)
+    except Misfit:
+        sizes = [key for key, value in ours.items() if not isinstance(value, float) and theirs.get(key, value) != value]
+        if not sizes:
+            raise
+        other = ", ".join(f"{key}={theirs[key]} (here {ours[key]})" for key in sizes)
+        raise ValueError(f"init_from={source} does not fit: it has {other}; set the same, or name another run") from None
+    return theirs
+
+
+def load_nanogpt(model: torch.nn.Module, source: Path) -> dict:
+    """init_from a checkpoint file of nanoGPT. Returns its `model_args`, which are named as our settings are."""
     if not source.is_file():
         raise FileNotFoundError(f"init_from={source}: there is no such file")
     try:
@@ -426,7 +444,7 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"init_from={source} does not fit this model: {' '.join(str(error).split())[:300]}") from None
-    check_meaning(arguments)
+    return arguments
 
 
 def fit_backbone(config, given: dict[str, object]):

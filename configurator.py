@@ -84,8 +84,8 @@ def configure(
     stored: typing.Callable[[Path | None, dict, dict], dict[str, object]] | None = None,
 ) -> Settings:
     """
-    Build the sections from the command line (`None`: sys.argv). `positional` is shown in the usage line and read by it:
-    "" none, "RUN" exactly one, "RUN ..." one or more, in brackets also zero; the word CONFIG means a config file.
+    Build the sections from the command line (`None`: sys.argv). `positional` is shown in the usage line and says how many words
+    there may be: "" none, "RUN" exactly one, "RUN ..." one or more, in brackets also zero; the word CONFIG means a config file.
     `choose=(key, classes)` adds `classes[value of key]`. `stored(config file, its values, flags)` returns values that count more
     than the config file's and less than flags. `--help` prints every key and exits 0. A key that stands in several sections is set
     in all of them. Raises ValueError (keys, values, words) or FileNotFoundError (config file).
@@ -95,10 +95,11 @@ def configure(
     if arguments.help:
         print(help_text(sections, description, positional, chooser, variants), flush=True)
         raise SystemExit(0)
-    known = sorted({key for cls in [*sections, *variants.values()] for key in annotations(cls)})
+    possible = [*sections, *variants.values()]
+    known = sorted({key for cls in possible for key in annotations(cls)})
     words, flags = arguments.words, arguments.flags
     for key, word in arguments.followers.items():
-        kinds = [annotations(cls)[key] for cls in [*sections, *variants.values()] if key in annotations(cls)]
+        kinds = [annotations(cls)[key] for cls in possible if key in annotations(cls)]
         if kinds and (bool not in kinds or word.lower() in BOOLEANS):
             raise ValueError(f"--{key} {word}: a value follows '=', not a space: write {shlex.quote(f'--{key}={word}')}")
     for word in words:
@@ -471,8 +472,8 @@ def exit_on_user_error():
     def end(number: int, frame) -> None:
         raise SystemExit(128 + number)
 
-    # a cluster's warning: what is half written is removed, as by Ctrl-C; torchrun's finds a process that waits for another, where
-    # Python would not hear it
+    # SIGTERM, by which a cluster warns, then removes what is half written, as Ctrl-C does. Not under torchrun: the process it ends
+    # may be waiting for another one, where no handler of Python would run
     ours = "WORLD_SIZE" not in os.environ and threading.current_thread() is threading.main_thread()
     if ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, end)

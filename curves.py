@@ -129,7 +129,7 @@ def draw_losses(curves: Curves, bits_per_nat: float, prefix: str) -> list[Path]:
     The keys of LOSSES: validation and training, validation closer, one against the other where they part, and the embedding loss
     where there is one.
     """
-    end = max(tokens[-1] for of in curves.values() for tokens, _ in [of["val_loss"]] if len(tokens))
+    end = max(of["val_loss"][0].max(initial=0) for of in curves.values())
 
     def means(since: float, *keys: str) -> np.ndarray:  # without the bands: one seed that is stuck would flatten all rows
         some = [of[key] for of in curves.values() for key in keys if len(of[key][0])]

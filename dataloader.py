@@ -32,7 +32,7 @@ SCAN_TOKENS = 16_000_000  # per read when a file is checked: 32 MB of uint16
 
 
 def known_sets() -> list[str]:
-    """Names of the sets that can be prepared without a file of the user's (which text, pairs and distill turn into others)."""
+    """Names of the sets that need nothing from the user (text, pairs and distill make sets out of files or runs of theirs)."""
     scripts = {path.parent.name for path in DATA.glob("*/prepare.py")} - {"text", "pairs", "distill"}
     return sorted(scripts | OFFLINE_SETS.keys())
 

@@ -52,9 +52,8 @@ def keep_attention_dropout(model: torch.nn.Module, run: Path) -> None:
     model.evaluation_dropout = model.config.dropout
 
 
-def evaluate(run: Path, config: EvaluateConfig, machine: runtime.Runtime) -> dict:
-    """Loss in nats per token and bits per byte of one run. Raises ValueError for models that predict no next token."""
-    which = config.checkpoint or checkpoint.find_first(run, "last", "best").name.removesuffix(".old")
+def evaluate(run: Path, which: str, config: EvaluateConfig, machine: runtime.Runtime) -> dict:
+    """Loss in nats per token and bits per byte of one run's checkpoint. Raises ValueError for models that predict no next token."""
     model, _, state = checkpoint.load_run(run, which, machine.device)
     if model.reconstructs:
         raise ValueError(f"{run} holds an autoencoder: it sees what it predicts, so its loss is not a language model's")
@@ -62,7 +61,7 @@ def evaluate(run: Path, config: EvaluateConfig, machine: runtime.Runtime) -> dic
     name = config.dataset or checkpoint.read_config(run)[0]["dataset"]
     data = dataloader.open_data(dataloader.prepare_if_missing(name), model.config.block_size, "val")
     checkpoint.check_tokenizers(data.folder, run)
-    learned, given = "pairs" if "separator" in checkpoint.read_json(run / "config.json") else "text", data.meta.get("kind", "text")
+    learned, given = "text" if checkpoint.separator(run) is None else "pairs", data.meta.get("kind", "text")
     if given != learned:
         raise ValueError(f"{run} was trained on {learned}, but {name} is a set of {given}; give one of {learned}")
     summary = checkpoint.read_json(run / "summary.json") if (run / "summary.json").exists() else {}
@@ -93,12 +92,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if Path(config.json).is_dir():
             raise ValueError(f"json={config.json} is a folder; give the name of a file")
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+    which = (config.checkpoint,) if config.checkpoint else ("last", "best")
+    folders = {run: checkpoint.find_first(run, *which) for run in find_runs(settings.words)}  # of all, before the first takes long
     found = []
-    runs = find_runs(settings.words)
-    for run in runs:  # before the first one, which may take long
-        checkpoint.find_first(run, *([config.checkpoint] if config.checkpoint else ["last", "best"]))
-    for run in runs:
-        found.append(line := evaluate(run, config, machine))
+    for run, folder in folders.items():
+        found.append(line := evaluate(run, folder.name.removesuffix(".old"), config, machine))
         dropped = f", attention dropout {line['attention_dropout']}" if config.attention_dropout else ""
         print(
             f"{line['run']}, step {line['step']}: {line['val_loss']:.4f} nats per token, {line['val_bits_per_byte']:.4f} bits per "

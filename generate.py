@@ -254,9 +254,9 @@ def check_prompts(model: torch.nn.Module, prompts: list[list[int]]) -> None:
 
 def prepare_for_decoding(model: torch.nn.Module) -> None:
     """
-    No TF32 in this process, so that a text is the same however many tokens are computed together; and all matrices of a model on a
-    CPU column by column, in place, shapes, values and use as they are: MKL is then faster with the few rows that the general path
-    has without a cache or in small batches. Not so for an RQ-transformer.
+    Switch TF32 off in this process, so that a text is the same however many tokens are computed together. On a CPU also store all
+    matrices column by column (in place; shapes and values stay): with the few rows of a small batch, or of a context without a cache,
+    MKL is then faster, but not for an RQ-transformer.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False  # of convolutions, which that does not reach

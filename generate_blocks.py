@@ -6,13 +6,12 @@ chosen with `pick` and the noise of its own position, as there.
 Shapes: B samples, T tokens, V vocabulary; S tokens of a block, M blocks of a context, D levels of codes, K codes of a level.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
 
 from code_stepper import CodeStepper
-from generate import BlockSampling, Continuation, context_start, gumbel_noise, pick
+from generate import BlockSampling, Continuation, Sampling, context_start, gumbel_noise, pick
 from stepper import can_step
 
 
@@ -30,6 +29,20 @@ def block_noise(seed: int, samples: range, position: int, count: int, size: int)
     return torch.stack([gumbel_noise(seed, sample, position, count * size) for sample in samples]).unflatten(1, (count, size))
 
 
+def code_noise(levels: tuple[Sampling, ...], samples: range, n: int, count: int, size: int) -> list[torch.Tensor | None]:
+    """(B, size) noise for each of the `count` codes that follow n blocks or tokens; None where all levels are greedy."""
+    if all(level.temperature == 0 for level in levels):
+        return [None] * count
+    return list(block_noise(levels[0].seed, samples, n, count, size).unbind(1))
+
+
+def token_noise(sampling: BlockSampling, samples: range, n: int, count: int, size: int) -> torch.Tensor | None:
+    """(B count, size) noise for the tokens of those codes, at positions from 2^31 on, out of the way of the codes'; None: greedy."""
+    if sampling.tokens.temperature == 0:
+        return None
+    return block_noise(sampling.levels[0].seed, samples, 2**31 + n, count, size).flatten(0, 1)
+
+
 def sample_in_blocks(
     model: torch.nn.Module, samples: list[Continuation], sampling: BlockSampling, use_cache: bool = True, first_sample: int = 0
 ) -> Iterator[None]:
@@ -43,8 +56,7 @@ def sample_in_blocks(
     """
     config, device = model.config, model.vectors.device
     S, M, D = config.latent_factor, config.blocks, config.codebook_levels
-    levels = sampling.for_levels(D)
-    noise = functools.partial(block_noise, levels[0].seed, range(first_sample, first_sample + len(samples)))
+    levels, numbers = sampling.for_levels(D), range(first_sample, first_sample + len(samples))
     idx = torch.tensor([[filler(sample)] * (-len(sample.tokens) % S) + sample.tokens for sample in samples], device=device)
     table, codes = model.table(), None
     step = CodeStepper(model, table) if use_cache and len(samples) == 1 and can_step(model) else None
@@ -62,9 +74,7 @@ def sample_in_blocks(
         else:
             h = model.states(codes, table, spatial if use_cache else None)[:, -1]
         stack = codes.new_empty(len(samples), 0)  # (B, d)
-        drawn = [None] * D
-        if any(level.temperature > 0 for level in levels):
-            drawn = noise(n, D, config.codebook_size).unbind(1)
+        drawn = code_noise(levels, numbers, n, D, config.codebook_size)
         depth.truncate(0)
         for d, level in enumerate(levels):
             if step is not None:
@@ -79,9 +89,7 @@ def sample_in_blocks(
             logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)
             logits = logits[:, -S:].flatten(0, 1)  # (B S, V)
         known = codes.size(1) if use_cache else 0
-        drawn = None
-        if sampling.tokens.temperature > 0:  # positions from 2^31 on, out of the way of the codes'
-            drawn = noise(2**31 + n, S, config.vocab_size).flatten(0, 1)
+        drawn = token_noise(sampling, numbers, n, S, config.vocab_size)
         chosen = pick(logits, drawn, sampling.tokens).unflatten(0, (-1, S))
         for sample, tokens in zip(samples, chosen.tolist()):
             if not sample.finished:
@@ -101,8 +109,7 @@ def sample_targets(
     """
     config, device = model.config, next(model.parameters()).device
     S, D, K, pairs = config.latent_factor, config.codebook_levels, config.codebook_size, config.task == "pairs"
-    levels, most = sampling.for_levels(D), config.latents * D
-    noise = functools.partial(block_noise, levels[0].seed, range(first_sample, first_sample + len(samples)))
+    levels, most, numbers = sampling.for_levels(D), config.latents * D, range(first_sample, first_sample + len(samples))
     idx = torch.tensor([sample.tokens for sample in samples], device=device)  # (B, n)
 
     cache, begin, h = None, 0, None
@@ -115,9 +122,7 @@ def sample_targets(
         h = torch.cat((h.to(new.dtype), new), dim=1)  # (B, n - begin, C)
         state, codes = h[:, -1], idx.new_empty(len(samples), 0)  # (B, codes so far)
         going = torch.ones(len(samples), dtype=torch.bool, device=device)  # no "end" yet
-        drawn = [None] * most
-        if any(level.temperature > 0 for level in levels):
-            drawn = noise(n, most, K + 1).unbind(1)
+        drawn = code_noise(levels, numbers, n, most, K + 1)
         for i in range(most):
             logits = model.code_logits(state, i % D)
             if i == 0:
@@ -136,9 +141,7 @@ def sample_targets(
                 state = model.read(vectors, model.make_cache())[:, -1]
         cache.truncate(n - begin)
         logits = model.write(codes.unflatten(1, (-1, D)), h)  # (B, m S, V)
-        drawn = None
-        if sampling.tokens.temperature > 0:  # positions from 2^31 on, out of the way of the codes'
-            drawn = noise(2**31 + n, *logits.shape[1:]).flatten(0, 1)
+        drawn = token_noise(sampling, numbers, n, *logits.shape[1:])
         chosen = pick(logits.flatten(0, 1), drawn, sampling.tokens).unflatten(0, (len(samples), -1))
         lengths = (codes[:, ::D] >= 0).sum(1) * S
         for sample, tokens, length in zip(samples, chosen.tolist(), lengths.tolist()):

@@ -91,7 +91,7 @@ class EncoderDecoderConfig:
 def warn_ignored(config, keys: Iterable[str], because: str) -> None:
     """Warn of settings that were given, although nothing looks at them."""
     if given := [key for key in keys if getattr(config, key) != getattr(type(config), key)]:
-        warnings.warn(f"{', '.join(given)} without effect: {because}", stacklevel=1)  # 1: once, wherever it comes from
+        warnings.warn(f"{', '.join(given)} without effect: {because}", stacklevel=1)  # one place for all, so that Python says it once
 
 
 def check_fields(config, *sizes: str) -> None:

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import checkpoint
@@ -18,12 +17,12 @@ from trainer import TrainConfig, Trainer
 
 class Recorder:
     """
-    The record of one run, in `out`. `say` prints, in the main process. In `state`, `seconds` is everything since the start and
-    `train_seconds` only the updates; both go on in a resumed run.
+    The record of one run, in `out`. In `state`, `seconds` is everything since the start and `train_seconds` only the updates; both go
+    on in a resumed run.
     """
 
-    def __init__(self, trainer: Trainer, out: Path, say: Callable[..., None]):
-        self.trainer, self.config, self.machine, self.out, self.say = trainer, trainer.config, trainer.machine, out, say
+    def __init__(self, trainer: Trainer, out: Path):
+        self.trainer, self.config, self.machine, self.out = trainer, trainer.config, trainer.machine, out
         self.tokens_per_step = trainer.sequences * trainer.data.block_size  # of pairs padding counts: it is computed, too
         self.wandb = None
         self.state = {
@@ -64,7 +63,7 @@ class Recorder:
                 trainer.micro_batch_size = self.state["micro_batch_size"]
             elif machine.device.type == "cuda":
                 trainer.find_micro_batch_size()
-            self.say(f"micro_batch_size=auto: {trainer.micro_batch_size} of the {trainer.sequences} sequences of a step at once")
+            machine.say(f"micro_batch_size=auto: {trainer.micro_batch_size} of the {trainer.sequences} sequences of a step at once")
         self.clock = time.perf_counter()
 
     def resume(self, settings: dict, resumed: dict) -> None:
@@ -82,7 +81,7 @@ class Recorder:
         self.state = {key: resumed.get(key, value) for key, value in self.state.items()}  # older runs have not all of them
         if self.config.lanes is None and not trainer.no_lanes_because():  # whatever the number of threads is now
             trainer.lanes = runtime.Lanes(self.state["lanes"])
-        self.say(f"resuming {out} at step {trainer.step}")
+        self.machine.say(f"resuming {out} at step {trainer.step}")
 
     # ------------------------------------------------------------------------------------------------------------------
     # while it trains
@@ -114,7 +113,7 @@ class Recorder:
             checkpoint.save(self.out / "last", trainer.raw_model, trainer.optimizer, trainer_state)
 
     def save(self, val_loss: float, codes_of_data: bool = True) -> None:
-        """After an evaluation: best/, if that is the lowest loss so far, and last/. One of random codes does not try patience."""
+        """After an evaluation: write best/, if the loss is the lowest so far, and last/. With random codes patience does not count it."""
         self.state["evaluated"] = self.trainer.step
         self.state["no_better"] += codes_of_data
         if self.state["best_val_loss"] is None or val_loss < self.state["best_val_loss"]:
@@ -129,7 +128,7 @@ class Recorder:
         if ends[-1:] == [end]:
             return
         if ends:
-            self.say(
+            self.machine.say(
                 f"note: the learning rate decays until step {end} from now on, until here it was {ends[-1]}: not the run that it "
                 "would have been in one piece; give --lr_decay_iters from the start to go on later"
             )

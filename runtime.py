@@ -46,6 +46,11 @@ class Runtime:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print a line, in the main process."""
+        if self.is_main:
+            print(text, flush=True)
+
     @property
     def weight_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -135,8 +140,8 @@ def keep_freed_memory() -> None:
 
 def stop(failed: bool = False) -> None:
     """
-    Leave the other processes. NCCL waits for them, and they wait in a collective for one that has failed alone: it leaves without, and
-    says why.
+    Leave the group of processes. With NCCL not if this process has failed: leaving would wait for the others, and they wait in a
+    collective for this one, so it would never come to say why.
     """
     if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()

@@ -159,22 +159,15 @@ def encode_prompt(written: str, text: tokenizer.Tokenizer, separator: int | None
     raise ValueError("the prompt is empty, and this tokenizer has no end-of-document token to begin with; give a prompt")
 
 
-def look_ahead(
-    model: torch.nn.Module, sample: generate.Continuation, config: SampleConfig, how: generate.Sampling, counts: dict
-) -> Iterator[None]:
-    """Continue one sample by lookahead; leaves in `counts` what it did."""
-    run = lookahead.Lookahead(model, sample, how, config.setting())
-    for said in lookahead.tune(run) if config.lookahead == "auto" else ():
+def look_ahead(run: lookahead.Lookahead, auto: bool) -> Iterator[None]:
+    """Continue the text of `run`, with the setting that it has or, if `auto`, with the fastest."""
+    for said in lookahead.tune(run) if auto else ():
         if said:
             print(said, file=sys.stderr)
         yield
-    while not sample.finished:
+    while not run.sample.finished:
         run.step()
         yield
-    counts |= {
-        "lookahead": str(run.setting or "plain"), "steps": run.steps, "drafted": run.drafted, "accepted": run.accepted,
-        "tokens_per_step": len(sample.output) / run.steps, "accepted_share": run.accepted / max(run.drafted, 1),
-    }  # fmt: skip
 
 
 def first_difference(samples: list[generate.Continuation], others: list[generate.Continuation]) -> tuple[int, int] | None:
@@ -214,7 +207,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     if config.int8 and (isinstance(how, generate.BlockSampling) or not stepper.can_step(model)):
         raise ValueError("int8=true is for encoder-decoders and decoder-only models, without window and latents, on a CPU")
 
-    separator = checkpoint.read_json(Path(run) / "config.json").get("separator")
+    separator = checkpoint.separator(run)
     written, prompt = encode_prompt(read_prompt(config.prompt), text, separator)
     if separator is not None and hasattr(model, "bottleneck") and separator in prompt[:-1]:
         raise ValueError("the prompt goes on behind the end of its question, but a latent transformer answers whole questions only")
@@ -237,11 +230,11 @@ def main(argv: list[str] | None = None) -> list[str]:
 
     samples = start((lambda piece: print(piece, end="", flush=True)) if config.stream else None)
     generate.check_prompts(model, [prompt])  # before anything is printed
+    ahead = None if config.lookahead is None else lookahead.Lookahead(model, samples[0], how, config.setting())
     if config.stream:
         print(written, end="", flush=True)
-    counts = {}
-    if config.lookahead is not None:
-        seconds = timed(look_ahead(model, samples[0], config, how, counts))
+    if ahead is not None:
+        seconds = timed(look_ahead(ahead, config.lookahead == "auto"))
     else:
         backend = "inductor" if config.compile else None
         seconds = timed(generate.sample_together(model, samples, how, config.cache, compile=backend, int8=config.int8))
@@ -258,12 +251,15 @@ def main(argv: list[str] | None = None) -> list[str]:
         "seconds": seconds, "tokens_per_second": tokens / seconds, "ended": [sample.reason for sample in samples],
         "texts": [sample.text for sample in samples],
         "device": str(machine.device), "dtype": str(machine.dtype).removeprefix("torch."),
-    } | counts  # fmt: skip
+    }  # fmt: skip
     line = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s"
-    if counts:
-        which = counts["lookahead"] if counts["lookahead"] != "plain" else "auto, trials included"
-        line += f"; lookahead {which}: {counts['tokens_per_step']:.2f} tokens/step, "
-        line += f"{counts['accepted_share']:.0%} of {counts['drafted']} drafted tokens accepted"
+    if ahead is not None:
+        report |= {
+            "lookahead": str(ahead.setting or "plain"), "steps": ahead.steps, "drafted": ahead.drafted, "accepted": ahead.accepted,
+            "tokens_per_step": tokens / ahead.steps, "accepted_share": ahead.accepted / max(ahead.drafted, 1),
+        }  # fmt: skip
+        line += f"; lookahead {ahead.setting or 'auto, trials included'}: {report['tokens_per_step']:.2f} tokens/step, "
+        line += f"{report['accepted_share']:.0%} of {ahead.drafted} drafted tokens accepted"
     print(line, file=sys.stderr)
     if config.check:
         others = start()

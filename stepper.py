@@ -79,7 +79,7 @@ class Product:
 
 
 class RoundedProduct(Product):
-    """The same with W in bfloat16 or in 8 bits, and x rounded to bfloat16."""
+    """A Product with W in bfloat16 or in 8 bits, and x rounded to bfloat16."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
         self.bias, self.scale, self.padding = bias, None, (0, 0)

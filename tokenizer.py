@@ -28,8 +28,8 @@ def to_utf8(text: str) -> bytes:
     return text.encode("utf-8", errors="replace")
 
 
-class _Tokenizer:
-    """What the three have in common: everything is derived from encode_array and decode_bytes."""
+class Tokenizer:
+    """What the three have in common: everything is derived from their encode_array and decode_bytes."""
 
     name: str
     vocab_size: int  # ids are 0 .. vocab_size - 1
@@ -44,7 +44,7 @@ class _Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-class ByteTokenizer(_Tokenizer):
+class ByteTokenizer(Tokenizer):
     """The 256 bytes of UTF-8. Byte 0, which no real text contains, separates documents."""
 
     name, vocab_size, eos = "byte", 256, 0
@@ -59,7 +59,7 @@ class ByteTokenizer(_Tokenizer):
         return {"name": self.name}
 
 
-class CharTokenizer(_Tokenizer):
+class CharTokenizer(Tokenizer):
     """The distinct characters of a text, in code point order. There is no room for an end-of-document token."""
 
     name, eos = "char", None
@@ -91,7 +91,7 @@ class CharTokenizer(_Tokenizer):
         return {"name": self.name, "chars": self.chars}
 
 
-class TiktokenTokenizer(_Tokenizer):
+class TiktokenTokenizer(Tokenizer):
     """A byte-pair encoding of tiktoken, by name; `encoding` is given when it was rebuilt from a saved state instead."""
 
     def __init__(self, name: str, encoding=None):
@@ -120,9 +120,6 @@ class TiktokenTokenizer(_Tokenizer):
         ranks = {base64.b64encode(token).decode(): rank for token, rank in self.encoding._mergeable_ranks.items()}
         special = self.encoding._special_tokens
         return {"name": self.name, "pattern": self.encoding._pat_str, "special_tokens": special, "ranks": ranks}
-
-
-Tokenizer = ByteTokenizer | CharTokenizer | TiktokenTokenizer
 
 
 class Unavailable(ValueError):
@@ -202,11 +199,10 @@ def load(folder: str | Path) -> Tokenizer:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it is written beside the data and copied into every run directory")
-    damage = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
     try:
         return from_state(json.loads(path.read_text(encoding="utf-8")))
     except Unavailable:
         raise
-    except damage as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is damaged ({reason}); copy it again from the data set's folder") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is damaged ({why}); copy it again from the data set's folder") from error

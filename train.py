@@ -10,9 +10,9 @@ One *step* is one optimizer update on batch_size * gradient_accumulation_steps s
 processes share them. Which sequences those are, and every dropout mask, is a function of (seed, step) alone; that is why
 resuming, evaluating more often, or adding processes does not change a run. micro_batch_size, how many sequences are computed at
 a time, changes rounding and, because each micro-batch draws its own, the dropout masks. On pairs, whose answers differ in length,
-it also changes, a little, the losses of codes, which are not means over target tokens. lanes, the number of parts of a micro-batch
-that a CPU computes side by side, changes the same things but for dropout, which lanes exclude; the number is chosen when a run
-starts, from torch's number of threads at that time, and kept when it is resumed.
+it also changes, a little, the losses of codes, which are not means over target tokens. So does lanes, the number of parts of a
+micro-batch that a CPU computes side by side (with dropout there is only one). It is chosen when a run starts, from torch's number of
+threads at that time, and kept when the run is resumed.
 """
 
 import contextlib
@@ -59,9 +59,12 @@ COMMAND_ONLY = {"resume", "overwrite", "out_dir"}  # say what one command does; 
 
 def settings_of_run(config_file: Path | None, file_values: dict, flags: dict) -> dict[str, object]:
     """
-    The settings that --resume takes from the run: those that were flags when it was started or resumed before, and those that the
-    config file does not set. All others are read from the config file again, which may have changed. Empty for a new run. Raises
-    ValueError or FileNotFoundError where there is no such run.
+    The settings that --resume takes from the run; empty for a new run. What counts, the first of these that has the setting:
+        a flag of this command
+        the run, if it was a flag when the run was started or resumed before
+        the config file as it is now, which may have changed
+        the run
+    Raises ValueError or FileNotFoundError where there is no such run.
     """
     where = (*COMMAND_ONLY, "model")
     from_file, from_flags = ({key: values[key] for key in where if key in values} for values in (file_values, flags))
@@ -96,7 +99,7 @@ def git_commit() -> str:
 # from settings to a model with its data
 
 
-def check_warmup(config: TrainConfig, flags: set[str], say: Callable) -> None:
+def check_warmup(config: TrainConfig, flags: set[str], machine: runtime.Runtime) -> None:
     """Raise ValueError for a warm-up that would never end, unless somebody tries a few steps of a long run: they get those."""
     if config.resume or not 0 < config.max_iters < config.warmup_iters:
         return
@@ -104,10 +107,10 @@ def check_warmup(config: TrainConfig, flags: set[str], say: Callable) -> None:
         raise ValueError(
             f"warmup_iters={config.warmup_iters} is beyond max_iters={config.max_iters}: the warm-up would never end; lower it"
         )
-    say(f"note: max_iters={config.max_iters} ends the run inside its warm-up of {config.warmup_iters} steps")
+    machine.say(f"note: max_iters={config.max_iters} ends the run inside its warm-up of {config.warmup_iters} steps")
 
 
-def find_autoencoder(config: TrainConfig, model_config, out: Path, say: Callable) -> tuple[Path | None, Path | None]:
+def find_autoencoder(config: TrainConfig, model_config, out: Path, machine: runtime.Runtime) -> tuple[Path | None, Path | None]:
     """
     Two run directories for a model over the codes of a frozen autoencoder, else None: of that autoencoder, and of the one beside
     which the codes of the data are kept. A resumed run has its own copy, as the decoder of the original may have been trained on.
@@ -119,7 +122,7 @@ def find_autoencoder(config: TrainConfig, model_config, out: Path, say: Callable
         return original, original
     if checkpoint.has_codebooks(original, model_config.codebook_hash):
         return copy, original
-    say(f"note: {original} is gone or has other codebooks by now: the run goes on with its own copy, {copy}")
+    machine.say(f"note: {original} is gone or has other codebooks by now: the run goes on with its own copy, {copy}")
     return copy, copy
 
 
@@ -181,7 +184,10 @@ def check_inputs(config: TrainConfig, model: torch.nn.Module, data: dataloader.T
 
 
 def make_sampler(config: TrainConfig, model: torch.nn.Module, data: dataloader.TokenData) -> Callable[[], str] | None:
-    """What writes the sample of an evaluation, None without. Raises ValueError for a prompt or a seed that it cannot begin with."""
+    """
+    A function that writes the sample of an evaluation; None if there is to be none. Raises ValueError for a prompt or a seed that it
+    cannot begin with.
+    """
     if config.eval_sample_tokens == 0:
         return None
     text, sampling = tokenizer.load(data.folder), generate.Sampling(seed=config.seed)
@@ -210,15 +216,15 @@ def main(argv: list[str] | None = None) -> dict:
         choose=("model", checkpoint.CONFIGS),
         stored=settings_of_run,
     )
-    config, model_config = parsed.sections
+    config = parsed.sections[0]
     machine = runtime.start(config.device, config.dtype, config.compile)
     try:
         out = run_dir(config, parsed.config_file)
         with checkpoint.alone_in(out) if machine.is_main else contextlib.nullcontext():
-            summary = train(config, model_config, machine, parsed, out)
+            summary = train(parsed, machine, out)
         machine.barrier()  # gloo's threads abort a process that leaves while another is still connected to it
     except BaseException as error:
-        runtime.stop(failed=isinstance(error, Exception))  # interrupted are all of them
+        runtime.stop(failed=isinstance(error, Exception))  # an interruption reaches all processes
         if isinstance(error, torch.OutOfMemoryError):
             raise ValueError(
                 f"{str(error).split('. ')[0].strip('. ')}; compute fewer sequences at a time, --micro_batch_size=N or auto (it is "
@@ -231,17 +237,17 @@ def main(argv: list[str] | None = None) -> dict:
     return summary
 
 
-def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: configurator.Settings, out: Path) -> dict:
+def train(parsed: configurator.Settings, machine: runtime.Runtime, out: Path) -> dict:
     """One run, from its settings to its summary."""
-    say = print if machine.is_main else (lambda *args, **kwargs: None)
-    say(machine.reasons)
-    check_warmup(config, parsed.flags, say)
+    config, model_config = parsed.sections
+    machine.say(machine.reasons)
+    check_warmup(config, parsed.flags, machine)
     commit = git_commit()  # now: by the end of a long run the checkout may have moved on
     if machine.is_main:
         dataloader.prepare_if_missing(config.dataset)
     machine.barrier()
 
-    encoder_run, codes_run = find_autoencoder(config, model_config, out, say)
+    encoder_run, codes_run = find_autoencoder(config, model_config, out, machine)
     autoencoder = None
     if encoder_run is not None:  # it settles all sizes of text and codes
         autoencoder = checkpoint.load_autoencoder(encoder_run)
@@ -264,25 +270,25 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
     if isinstance(data, dataloader.PairData):
         settings["separator"] = data.separator  # sample.py has no other way to know that a prompt is a question
     trainer = Trainer(config, model, data, machine)
-    record = Recorder(trainer, out, say)
+    record = Recorder(trainer, out)
     record.begin(settings, codes_run)
     lanes = trainer.lanes.count
-    say(
+    machine.say(
         f"{config.model}: {model.get_num_params():,} parameters, {model.flops_per_token() / 1e6:.1f} MFLOP per token; "
         f"{config.dataset}: {len(data.train):,} training and {len(data.val):,} validation tokens; "
         f"{record.tokens_per_step:,} tokens a step{', padding included' if isinstance(data, dataloader.PairData) else ''}"
         f"{f', in {lanes} lanes' if lanes > 1 else ''}"
     )
-    estimates = loop(trainer, record, write_sample)
+    estimates = loop(record, write_sample)
 
     record.lap(training=False)
-    say(f"evaluating on {'the whole validation file' if config.final_eval_tokens is None else 'part of the validation file'}")
+    machine.say(f"evaluating on {'the whole validation file' if config.final_eval_tokens is None else 'part of the validation file'}")
     summary = {"run": out.name, "commit": commit, **summarize(trainer, record.state, estimates or trainer.estimates())}
     record.finish(summary)
     if "exact_pairs" in summary:
-        say(f"{summary['exact_pairs']:.2%} of {summary['pairs']:,} unseen pairs answered exactly")
+        machine.say(f"{summary['exact_pairs']:.2%} of {summary['pairs']:,} unseen pairs answered exactly")
     found = f"{summary['token_accuracy']:.2%} right" if model.reconstructs else f"{summary['val_bits_per_byte']:.4f} bits per byte"
-    say(
+    machine.say(
         f"done: validation {name_of_loss(model)} {summary['val_loss']:.4f} nats per token, {found} over {summary['val_tokens']:,} "
         f"tokens; {runtime.duration(record.state['seconds'])}; {out}/summary.json"
     )
@@ -293,12 +299,12 @@ def train(config: TrainConfig, model_config, machine: runtime.Runtime, parsed: c
 # the loop
 
 
-def loop(trainer: Trainer, record: Recorder, write_sample: Callable[[], str] | None) -> dict | None:
+def loop(record: Recorder, write_sample: Callable[[], str] | None) -> dict | None:
     """
     Train until max_iters, or until patience has had enough. Returns the estimates of the last evaluation, None where a resumed
     run had made it already. Raises KeyboardInterrupt, after saving, when the run is told to stop.
     """
-    config, machine, state, say = trainer.config, trainer.machine, record.state, record.say
+    trainer, config, machine, state = record.trainer, record.config, record.machine, record.state
     estimates, tokens, logged_at = None, 0, state["train_seconds"]  # the last two for tokens/s, the speed of training alone
     ask_every = 1  # steps: in how many one of several processes looks whether another has been interrupted
     with interruptible() as interrupted:
@@ -307,18 +313,17 @@ def loop(trainer: Trainer, record: Recorder, write_sample: Callable[[], str] | N
             if due and state["evaluated"] != trainer.step:
                 machine.wait()
                 record.lap(training=True)
-                estimates = evaluate(trainer, record, write_sample)
+                estimates = evaluate(record, write_sample)
                 record.lap(training=False)
             if trainer.step >= config.max_iters:
                 return estimates
             if config.patience and state["no_better"] >= config.patience and state["evaluated"] == trainer.step:  # and saved
-                say(f"patience={config.patience}: no val loss is lower than that of step {state['best_step']}")
+                machine.say(f"patience={config.patience}: no val loss is lower than that of step {state['best_step']}")
                 return estimates
             # All processes have to stop at the same step. They ask each other only every few seconds, because all wait for the answer,
             # and that often, because torchrun kills them half a minute after a signal.
-            asked = trainer.step % ask_every == 0
-            if asked and machine.in_any_process(bool(interrupted)):
-                stop(trainer, record)
+            if trainer.step % ask_every == 0 and machine.in_any_process(bool(interrupted)):
+                stop(record)
             record.note_decay()
             sums = trainer.update()
             tokens += record.tokens_per_step
@@ -331,48 +336,48 @@ def loop(trainer: Trainer, record: Recorder, write_sample: Callable[[], str] | N
                 if machine.world_size > 1:
                     speeds = machine.sum_over_processes(torch.tensor(speed)).item() / machine.world_size  # the same for all of them
                     ask_every = max(1, min(config.log_interval, int(5 * speeds / record.tokens_per_step)))
-                report(values, speed, config, record)
+                report(values, speed, record)
 
 
-def evaluate(trainer: Trainer, record: Recorder, write_sample: Callable[[], str] | None) -> dict:
+def evaluate(record: Recorder, write_sample: Callable[[], str] | None) -> dict:
     """Estimate both losses, log them, keep the checkpoints. Returns the estimates."""
+    trainer, machine = record.trainer, record.machine
     found, step, what = trainer.estimates(), trainer.step, name_of_loss(trainer.raw_model)
     stop_if_not_finite(found["val_loss"], step, record.out)
     if step > 0:  # of an untrained model there is nothing to say
         found |= trainer.measure(trainer.eval_batches("val", trainer.rows_that_fit))
     accuracy = f", accuracy {found['token_accuracy']:.2%}" if "token_accuracy" in found else ""
-    record.say(f"step {step}: train {what} {found['train_loss']:.4f}, val {what} {found['val_loss']:.4f}{accuracy}")
+    machine.say(f"step {step}: train {what} {found['train_loss']:.4f}, val {what} {found['val_loss']:.4f}{accuracy}")
     record.log("eval", found)
-    if write_sample and trainer.machine.is_main:
-        record.say(f"sample: {write_sample()!r}")
+    if write_sample and machine.is_main:
+        machine.say(f"sample: {write_sample()!r}")
     record.save(found["val_loss"], found.get("codes_of_data", True))
     return found
 
 
-def report(values: dict[str, float], speed: float, config: TrainConfig, record: Recorder) -> None:
+def report(values: dict[str, float], speed: float, record: Recorder) -> None:
     """Print and log what a step gave: its losses, `total` among them, and the tokens/s since the step reported before."""
-    step = record.trainer.step
+    config, step = record.config, record.trainer.step
     rate, left = learning_rate(config, step - 1), (config.max_iters - step) * record.tokens_per_step / speed
     named = {"loss": values["total"]}
     named |= {name if name == "grad_norm" else f"{name}_loss": value for name, value in values.items() if name != "total"}
     shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in named.items() if key != "token_loss")
-    record.say(
+    record.machine.say(
         f"step {step}/{config.max_iters}: {shown}, lr {rate:.2e}, {speed:,.0f} tokens/s, "
-        f"{runtime.duration(record.state['seconds'])} gone, {runtime.duration(left)} to go",
-        flush=True,
+        f"{runtime.duration(record.state['seconds'])} gone, {runtime.duration(left)} to go"
     )
     record.log("train", {**named, "lr": rate, "tokens_per_second": speed, "seconds": record.state["seconds"]})
 
 
-def stop(trainer: Trainer, record: Recorder) -> None:
+def stop(record: Recorder) -> None:
     """Save, and raise KeyboardInterrupt."""
+    trainer, out = record.trainer, record.out
     if not all(p.isfinite().all() for p in trainer.raw_model.parameters()):
-        stop_if_not_finite(math.nan, trainer.step, record.out)
+        stop_if_not_finite(math.nan, trainer.step, out)
     record.lap(training=True)
     record.save_last()
     trainer.machine.barrier()  # half a minute after one process has left torchrun ends the others, writing or not
-    out = record.out
-    record.say(f"stopped at step {trainer.step}; {out}/last is saved: --resume --out_dir={shlex.quote(str(out))} goes on")
+    trainer.machine.say(f"stopped at step {trainer.step}; {out}/last is saved: --resume --out_dir={shlex.quote(str(out))} goes on")
     raise KeyboardInterrupt
 
 

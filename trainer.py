@@ -169,7 +169,11 @@ def lanes_that_pay(model: torch.nn.Module, sequences: int) -> int:
 
 
 class Trainer:
-    """A model, its optimizer and the data they see. `step` counts finished updates."""
+    """
+    A model, its optimizer and the data they see. `step` counts finished updates. raw_model is the model as it was built, model the
+    same compiled, train_model that with gradients exchanged between processes. train_data is what update() draws from: `data`, unless
+    a model puts something else made of it there.
+    """
 
     def __init__(self, config: TrainConfig, raw_model: torch.nn.Module, data: dataloader.TokenData, machine: runtime.Runtime):
         self.sequences = config.batch_size * config.gradient_accumulation_steps  # of a step
@@ -189,9 +193,8 @@ class Trainer:
             f"without codes, and keeps the memory of every size it tries; use compile=on, or a number as micro_batch_size",
         )
         self.micro_batch_size = config.batch_size if config.micro_batch_size in (None, "auto") else config.micro_batch_size
-        # raw_model: as it was built; model: that compiled; train_model: that with gradients exchanged between processes
         self.config, self.raw_model, self.data, self.machine = config, raw_model, data, machine
-        self.train_data = data  # what update() draws from; a model may put something else made of it here
+        self.train_data = data
         self.optimizer = make_optimizer(raw_model, config, machine.device)
         # float16 gradients underflow unless the loss is scaled up; for all other types this does nothing
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
@@ -398,7 +401,7 @@ class Trainer:
         return min(self.config.batch_size, self.micro_batch_size)
 
     def eval_batches(self, split: str, most: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This process's share of the fixed evaluation windows of a split, at most so many at a time; none: as training takes."""
+        """This process's share of the fixed evaluation windows of a split, at most `most` at a time; none: as many as in training."""
         config, machine = self.config, self.machine
         starts = self.data.eval_starts(split, config.batch_size * config.eval_iters)
         # a micro-batch of a model over codes is one of codes, not of the text that it is evaluated on

@@ -15,6 +15,7 @@ import dataloader
 import tokenizer
 from benchmarks.timing import in_turns, rate
 from data import corpus, sources
+from runs import markdown_table
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,9 @@ def bench_data(config: DataBench) -> list[dict]:
         loaded = rate(in_turns({loading: load}, config.batches, config.repeats, warm_up=1)[loading])
 
     print(f"{size / 1e6:,.1f} MB of text, {len(documents):,} documents, tokenizer {config.tokenizer}, {threads} threads")
-    print(f"\n{'| variant':37} | MB/s | x first | batches/s |")
-    print(f"| {'-' * 35} | ---: | ------: | --------: |")
-    rows = []
-    for name, runs in timed.items():
-        row = {"variant": name, "bytes_per_second": rate(runs), "ratio": rate(runs) / rate(next(iter(timed.values())))}
-        print(f"| {name:35} | {row['bytes_per_second'] / 1e6:4.1f} | {row['ratio']:7.2f} | {'':9} |")
-        rows.append(row)
-    print(f"| {loading:35} | {'':4} | {'':7} | {loaded:9,.0f} |")
+    first = rate(next(iter(timed.values())))
+    rows = [{"variant": name, "bytes_per_second": rate(runs), "ratio": rate(runs) / first} for name, runs in timed.items()]
+    lines = [[row["variant"], f"{row['bytes_per_second'] / 1e6:.1f}", f"{row['ratio']:.2f}", ""] for row in rows]
+    lines.append([loading, "", "", f"{loaded:,.0f}"])
+    print("\n" + markdown_table(["variant", "MB/s", "x first", "batches/s"], lines))
     return [*rows, {"variant": loading, "batches_per_second": loaded}]

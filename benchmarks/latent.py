@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,6 +12,7 @@ import generate
 import runtime
 from benchmarks.sampling import Variant, plainly, sampled
 from benchmarks.shapes import STDLIB
+from runs import markdown_table
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def latent_models(config: LatentBench) -> list[tuple[str, torch.nn.Module, list[
             if model.writes_blocks == is_baseline or model.reconstructs:
                 kinds = "baseline=... takes a plain model, run=... one over codes"
                 raise ValueError(f"{'baseline' if is_baseline else 'run'}={run}: the wrong kind of model; {kinds}")
-            separator = checkpoint.read_json(Path(run) / "config.json").get("separator")
+            separator = checkpoint.separator(run)
             end = None if separator is None else text.eos
             found.append((run, model, text.encode(config.prompt) + ([] if end is None else [separator]), end))
         elif is_baseline:
@@ -57,8 +57,9 @@ def latent_models(config: LatentBench) -> list[tuple[str, torch.nn.Module, list[
             for S in (4, 8):
                 autoencoder = checkpoint.build("autoencoder", checkpoint.CONFIGS["autoencoder"](latent_factor=S))
                 shape = checkpoint.CONFIGS["rq_transformer"]().fitted_to(autoencoder)
-                found.append((f"RQ-transformer, S={S}", checkpoint.build("rq_transformer", shape), prompt, None))
-                found[-1][1].attach(autoencoder)
+                model = checkpoint.build("rq_transformer", shape)
+                model.attach(autoencoder)
+                found.append((f"RQ-transformer, S={S}", model, prompt, None))
     if len({end for *_, end in found}) > 1:
         raise ValueError(f"run={config.run}, baseline={config.baseline}: only one is on pairs; give two runs on the same data")
     return found
@@ -80,26 +81,24 @@ def answering(
 def bench_latent(config: LatentBench) -> list[dict]:
     machine = runtime.start(config.device, config.dtype, "off")
     sampling = generate.Sampling(config.temperature, seed=config.seed)
-    variants, texts, batches = [], {}, sorted({1, config.batch})
+    variants, batches = [], sorted({1, config.batch})
     for name, model, prompt, end in latent_models(config):
         model.to(machine.device, machine.weight_dtype).eval()
         generate.prepare_for_decoding(model)
         print(f"{name}: {model.get_num_params():,} parameters")
         for batch in batches:
             work = plainly(model, [prompt], sampling, batch) if end is None else answering(model, prompt, end, sampling, batch)
-            variants.append(Variant(f"{name}, batch {batch}", work, model))
-            texts[variants[-1].name] = batch
+            variants.append(Variant(f"{name}, batch {batch}", work, model, batch))
     with machine.autocast():
-        found = sampled(variants, config.tokens, config.repeats, texts)
-    plain = {texts[row.variant]: row.tokens_per_second for row in found[: len(batches)]}
+        found = sampled(variants, config.tokens, config.repeats)
+    plain = dict(zip(batches, (row.tokens_per_second for row in found)))  # the baseline's come first
     length = f"{config.tokens} tokens a text" if end is None else "whole answers"
     print(f"{length}, temperature {config.temperature:g}; {machine.reasons}")
-    print(f"\n{'| variant':42} | tokens/s | x plain cached | tokens/step |")
-    print(f"| {'-' * 40} | -------: | -------------: | ----------: |")
-    rows = []
-    for row in found:
-        values = {"variant": row.variant, "batch": texts[row.variant], "tokens_per_second": row.tokens_per_second,
-                  "tokens_per_step": row.tokens_per_step, "ratio": row.tokens_per_second / plain[texts[row.variant]]}  # fmt: skip
-        print(f"| {row.variant:40} | {row.tokens_per_second:8.1f} | {values['ratio']:14.2f} | {row.tokens_per_step:11.2f} |")
+    rows, lines = [], []
+    for row, (*_, batch) in zip(found, variants):
+        values = {"variant": row.variant, "batch": batch, "tokens_per_second": row.tokens_per_second,
+                  "tokens_per_step": row.tokens_per_step, "ratio": row.tokens_per_second / plain[batch]}  # fmt: skip
         rows.append(values | {"new_tokens": config.tokens})
+        lines.append([row.variant, f"{row.tokens_per_second:.1f}", f"{values['ratio']:.2f}", f"{row.tokens_per_step:.2f}"])
+    print("\n" + markdown_table(["variant", "tokens/s", "x plain cached", "tokens/step"], lines))
     return rows

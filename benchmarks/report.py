@@ -4,6 +4,8 @@ import contextlib
 import json
 from pathlib import Path
 
+from runs import markdown_table
+
 
 def read_report(path: Path) -> dict:
     """The last line of JSON that a benchmark printed into a file. Raises FileNotFoundError, or ValueError where there is none."""
@@ -28,15 +30,14 @@ def compare(one: Path, two: Path) -> list[dict]:
         return {" ".join(str(row[key]) for key in ("model", "variant") if key in row): row for row in report["rows"]}
 
     before, after = named(a), named(b)
-    print(f"\n{'| variant':52} | {'quantity':24} | {'A':>12} | {'B':>12} | B / A |")
-    print(f"| {'-' * 50} | {'-' * 24} | -----------: | -----------: | ----: |")
-    rows = []
+    rows, lines = [], []
     for name in (name for name in before if name in after):
         for key, x in before[name].items():
             y = after[name].get(key)
             if (key.endswith("_per_second") or key == "peak_memory_bytes") and x and y:
                 rows.append({"variant": name, "quantity": key, "a": x, "b": y, "ratio": y / x})
-                print(f"| {name:50} | {key:24} | {x:12,.4g} | {y:12,.4g} | {y / x:5.2f} |")
+                lines.append([name, key, f"{x:,.4g}", f"{y:,.4g}", f"{y / x:.2f}"])
+    print("\n" + markdown_table(["variant", "quantity", "A", "B", "B / A"], lines))
     for path, missing in ((one, after.keys() - before.keys()), (two, before.keys() - after.keys())):
         for name in sorted(missing):
             print(f"not in {path}: {name}")

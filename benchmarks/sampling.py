@@ -23,6 +23,7 @@ import stepper
 from baseline_transformer.model import DecoderOnly
 from benchmarks.shapes import PUBLISHED
 from benchmarks.timing import in_turns
+from runs import markdown_table
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Variant(NamedTuple):
     name: str
     work: Callable[[int], tuple[int, int]]  # asked for so many tokens a text, returns tokens made and forward passes
     model: torch.nn.Module
+    texts: int = 1  # sampled together
 
 
 class Row(NamedTuple):
@@ -61,13 +63,13 @@ class Row(NamedTuple):
     gigabytes_per_second: float  # weights read: all of them in each forward pass
 
 
-def sampled(variants: list[Variant], tokens: int, repeats: int, texts: dict[str, int]) -> list[Row]:
-    """Rows of all variants, timed in turns; `texts` says how many a variant samples together, if not one."""
+def sampled(variants: list[Variant], tokens: int, repeats: int) -> list[Row]:
+    """Rows of all variants, timed in turns."""
     timed = in_turns({variant.name: variant.work for variant in variants}, tokens, repeats, warm_up=4)
     rows = []
-    for name, _, model in variants:
-        size, together = sum(p.numel() * p.element_size() for p in model.parameters()), texts.get(name, 1)
-        columns = [(made / t, made / steps / together, steps * size / t / 1e9) for t, (made, steps) in timed[name]]
+    for name, _, model, texts in variants:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        columns = [(made / t, made / steps / texts, steps * size / t / 1e9) for t, (made, steps) in timed[name]]
         rows.append(Row(name, *map(statistics.median, zip(*columns))))
     return rows
 
@@ -89,7 +91,7 @@ def plainly(
 
 def validation_prompts(run: str, count: int, block_size: int) -> list[list[int]]:
     """So many pieces of half a context, evenly spaced over the validation data of a run."""
-    folder = dataloader.prepare_if_missing(checkpoint.read_json(Path(run) / "config.json")["train"]["dataset"])
+    folder = dataloader.prepare_if_missing(checkpoint.read_config(Path(run))[0]["dataset"])
     val, length = dataloader.open_data(folder, block_size, "val").val, block_size // 2
     starts = [i * (len(val) - length) // count for i in range(count)]
     return [val[start : start + length].tolist() for start in starts]
@@ -119,7 +121,7 @@ def sample_variants(model: torch.nn.Module, prompts: list[list[int]], config: Sa
     variants = [
         Variant("plain cached", plain(), model),
         Variant("plain uncached", plain(use_cache=False), model),
-        Variant(f"plain cached, batch {config.batch}", plain(config.batch), model),
+        Variant(f"plain cached, batch {config.batch}", plain(config.batch), model, config.batch),
         *(Variant(f"lookahead {setting}", ahead(setting), model) for setting in (lookahead.AUTO if not codes else ())),
     ]
     if stepper.can_step(model) and not codes:
@@ -169,7 +171,7 @@ def bench_sample(config: SampleBench) -> list[dict]:
         model, text, _ = checkpoint.load_run(config.run, "best", machine.device)
         if model.reconstructs:
             raise ValueError(f"run={config.run} is an autoencoder, which continues no text; give the run of a language model")
-        if "separator" in checkpoint.read_json(Path(config.run) / "config.json"):
+        if checkpoint.separator(config.run) is not None:
             raise ValueError(f"run={config.run} answers questions; python bench.py latent --run=... --prompt=QUESTION measures that")
         models = {Path(config.run).name: model}
         if config.val_prompts:
@@ -182,18 +184,15 @@ def bench_sample(config: SampleBench) -> list[dict]:
         generate.prepare_for_decoding(model)
         variants = sample_variants(model, prompts, config)
         with machine.autocast():
-            found = sampled(variants, config.tokens, config.repeats, {f"plain cached, batch {config.batch}": config.batch})
+            found = sampled(variants, config.tokens, config.repeats)
         print(
             f"\n{name}, {model.get_num_params():,} parameters, {config.tokens} tokens, temperature {config.temperature:g}; "
             f"{machine.reasons}"
         )
-        print(f"\n{'| variant':32} | tokens/s | x plain cached | tokens/step | GB/s of weights |")
-        print(f"| {'-' * 30} | -------: | -------------: | ----------: | --------------: |")
+        lines = []
         for row in found:
-            ratio = row.tokens_per_second / found[0].tokens_per_second
-            print(
-                f"| {row.variant:30} | {row.tokens_per_second:8.1f} | {ratio:14.2f} | {row.tokens_per_step:11.2f} "
-                f"| {row.gigabytes_per_second:15.2f} |"
-            )
+            speed, ratio = row.tokens_per_second, row.tokens_per_second / found[0].tokens_per_second
+            lines.append([row.variant, f"{speed:.1f}", *(f"{x:.2f}" for x in (ratio, row.tokens_per_step, row.gigabytes_per_second))])
             rows.append({"model": name, "new_tokens": config.tokens} | row._asdict() | {"ratio": ratio})
+        print("\n" + markdown_table(["variant", "tokens/s", "x plain cached", "tokens/step", "GB/s of weights"], lines))
     return rows

@@ -22,6 +22,7 @@ import configurator
 import runtime
 from benchmarks.shapes import PUBLISHED, STDLIB
 from benchmarks.timing import in_turns, rate
+from runs import markdown_table
 from trainer import compiled, lanes_that_pay, own_gradients
 
 SIZES = {  # vocabulary, tokens of a sequence, sequences of a step, shapes of the models
@@ -162,9 +163,7 @@ def bench_train(config: TrainBench) -> list[dict]:
 
     print(f"{config.size} size, {len(tokens)} x {block_size} tokens a step; {base.reasons.split(';')[0]}; matrix peak", end=" ")
     print(", ".join(f"{dtype} {peak / 1e12:.3g} TFLOP/s" for dtype, peak in peaks.items()))
-    print(f"\n{'| variant':52} | tokens/s | x first | TFLOP/s | of peak | peak memory, MiB |")
-    print(f"| {'-' * 50} | -------: | ------: | ------: | ------: | ---------------: |")
-    rows = []
+    rows, lines = [], []
     for variant, (only, flops) in chosen.items():
         speed, peak = rate(timed[variant]), peaks[only["dtypes"][0]]
         memory = memory_alone(config, **only) if config.memory else alone
@@ -173,10 +172,9 @@ def bench_train(config: TrainBench) -> list[dict]:
              "flops_per_second": speed * flops, "share_of_peak": speed * flops / peak, "peak_memory_bytes": memory}
         )  # fmt: skip
         row, shown = rows[-1], "" if memory is None else f"{memory / 2**20:,.0f}"
-        print(
-            f"| {variant:50} | {speed:8,.0f} | {row['ratio']:7.2f} | {row['flops_per_second'] / 1e12:7.3g} "
-            f"| {row['share_of_peak']:7.1%} | {shown:>16} |"
-        )
+        lines.append([variant, f"{speed:,.0f}", f"{row['ratio']:.2f}", f"{row['flops_per_second'] / 1e12:.3g}",
+                      f"{row['share_of_peak']:.1%}", shown])  # fmt: skip
+    print("\n" + markdown_table(["variant", "tokens/s", "x first", "TFLOP/s", "of peak", "peak memory, MiB"], lines))
     return rows
 
 

@@ -108,9 +108,9 @@ def write_sides(
     complete: Callable[[dict], None] = lambda meta: None,
 ) -> dict:
     """
-    The same for (is it validation?, document) pairs whose side is known. A document may come in parts, (val, part, part, ...),
-    which are tokenized apart. `complete` is given the meta of all documents, to add to it before it is written. `total_bytes` is
-    only for the progress bar.
+    write_dataset for documents whose side is known: pairs (is it validation?, document). A document may come in parts,
+    (val, part, part, ...), which are tokenized apart. `complete` is given the meta of all documents, to add to it before it is
+    written. `total_bytes` is only for the progress bar.
     """
     out_dir = Path(out_dir)
     if (out_dir / "config.json").exists():  # its tokenizer.json would be replaced
@@ -126,7 +126,7 @@ def write_sides(
             "dataset": dataset or out_dir.resolve().name,
             "tokenizer": tokenizer.name,
             "vocab_size": tokenizer.vocab_size,
-            "dtype": {2: "uint16", 4: "uint32"}[dtype.itemsize],
+            "dtype": dtype.name,
             **{name: side.numbers() for name, side in sides.items()},
             "bytes_per_token": sides["val"].bytes / sides["val"].tokens,
             "source": source,

@@ -152,22 +152,18 @@ def split_documents(pieces: Iterable[str], separator: str = SEPARATOR, least: in
     rest, separated = "", False
     for piece in pieces:
         *documents, rest = (rest + piece).split(separator)
-        for document in documents:
-            separated = True
-            yield from _not_empty(document)
+        separated = separated or bool(documents)
+        yield from filter(None, (document.strip("\n") for document in documents))
         if len(rest) > LONGEST_CHARS:
             *cut, rest = cut_lines(rest)
             yield from cut
             least = 1
     # line ends around a document are not part of it, with a separator or without: equal texts belong to one side
     rest = rest.strip("\n")
-    yield from _not_empty(rest) if separated else cut_lines(rest, min(CUT_CHARS, max(1, len(rest) // least)))
-
-
-def _not_empty(document: str) -> Iterator[str]:
-    document = document.strip("\n")
-    if document:
-        yield document
+    if not separated:
+        yield from cut_lines(rest, min(CUT_CHARS, max(1, len(rest) // least)))
+    elif rest:
+        yield rest
 
 
 def cut_lines(text: str, chars: int = CUT_CHARS) -> Iterator[str]:
@@ -190,8 +186,8 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
             row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from error
-        text = _text_of(row if isinstance(row, dict) else {}, text_key, f"{path}, line {number}")
-        yield from [to_utf8(text).decode()] if text else []  # JSON can hold half a character, a data set must not
+        if text := _text_of(row if isinstance(row, dict) else {}, text_key, f"{path}, line {number}"):
+            yield to_utf8(text).decode()  # JSON can hold half a character, a data set must not
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
@@ -212,7 +208,8 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
                         row = {key: value.as_py() for key, value in zip(keys, values)}
                     except UnicodeDecodeError as error:
                         raise ValueError(f"{path}, row {number}: not UTF-8 ({error.reason}); leave the row out") from error
-                    yield from filter(None, [_text_of(row, text_key, f"{path}, row {number}")])
+                    if text := _text_of(row, text_key, f"{path}, row {number}"):
+                        yield text
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is damaged or not a Parquet file ({error}); fetch it again") from error
 

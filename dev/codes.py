@@ -32,7 +32,7 @@ def entropy(counts: Counter) -> float:
 
 
 def settled(blocks: list[tuple[int, ...]], stacks: list[tuple[int, ...]]) -> dict[str, float | list[float]]:
-    """The quantities at the top for blocks of S tokens and their stacks of D codes; nan where no block occurs often enough."""
+    """The quantities at the top, for blocks of S tokens and their stacks of D codes; nan where no block occurs often enough."""
     of_tokens: dict[tuple, Counter] = defaultdict(Counter)
     for block, stack in zip(blocks, stacks, strict=True):
         of_tokens[block][stack] += 1
@@ -57,7 +57,7 @@ def settled(blocks: list[tuple[int, ...]], stacks: list[tuple[int, ...]]) -> dic
 
 @torch.no_grad()
 def measure(run: Path) -> dict[str, float | list[float]]:
-    """The same of a run. Raises ValueError if it is no autoencoder."""
+    """The quantities at the top for a run. Raises ValueError if it is no autoencoder."""
     settings, name, config = checkpoint.read_config(run)
     if name != "autoencoder":
         raise ValueError(f"{run} is a run of model={name}; codes are those of an autoencoder")

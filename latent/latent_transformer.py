@@ -320,24 +320,20 @@ class LatentTransformer(CausalModel):
         with torch.autocast(idx.device.type, enabled=False):  # codes are chosen in float32
             z, codes, losses = self.bottleneck(at_least_float32(latent), latent_real, self.steps)
         h, states = self.lp(prefix, real, starts, codes)
-        code_nats, end_nats = [], idx.new_zeros((), dtype=torch.float32)
-        for d in range(config.codebook_levels):
-            label = codes[..., d]  # (B, J, M)
-            if config.task == "pairs" and d == 0:  # "end" stands after the last latent, where there is room for it
-                is_end = (latent_real.sum(-1, keepdim=True) == torch.arange(config.latents, device=idx.device)) & (
-                    y[..., :1] >= 0
-                )
-                label = torch.where(is_end, config.codebook_size, label)
+        labels, is_end = list(codes.unbind(-1)), torch.zeros_like(latent_real)  # (B, J, M)
+        if config.task == "pairs":  # "end" stands after the last latent, where there is room for it
+            is_end = (latent_real.sum(-1, keepdim=True) == torch.arange(config.latents, device=idx.device)) & (y[..., :1] >= 0)
+            labels[0] = torch.where(is_end, config.codebook_size, labels[0])
+        nats = []
+        for d, label in enumerate(labels):
             logits = self.code_logits(states[..., d, :], d).flatten(0, 2)
-            nats = F.cross_entropy(logits, label.flatten(), ignore_index=-1, reduction="none")
-            code_nats.append(nats.sum())
-            if config.task == "pairs" and d == 0:
-                end_nats = torch.where(is_end.flatten(), nats, 0.0).sum()
+            nats.append(F.cross_entropy(logits, label.flatten(), ignore_index=-1, reduction="none"))
         x = self.ad(z, latent_real, h, real, starts, *self.warm_up(prefix, starts, y))
         tokens = (y >= 0).sum()
         mean = head_loss(x.flatten(0, 1), self.wte.weight, y.flatten(0, 1))
         sums = {
-            "code_nats": torch.stack(code_nats), "end_nats": end_nats, "codes": (codes >= 0).sum(), "tokens": tokens,
+            "code_nats": torch.stack(nats).sum(-1), "end_nats": torch.where(is_end.flatten(), nats[0], 0.0).sum(),
+            "codes": (codes >= 0).sum(), "tokens": tokens,
             "token_nats": torch.where(tokens > 0, mean * tokens, 0.0),  # nothing at all has no mean
         }  # fmt: skip
         return sums, losses, codes

@@ -315,7 +315,7 @@ class EMACodebook(nn.Module):
         self.from_rank_0(self.codes, self.ema_count, self.ema_sum, self.restarts)
 
     def restart_dead_codes_of(self, book: int, residual: torch.Tensor, generator: torch.Generator) -> None:
-        """The same for one codebook, on the residuals (N, Z) that it is for."""
+        """restart_dead_codes of one codebook, given the residuals (N, Z) that it quantizes."""
         codes, count, total = self.codes[book], self.ema_count[book], self.ema_sum[book]
         mean_hits = count.mean()  # of a code and step; "fewer than 2 hits" would kill all of them in a small batch
         dead = count < self.config.dead_threshold * mean_hits

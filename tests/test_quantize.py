@@ -11,12 +11,10 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from conftest import ROOT
 from latent.quantize import QuantizerConfig, ResidualQuantizer, code_counts, code_usage, kmeans, nearest_code
-from latent.resample import CausalDownsample
 
 TINY = dict(latent_dim=6, codebook_size=8, codebook_levels=3, vectors_per_code=4, decay=0.8, restart_interval=5)
 OPTIONS = [
@@ -548,126 +546,6 @@ def test_agrees_with_vector_quantize_pytorch(shared):
         quantized, indices, _ = theirs(z)
         assert torch.equal(out.codes, indices)
         torch.testing.assert_close(out.z_q, quantized, rtol=0, atol=1e-5)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# a causal language model on top: does anything leak through latents, codes or statistics?
-
-
-class ToyHead(nn.Module):
-    """Tokens -> causal states -> latents -> codes -> a memory that position t may read up to latent floor((t+1)/S) - 1."""
-
-    def __init__(self, factor: int, kernel: int, **options):
-        super().__init__()
-        self.factor = factor
-        self.embedding = nn.Embedding(11, 6)
-        self.down = CausalDownsample(6, factor, kernel)
-        self.norm = nn.LayerNorm(6)
-        self.quantizer = ResidualQuantizer(QuantizerConfig(**(TINY | {"decay": 0.5, "restart_interval": 2} | options)))
-        self.start = nn.Parameter(torch.randn(6))
-        self.out = nn.Linear(12, 11)
-
-    def latents(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.down(self.states(x))[0])
-
-    def states(self, x: torch.Tensor) -> torch.Tensor:
-        e = self.embedding(x)
-        return e + e.cumsum(1) / torch.arange(1, x.size(1) + 1)[:, None]
-
-    def quantize(self, z: torch.Tensor) -> torch.Tensor:
-        return self.quantizer(z).z_q
-
-    def visible(self, T: int, M: int) -> torch.Tensor:
-        return (torch.arange(M) + 1) * self.factor - 1 <= torch.arange(T)[:, None]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h, z_q = self.states(x), self.quantize(self.latents(x))
-        memory = torch.cat((self.start.expand(len(x), 1, -1), z_q), 1)
-        mask = F.pad(self.visible(x.size(1), z_q.size(1)), (1, 0), value=True)
-        read = F.scaled_dot_product_attention(h, memory, memory, attn_mask=mask)
-        return self.out(torch.cat((h, read), -1))
-
-
-class UpdatesBeforeLookup(ToyHead):
-    def quantize(self, z: torch.Tensor) -> torch.Tensor:
-        self.quantizer(z)
-        self.quantizer.step()
-        return self.quantizer(z).z_q
-
-
-class SeesItsOwnBlock(ToyHead):
-    def visible(self, T: int, M: int) -> torch.Tensor:
-        return torch.arange(M) * self.factor <= torch.arange(T)[:, None]
-
-
-class RefinesInBothDirections(ToyHead):
-    def latents(self, x: torch.Tensor) -> torch.Tensor:
-        z = super().latents(x)
-        return z + z.mean(1, keepdim=True)
-
-
-def make_head(head_class, factor: int, kernel: int = 3, training: bool = True, **options) -> ToyHead:
-    torch.manual_seed(0)
-    head = head_class(factor, kernel, **options).double()
-    if options.pop("initialize", True):
-        while not head.quantizer.initialized:
-            head(torch.randint(11, (4, 33)))
-            head.quantizer.step()
-        head(torch.randint(11, (4, 33)))
-        head.quantizer.step()
-    return head.train(training)
-
-
-def leak(head: ToyHead, T: int) -> float:
-    """Largest change, bit for bit, of a logit up to t when all tokens after t are redrawn, each from the same quantizer state."""
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randint(11, (1, T), generator=generator)
-
-    def logits(x: torch.Tensor) -> torch.Tensor:
-        trial = copy.deepcopy(head)
-        with torch.no_grad():
-            y = trial(x)
-        trial.quantizer.step()
-        return y
-
-    reference, worst = logits(x), 0.0
-    for t in range(T - 1):
-        for _ in range(4):
-            other = torch.cat((x[:, : t + 1], torch.randint(11, (1, T - t - 1), generator=generator)), 1)
-            worst = max(worst, (logits(other) - reference)[:, : t + 1].abs().max().item())
-    return worst
-
-
-@pytest.mark.parametrize("factor", [1, 2, 4, 8])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_nothing_leaks(factor, training):
-    """Guards likelihoods: bit-exact in float64, statistics collected and applied after the forward, T around multiples of S."""
-    for T in sorted({1, max(factor - 1, 1), factor, factor + 1, 2 * factor + 1}):
-        assert leak(make_head(ToyHead, factor, training=training), T) == 0.0
-    assert leak(make_head(ToyHead, factor, kernel=4, training=training, quantize_dropout=0.0), 2 * factor + 1) == 0.0
-    assert leak(make_head(ToyHead, factor, training=training, kind="simvq"), 2 * factor + 1) == 0.0
-
-
-@pytest.mark.parametrize("head_class", [UpdatesBeforeLookup, SeesItsOwnBlock, RefinesInBothDirections])
-def test_the_test_sees_leaks(head_class):
-    """Guards the test above: the leaks that others have built in are found by it."""
-    assert leak(make_head(head_class, 2), 9) > 1e-3
-
-
-def test_the_memory_is_used():
-    """Guards against a vacuous test: the last token of a block changes its latent, the codes, and logits from there on only."""
-    head = make_head(ToyHead, 4, training=False)
-    x = torch.randint(11, (1, 12), generator=torch.Generator().manual_seed(0))
-    codes, logits, changed = head.quantizer.encode(head.latents(x)), head(x), 0
-    for token in range(11):
-        if token != x[0, 7]:
-            other = x.clone()
-            other[0, 7] = token
-            again, after = head.quantizer.encode(head.latents(other)), head(other)
-            assert torch.equal(again[:, 0], codes[:, 0]) and torch.equal(after[:, :7], logits[:, :7])
-            assert not torch.equal(after[:, 7], logits[:, 7])
-            changed += not torch.equal(again[:, 1], codes[:, 1])
-    assert changed > 5
 
 
 # ----------------------------------------------------------------------------------------------------------------------

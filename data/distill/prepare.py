@@ -164,23 +164,23 @@ def main(argv: list[str] | None = None) -> dict:
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key} {getattr(args, key)}: at least 1 is needed")
     checkpoint.find_first(Path(args.run), args.checkpoint, "last")  # raises for what is no run
-    settings = checkpoint.read_json(Path(args.run) / "config.json")
-    separator = settings.get("separator")
+    separator = checkpoint.separator(args.run)
     temperature = args.temperature if args.temperature is not None else 0.0 if separator is not None else 1.0
     teacher = Teacher(args.run, args.checkpoint, temperature, args.seed, args.batch, args.device)
     block_size = teacher.model.config.block_size
-    data = dataloader.open_data(dataloader.prepare_if_missing(args.dataset or settings["train"]["dataset"]), block_size)
+    dataset = args.dataset or checkpoint.read_config(Path(args.run))[0]["dataset"]
+    data = dataloader.open_data(dataloader.prepare_if_missing(dataset), block_size)
     teacher.check_data(data, separator)
-    name, source = args.name or out_dir.resolve().name, f"{data.meta['source']}, as {args.run} continues it"
+    source = f"{data.meta['source']}, as {args.run} continues it"
     if separator is not None:
-        meta = write_pairs(teacher.pairs(data, args.count), teacher.tokenizer, out_dir, source, name, teacher.sign)
+        meta = write_pairs(teacher.pairs(data, args.count), teacher.tokenizer, out_dir, source, args.name, teacher.sign)
     else:
         if args.prompt_tokens >= block_size:
             raise ValueError(
                 f"--prompt_tokens {args.prompt_tokens} leaves no room in the run's block_size={block_size}; lower it"
             )
         documents = teacher.texts(data, args.count or 1000, args.prompt_tokens)
-        meta = corpus.write_sides(documents, teacher.tokenizer, out_dir, source, name, complete=teacher.sign)
+        meta = corpus.write_sides(documents, teacher.tokenizer, out_dir, source, args.name, complete=teacher.sign)
     print(f"{teacher.written:,} texts by {args.run}, {teacher.left_out:,} left out")
     return meta
 

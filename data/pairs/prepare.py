@@ -10,7 +10,7 @@ Pairs of texts, a question and its answer, as a data set: tokens x SEP y EOS of 
 import json
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, when run as a script
@@ -102,19 +102,18 @@ def main(argv: list[str] | None = None) -> dict:
         out_dir = corpus.DATA / "numbers"
     else:
         out_dir = corpus.folder_for(args.name, args.out_dir)
-
-    def pairs() -> Iterable[tuple[str, str]]:
-        return numbers() if args.numbers else (pair for path in args.input for pair in read_pairs(path, keys))
-
     tokenizer = tokenizers.get(args.tokenizer) if args.tokenizer != "char" else None
     if tokenizer is None or tokenizer.eos is None or len(tokenizer.encode(SEPARATOR)) != 1:
         raise ValueError(
             f"tokenizer={args.tokenizer} has no token for the end of an answer or none for a tab; use byte or gpt2"
         )
-    source = "numbers in digits and in words" if args.numbers else ", ".join(path.name for path in args.input)
+    if args.numbers:
+        pairs, source = numbers(), "numbers in digits and in words"
+    else:
+        pairs, source = (pair for path in args.input for pair in read_pairs(path, keys)), ", ".join(path.name for path in args.input)
     # of x alone: no question is on both sides
-    sided = ((corpus.is_validation(x, args.val_fraction), x, y) for x, y in pairs())
-    return write_pairs(sided, tokenizer, out_dir, source, args.name or out_dir.resolve().name)
+    sided = ((corpus.is_validation(x, args.val_fraction), x, y) for x, y in pairs)
+    return write_pairs(sided, tokenizer, out_dir, source, args.name)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def write_pairs(
     tokenizer: tokenizers.Tokenizer,
     out_dir: Path,
     source: str,
-    name: str,
+    name: str | None,
     complete: Callable[[dict], None] = lambda meta: None,
 ) -> dict:
     """(is it validation?, x, y) of every pair -> a data set in out_dir; returns its meta, to which `complete` may add."""

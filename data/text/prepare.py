@@ -23,8 +23,7 @@ def main(argv: list[str] | None = None) -> dict:
     out_dir = corpus.folder_for(args.name, args.out_dir)
     tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: sources.take_bytes(corpus.read_inputs(args), args.max_bytes))
     source = ", ".join(path.name for path in args.input)
-    name = args.name or out_dir.resolve().name
-    return corpus.write_dataset(corpus.read_inputs(args), tokenizer, out_dir, args.val_fraction, source, name, args.max_bytes)
+    return corpus.write_dataset(corpus.read_inputs(args), tokenizer, out_dir, args.val_fraction, source, args.name, args.max_bytes)
 
 
 if __name__ == "__main__":
