@@ -320,7 +320,9 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, fol
     try:
         tensors = safetensors.torch.load_file(str(path))
     except (safetensors.SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path} is missing or damaged: {error}") from None
+        raise ValueError(
+            f"{path} is missing or damaged: {error}; a new run can begin with the weights, --init_from={folder.parent}"
+        ) from None
     if not tensors:  # written before the first step
         return
     names = {parameter: name for name, parameter in model.named_parameters()}

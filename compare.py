@@ -5,7 +5,8 @@ One honest table from run directories, with what clears the noise of the seeds a
     python compare.py out --reference=baseline --output=results/table.md --plot=results/curves
     python compare.py out --metrics=gain_embedding,gain_encoder --plot=results/gains
 
-Runs with equal settings and different seeds form a row, named after the directory without its _seed1, -seed1 or _s1.
+Runs with equal settings and different seeds form a row, named after the directory without its _seed1, -seed1 or _s1. With --by_name
+they have to have that name in common, too, so that two versions of the code are two rows.
 Every loss is in nats per token; the validation loss is that of the last weights over the whole validation file.
 """
 
@@ -20,7 +21,7 @@ import numpy as np
 
 import curves
 from configurator import check_given, choice_text, configure, exit_on_user_error, is_number
-from runs import Row, Run, bits_per_nat, find_runs, group, judged_alike, markdown_table, read_runs, warn, write
+from runs import Row, Run, bits_per_nat, find_runs, group, judged_alike, markdown_table, read_runs, row_name, warn, write
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class CompareConfig:
     reference: str | None = None  # row that the others are tested against; none: the one with the lowest validation loss
     published: bool = False  # add the eight published runs
     plot: str | None = "out/compare"  # draw the curves to PLOT.png and PLOT.svg; none: do not
-    metrics: tuple[str, ...] | None = None  # draw these keys of metrics.jsonl instead of the losses: KEY,KEY
+    metrics: tuple[str, ...] | None = None  # draw these keys of metrics.jsonl, not the losses; KEY,KEY. A column if in summary.json
+    by_name: bool = False  # runs of one row are also named alike: for changes of the code, which no setting tells
     output: str | None = None  # also write the Markdown to this file
     json: str | None = None  # also write the numbers to this file
 
@@ -161,7 +163,8 @@ def short_commit(run: Run) -> str:
     return run.summary["commit"][:7] + "+" * run.summary["commit"].endswith("+")  # a + marks uncommitted changes
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], metrics: tuple[str, ...] = ()) -> str:
+    """Markdown; with a column for each of the metrics that summaries have as a number."""
     header = [
         "run", "parameters", "FLOPs/token", "tokens", "seeds", "train loss", "validation loss", "bits per byte", "tokens/s",
         "peak memory", "commit",
@@ -190,7 +193,19 @@ def table(rows: list[Row]) -> str:
         header.insert(at, "of codes")
         for row, line in zip(rows, lines, strict=True):
             line.insert(at, f"{row.mean(CODES):.4f}" if all(CODES in run.summary for run in row.runs) else "–")
+    for key in in_summaries(rows, metrics):
+        header.append(key)
+        for row, line in zip(rows, lines, strict=True):
+            line.append(with_sd(row.values(key)) if in_summaries([row], (key,)) else "–")
     return markdown_table(header, lines)
+
+
+APART = 0.05  # models of the published table, meant to be of one size, differ by 4 %
+
+
+def in_summaries(rows: list[Row], keys: tuple[str, ...]) -> list[str]:
+    """Those of the keys that all runs of some row have as a number in summary.json."""
+    return [key for key in keys if any(all(is_number(run.summary.get(key)) for run in row.runs) for row in rows)]
 
 
 def table_notes(rows: list[Row]) -> str:
@@ -201,6 +216,13 @@ def table_notes(rows: list[Row]) -> str:
     for key, what in (("tokens", "training tokens"), ("commit", "commits"), ("device", "devices"), ("dtype", "dtypes")):
         if len({str(run.summary.get(key)) for row in rows for run in row.runs}) > 1:
             notes.append(f"The runs differ in {what}.")
+    sizes = [row.runs[0].summary["parameters"] for row in rows]
+    if (apart := max(sizes) / min(sizes) - 1) > APART:
+        notes.append(f"The largest has {apart:.0%} more parameters than the smallest.")
+    for row in rows:
+        names = {row_name(run.path): None for run in row.runs}
+        if len(names) > 1 and len({short_commit(run) for run in row.runs}) > 1:
+            notes.append(f"`{row.label}` holds runs of several names and commits, {', '.join(names)}: --by_name keeps them apart.")
     if any(short_commit(run).endswith("+") for row in rows for run in row.runs):
         notes.append("A commit with + had uncommitted changes.")
     return " ".join(notes)
@@ -294,7 +316,7 @@ def check_metrics(rows: list[Row], keys: tuple[str, ...]) -> None:
             raise ValueError(f"--metrics={key}: in no row is there a step at which all seeds logged it")
 
 
-def as_json(rows: list[Row], differences: list[Difference]) -> str:
+def as_json(rows: list[Row], differences: list[Difference], metrics: tuple[str, ...] = ()) -> str:
     first = rows[0].runs[0].summary
     keys = ("val_loss", "train_loss", "val_bits_per_byte", "tokens_per_second")
     lines = [
@@ -305,7 +327,8 @@ def as_json(rows: list[Row], differences: list[Difference]) -> str:
             "paths": [str(run.path) for run in row.runs],
             "commits": [run.summary["commit"] for run in row.runs],
             "windows": [e._asdict() if e else None for e in map(ending, row.runs)],
-            **{key: {"mean": row.mean(key), "sd": row.sd(key), "values": row.values(key).tolist()} for key in keys},
+            **{key: {"mean": row.mean(key), "sd": row.sd(key), "values": row.values(key).tolist()}
+               for key in (*keys, *in_summaries([row], metrics))},
         }
         for row in rows
     ]
@@ -324,24 +347,25 @@ def main(argv: list[str] | None = None) -> list[Row]:
     settings = configure(argv, [CompareConfig], positional="RUN ...", description=__doc__)
     options: CompareConfig = settings.sections[0]
     runs = judged_alike(read_runs(find_runs(settings.words)))
-    rows = group(runs)
+    rows = group(runs, options.by_name)
     labels = [row.label for row in rows]
     name = labels[0] if options.reference is None else options.reference
     if name not in labels:
         raise ValueError(f"--reference={name}: no such row; {choice_text(name, labels)} was expected")
     reference = rows[labels.index(name)]
     differences = [paired_difference(row, reference) for row in rows if row is not reference]
-    if options.metrics and options.plot is None:
+    metrics = options.metrics or ()
+    if options.plot is None and len(in_summaries(rows, metrics)) < len(metrics):
         raise ValueError("--metrics says what to draw to --plot, which is none: give it a path")
-    check_metrics(rows, options.metrics or ())
+    check_metrics(rows, () if options.plot is None else metrics)
 
-    parts = [table(rows), table_notes(rows)]
+    parts = [table(rows, metrics), table_notes(rows)]
     parts += [text] if (text := endings_text(rows)) else []
     parts += [differences_text(differences)] if differences else []
     parts += [published_text(rows)] if options.published else []
     text = "\n\n".join(parts)
     print(text)
-    for path, content in ((options.output, text), (options.json, as_json(rows, differences))):
+    for path, content in ((options.output, text), (options.json, as_json(rows, differences, metrics))):
         if path is not None:
             write(path, content)
     if options.plot is not None:

@@ -458,8 +458,8 @@ def field_comments(cls: type) -> dict[str, tuple[str, str]]:
 @contextlib.contextmanager
 def exit_on_user_error():
     """
-    What a user can cause ends in one line on stderr and an exit status, 2 for a bad key or value, 1 for a file. Warnings are a line
-    as well, without the place in the code.
+    What a user can cause ends in one line on stderr and an exit status, 2 for a bad key or value, 1 for a file; Ctrl-C ends in a line
+    and death by its signal, which a shell has to see to end a loop of runs. Warnings are a line as well, without the place in the code.
     """
 
     told = set()
@@ -488,9 +488,9 @@ def exit_on_user_error():
     except BrokenPipeError:  # `compare.py ... | head`: not an error, and stdout must not be flushed again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell reports it
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt:  # Python itself lets the signal end it, behind all that is to be done at exit
+        sys.excepthook = lambda *error: print("interrupted", file=sys.stderr)
+        raise
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -238,7 +238,9 @@ class Noise:
 
 
 def check_prompts(model: torch.nn.Module, prompts: list[list[int]]) -> None:
-    """Raise ValueError for prompts that the model cannot start from."""
+    """Raise ValueError for prompts that the model cannot start from, or a model that starts from none."""
+    if model.reconstructs:
+        raise ValueError("an autoencoder continues no text; give a language model")
     V = model.config.vocab_size
     longest = getattr(model.config, "prefix_size", model.config.block_size)  # of a pair, without its answer
     for prompt in prompts:
@@ -360,8 +362,10 @@ def generate(
 ) -> list[list[int]]:
     """
     New token ids for each prompt (all of one length), computed in evaluation mode. Models that write blocks need the tokenizer to
-    give the text of sample.py: see generate_blocks.filler.
+    give the text of sample.py: see generate_blocks.filler. Raises ValueError for prompts that are none.
     """
+    if not all(isinstance(prompt, list) for prompt in prompts):
+        raise ValueError("prompts are a list of lists of token ids, such as [tokenizer.encode(text)]")
     samples, was_training = [Continuation(prompt, max_new_tokens, tokenizer, eos) for prompt in prompts], model.training
     model.eval()
     try:

@@ -388,13 +388,13 @@ class EncoderDecoder(CausalModel):
     def __init__(self, config: EncoderDecoderConfig):
         super().__init__()
         self.config, self.window = config, config.window
-        C, rope = config.n_embd, config.position == "rope"
+        C, learned = config.n_embd, config.position == "learned"
         self.n_layer_cache = config.n_encoder_layer + 2 * config.n_decoder_layer
         self.head_widths = {C // config.n_head, C // config.n_cross_head}
         self.wte = nn.Embedding(config.vocab_size, C)  # also the output layer
         next_position = config.pos_sub != "none" or config.decoder_pos_emb
-        self.wpe = None if rope else nn.Embedding(config.block_size + next_position, C)
-        self.wpe_next = nn.Embedding(config.block_size, C) if rope and next_position else None
+        self.wpe = nn.Embedding(config.block_size + next_position, C) if learned else None
+        self.wpe_next = nn.Embedding(config.block_size, C) if next_position and not learned else None
         self.dropout = Dropout(config.dropout)
         block = (C, config.n_head, config.bias, config.dropout)
         self.encoder = nn.ModuleList(Block(*block) for _ in range(config.n_encoder_layer))

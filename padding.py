@@ -23,7 +23,7 @@ MULTIPLE = 16  # elements; a model whose widths are multiples of 8 is left as it
 
 def suits(model: nn.Module) -> bool:
     """Whether `Padded` can and would change this model. Rotary positions pair channels i and i + D / 2, which zeros would part."""
-    if type(model) not in (EncoderDecoder, DecoderOnly) or model.config.position == "rope":
+    if type(model) not in (EncoderDecoder, DecoderOnly) or model.config.position != "learned":
         return False
     if getattr(model, "compression", None) is not None:
         return False

@@ -206,10 +206,16 @@ def bits_per_nat(run: Run) -> float:
     return run.summary["val_bits_per_byte"] / run.summary["val_loss"]
 
 
-def group(runs: list[Run]) -> list[Row]:
+def row_name(run: Path) -> str:
+    """The name of a run directory without its seed."""
+    return " ".join(re.sub(r"[_-](seed[_-]?|s)\d+$", "", run.resolve().name).splitlines())
+
+
+def group(runs: list[Run], by_name: bool = False) -> list[Row]:
     """
-    Rows of runs with equal settings and training data, the lowest validation loss first; older runs do not tell their data, and
-    count as trained on that of the first that does. Equal names get their folder, or the settings that differ.
+    Rows of runs with equal settings and training data and, `by_name`, equal names but for the seed, the lowest validation loss first;
+    older runs do not tell their data, and count as trained on that of the first that does. Equal names get their folder, or the
+    settings that differ.
     """
 
     def settings(run: Run) -> str:
@@ -218,15 +224,16 @@ def group(runs: list[Run]) -> list[Row]:
     told = {settings(run): run.config["train_hash"] for run in reversed(runs) if "train_hash" in run.config}
     groups: dict[tuple, dict[int, Run]] = {}
     for run in runs:
-        seeds = groups.setdefault((settings(run), run.config.get("train_hash", told.get(settings(run)))), {})
+        name = row_name(run.path) if by_name else None
+        seeds = groups.setdefault((settings(run), run.config.get("train_hash", told.get(settings(run))), name), {})
         seed = run.summary["seed"]
         if seed in seeds:
-            warn(f"{run.path} has settings and seed of {seeds[seed].path}: skipped")
+            warn(f"{run.path} has settings and seed of {seeds[seed].path}: skipped; if their code differs, --by_name compares them")
         else:
             seeds[seed] = run
     rows = [Row("", [seeds[seed] for seed in sorted(seeds)]) for seeds in groups.values()]
     paths = [row.runs[0].path.resolve() for row in rows]
-    names = [" ".join(re.sub(r"[_-](seed[_-]?|s)\d+$", "", path.name).splitlines()) for path in paths]
+    names = [row_name(path) for path in paths]
     folders = [{path.parent.name for path, other in zip(paths, names) if other == name} for name in names]
     names = [f"{path.parent.name}/{name}" if len(of) > 1 else name for path, name, of in zip(paths, names, folders)]
     labelled: dict[str, Row] = {}

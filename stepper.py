@@ -33,7 +33,9 @@ def can_step(model: torch.nn.Module) -> bool:
     """Whether there is a stepper for this model on its device: none for windows and compression heads."""
     if not isinstance(model, (DecoderOnly, EncoderDecoder, RQTransformer)) or next(model.parameters()).device.type != "cpu":
         return False
-    return isinstance(model, RQTransformer) or (model.window == 0 and getattr(model, "compression", None) is None)
+    if isinstance(model, RQTransformer):
+        return True
+    return model.config.position in ("learned", "rope") and model.window == 0 and getattr(model, "compression", None) is None
 
 
 @contextlib.contextmanager

@@ -105,7 +105,8 @@ def check_warmup(config: TrainConfig, flags: set[str], machine: runtime.Runtime)
         return
     if "warmup_iters" in flags or "max_iters" not in flags:
         raise ValueError(
-            f"warmup_iters={config.warmup_iters} is beyond max_iters={config.max_iters}: the warm-up would never end; lower it"
+            f"warmup_iters={config.warmup_iters} is beyond max_iters={config.max_iters}: the warm-up would never end; lower it (to "
+            "try a few steps of a long run, give max_iters as a flag)"
         )
     machine.say(f"note: max_iters={config.max_iters} ends the run inside its warm-up of {config.warmup_iters} steps")
 
@@ -302,7 +303,7 @@ def train(parsed: configurator.Settings, machine: runtime.Runtime, out: Path) ->
 def loop(record: Recorder, write_sample: Callable[[], str] | None) -> dict | None:
     """
     Train until max_iters, or until patience has had enough. Returns the estimates of the last evaluation, None where a resumed
-    run had made it already. Raises KeyboardInterrupt, after saving, when the run is told to stop.
+    run had made it already. Told to stop, it saves and raises KeyboardInterrupt, or SystemExit where SIGTERM has told it.
     """
     trainer, config, machine, state = record.trainer, record.config, record.machine, record.state
     estimates, tokens, logged_at = None, 0, state["train_seconds"]  # the last two for tokens/s, the speed of training alone
@@ -323,7 +324,7 @@ def loop(record: Recorder, write_sample: Callable[[], str] | None) -> dict | Non
             # All processes have to stop at the same step. They ask each other only every few seconds, because all wait for the answer,
             # and that often, because torchrun kills them half a minute after a signal.
             if trainer.step % ask_every == 0 and machine.in_any_process(bool(interrupted)):
-                stop(record)
+                stop(record, by_sigterm=signal.SIGTERM in interrupted)
             record.note_decay()
             sums = trainer.update()
             tokens += record.tokens_per_step
@@ -369,8 +370,8 @@ def report(values: dict[str, float], speed: float, record: Recorder) -> None:
     record.log("train", {**named, "lr": rate, "tokens_per_second": speed, "seconds": record.state["seconds"]})
 
 
-def stop(record: Recorder) -> None:
-    """Save, and raise KeyboardInterrupt."""
+def stop(record: Recorder, by_sigterm: bool) -> None:
+    """Save, and raise KeyboardInterrupt or, `by_sigterm`, SystemExit."""
     trainer, out = record.trainer, record.out
     if not all(p.isfinite().all() for p in trainer.raw_model.parameters()):
         stop_if_not_finite(math.nan, trainer.step, out)
@@ -378,7 +379,7 @@ def stop(record: Recorder) -> None:
     record.save_last()
     trainer.machine.barrier()  # half a minute after one process has left torchrun ends the others, writing or not
     trainer.machine.say(f"stopped at step {trainer.step}; {out}/last is saved: --resume --out_dir={shlex.quote(str(out))} goes on")
-    raise KeyboardInterrupt
+    raise SystemExit(128 + signal.SIGTERM) if by_sigterm else KeyboardInterrupt
 
 
 def name_of_loss(model: torch.nn.Module) -> str:

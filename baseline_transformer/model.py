@@ -37,7 +37,7 @@ class DecoderOnly(CausalModel):
     def __init__(self, config: DecoderOnlyConfig):
         super().__init__()
         self.config, self.window = config, config.window
-        C, rope, subtract = config.n_embd, config.position == "rope", config.pos_sub != "none"
+        C, learned, subtract = config.n_embd, config.position == "learned", config.pos_sub != "none"
         self.n_layer_cache = config.n_layer
         self.head_widths = {C // config.n_head}
         parts = dict(
@@ -46,7 +46,7 @@ class DecoderOnly(CausalModel):
             h=nn.ModuleList(Block(C, config.n_head, config.bias, config.dropout) for _ in range(config.n_layer)),
             ln_f=LayerNorm(C, bias=config.bias),
         )
-        if not rope:
+        if learned:
             parts["wpe"] = nn.Embedding(config.block_size + subtract, C)
         elif subtract:
             parts["wpe_next"] = nn.Embedding(config.block_size, C)  # row t belongs to position t + 1

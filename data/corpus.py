@@ -110,7 +110,7 @@ def write_sides(
     """
     write_dataset for documents whose side is known: pairs (is it validation?, document). A document may come in parts,
     (val, part, part, ...), which are tokenized apart. `complete` is given the meta of all documents, to add to it before it is
-    written. `total_bytes` is only for the progress bar.
+    written. `total_bytes` is only for the progress bar. Raises FileExistsError where out_dir holds another data set.
     """
     out_dir = Path(out_dir)
     if (out_dir / "config.json").exists():  # its tokenizer.json would be replaced
@@ -134,15 +134,17 @@ def write_sides(
         complete(meta)
         tokenizers.save(tokenizer, work)
         (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        replaced = _held(out_dir) not in (None, meta)
+        if _held(out_dir) not in (None, meta):
+            raise FileExistsError(
+                f"{out_dir} holds another data set, and runs on that could not be resumed: give another --name or --out_dir, or "
+                "remove it"
+            )
         (out_dir / "meta.json").unlink(missing_ok=True)  # without it the folder does not count as a data set
         for name in ("train.bin", "val.bin", tokenizers.FILE_NAME, "meta.json"):
             os.replace(work / name, out_dir / name)
     for name in ("train", "val"):
         print(f"{name:5s} {meta[name]['tokens']:>14,} tokens  {meta[name]['documents']:>9,} documents")
     print(f"{meta['bytes_per_token']:.4f} bytes per token (val); written to {out_dir}")
-    if replaced:
-        print(f"note: that replaced another data set in {out_dir}; runs on it cannot be resumed", file=sys.stderr)
     return meta
 
 
@@ -182,7 +184,9 @@ def _encode(
 
 
 def _held(folder: Path) -> dict | None:
-    """The meta.json of the data set that a folder holds, None without one."""
+    """The meta.json of the data set that a folder holds, None without one or where its tokens are missing."""
+    if not all((folder / name).exists() for name in ("train.bin", "val.bin")):
+        return None
     try:
         return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

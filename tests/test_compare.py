@@ -292,6 +292,22 @@ def test_seeds_of_other_training_data_are_another_row(tmp_path):
     assert list(seeds.values()) == [[1, 2, 3], [4]] and "a (train_hash=bbbbbbbbbbbb)" in seeds
 
 
+def test_versions_of_the_code_are_told_apart_by_name(tmp_path, capsys):
+    """Guards a change of the code, which no setting tells: it was left out as a copy, or averaged with what it was compared with."""
+    for seed in (1, 2):
+        write_run(tmp_path / f"before_s{seed}", seed, 3.0 + seed / 10)
+        write_run(tmp_path / f"after_s{seed}", seed, 2.0 + seed / 10, summary={"commit": "fedcba9876+"})
+    compare.main([str(tmp_path), "--plot=none"])
+    assert "before_s1 has settings and seed of" in (err := capsys.readouterr().err) and "--by_name compares them" in err
+    rows = compare.main([str(tmp_path), "--plot=none", "--by_name"])
+    assert [(row.label, len(row.runs)) for row in rows] == [("after", 2), ("before", 2)]
+    assert [row.mean("val_loss") for row in rows] == pytest.approx([2.15, 3.15])
+    told = capsys.readouterr()
+    assert told.err == "" and "several names" not in told.out
+    compare.main([str(tmp_path / "before_s1"), str(tmp_path / "after_s2"), "--plot=none"])
+    assert "`before` holds runs of several names and commits, before, after: --by_name keeps them apart." in capsys.readouterr().out
+
+
 def test_twins_are_told_apart_in_few_words(tmp_path):
     """Guards a label of hundreds of characters, and one for two rows, of which --reference and the picture know only one."""
     many = {f"setting_{i}": i for i in range(40)}
@@ -370,9 +386,12 @@ def test_what_makes_rows_unequal_is_said(tmp_path, capsys):
     text = capsys.readouterr().out
     assert " 0123456+ fedcba9 |" in text and "A commit with + had uncommitted changes." in text
     assert "The runs differ in training tokens. The runs differ in commits." in text and "differ in devices" not in text
-    write_run(tmp_path / "c", 1, 3.5, model={"n_layer": 3}, summary={"device": "cpu", "dtype": "float32"})
+    write_run(tmp_path / "c", 1, 3.5, model={"n_layer": 3}, summary={"device": "cpu", "dtype": "float32", "parameters": 16_830_000})
     compare.main([str(tmp_path), "--plot=none"])
-    assert "The runs differ in devices. The runs differ in dtypes." in capsys.readouterr().out
+    assert "The runs differ in devices. The runs differ in dtypes." in (text := capsys.readouterr().out) and "parameters than" not in text
+    write_run(tmp_path / "d", 1, 3.5, model={"n_layer": 4}, summary={"parameters": 17_640_480})
+    compare.main([str(tmp_path), "--plot=none"])
+    assert "The largest has 10% more parameters than the smallest." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -924,6 +943,20 @@ def test_metrics_plot(tmp_path, capsys):
     svg = plot.with_suffix(".svg").read_text(encoding="utf-8")
     assert ">a<" in svg and ">b<" not in svg and "grad_norm" not in svg
     assert "10^{-40}" in svg
+
+
+def test_metrics_of_summaries_have_a_column(tmp_path, capsys):
+    """Guards a metric that can be drawn but not read, and a mean over the seeds that have it."""
+    for seed, found in ((1, {"top5": 0.5, "kinds": [1, 2]}), (2, {"top5": 0.75})):
+        write_run(tmp_path / f"a_s{seed}", seed, 3.0, summary=found)
+        write_run(tmp_path / f"b_s{seed}", seed, 3.1, model={"n_layer": 2}, summary=found if seed == 1 else {})
+    compare.main([str(tmp_path), "--metrics=top5", "--plot=none", f"--json={tmp_path / 'all.json'}"])
+    header, _, *lines = table_after(capsys.readouterr().out, "run")
+    assert header[-1] == "top5" and [line[-1] for line in lines] == ["0.6250 ± 0.1768", "–"]
+    a, b = json.loads((tmp_path / "all.json").read_text())["rows"]
+    assert a["top5"]["values"] == [0.5, 0.75] and "top5" not in b
+    with pytest.raises(ValueError, match="--metrics says what to draw"):  # a list is no number
+        compare.main([str(tmp_path), "--metrics=top5,kinds", "--plot=none"])
 
 
 def test_metrics_that_nobody_logged(tmp_path, capsys):

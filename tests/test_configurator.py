@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -360,7 +361,6 @@ def test_dict_round_trip_through_json():
         (FileNotFoundError(2, "No such file", "a.bin"), 1, "error: a.bin: No such file\n"),
         (FileExistsError("out/a exists"), 1, "error: out/a exists\n"),
         (FloatingPointError("the loss is nan"), 1, "error: the loss is nan\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
 def test_user_errors_end_in_one_line_and_a_status(capsys, error, status, message):
@@ -368,6 +368,21 @@ def test_user_errors_end_in_one_line_and_a_status(capsys, error, status, message
     with pytest.raises(SystemExit) as exit_, exit_on_user_error():
         raise error
     assert exit_.value.code == status and capsys.readouterr().err == message
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_ends_a_loop_of_commands():
+    """Guards `for seed in 1 2 3; do python train.py ...`: bash ends the loop only where a command died of the signal."""
+    code = "import time, atexit\nfrom configurator import *\natexit.register(print, 'tidy', flush=True)\n"
+    code += "with exit_on_user_error():\n    print('ready', flush=True)\n    time.sleep(60)"
+    loop = f"trap - INT; for i in 1 2; do {sys.executable} -c \"$CODE\"; done; echo went on"
+    process = subprocess.Popen(
+        ["bash", "-c", loop], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env={**os.environ, "CODE": code},
+        start_new_session=True, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    assert process.communicate(timeout=30) == ("tidy\n", "interrupted\n") and process.returncode == -signal.SIGINT
 
 
 def test_warnings_are_lines_and_each_is_said_once(capsys):

@@ -427,8 +427,8 @@ def test_interrupted_preparation_changes_nothing(tmp_path):
     with pytest.raises(ValueError, match="not in the vocabulary"):
         write(tmp_path, tokenizer=tokenizers.get("char", chars="abc"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    write(tmp_path, DOCUMENTS[::-1])
-    assert (tmp_path / "train.bin").read_bytes() != before["train.bin"]
+    write(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("failing", ["train.bin", "val.bin", "tokenizer.json", "meta.json"])
@@ -444,7 +444,7 @@ def test_meta_is_written_last(tmp_path, monkeypatch, failing):
 
     monkeypatch.setattr(os, "replace", disk_full)
     with pytest.raises(OSError, match="no space left"):
-        write(tmp_path, DOCUMENTS[::-1])
+        write(tmp_path)
     assert not (tmp_path / "meta.json").exists()
 
 
@@ -686,13 +686,18 @@ def test_a_text_of_any_size_has_two_sides(tmp_path):
     assert text_set.main(["--input", str(tmp_path / "a.txt"), "--out_dir", str(tmp_path / "set")])["val"]["documents"] > 0
 
 
-def test_what_a_folder_held_is_not_lost_unsaid(tmp_path, capsys):
-    """Guards the tokenizer of a run from a data set that is written into its folder, and tells of a set that is replaced."""
+def test_what_a_folder_held_is_not_lost(tmp_path):
+    """Guards the tokenizer of a run from a data set that is written into its folder, and a data set from another one."""
     (tmp_path / "a.txt").write_text("\n\n\n".join(DOCUMENTS))
     words = ["--input", str(tmp_path / "a.txt"), "--val_fraction", "0.3", "--out_dir", str(tmp_path / "set")]
-    for fraction, noted in (("0.3", False), ("0.3", False), ("0.5", True)):
-        text_set.main([*words, "--val_fraction", fraction])
-        assert ("replaced another data set" in capsys.readouterr().err) == noted
+    first = text_set.main(words)
+    (tmp_path / "set" / "train.bin").write_bytes(b"damaged")
+    assert text_set.main(words) == first and TokenData(tmp_path / "set", 8).meta == first, "the same again mends it"
+    with pytest.raises(FileExistsError, match="holds another data set.*give another --name or --out_dir"):
+        text_set.main([*words, "--val_fraction", "0.5"])
+    assert TokenData(tmp_path / "set", 8).meta == first and len(list((tmp_path / "set").iterdir())) == 4
+    (tmp_path / "set" / "train.bin").unlink()  # then it is none any more
+    assert text_set.main([*words, "--val_fraction", "0.5"]) != first
     (tmp_path / "set" / "config.json").touch()
     with pytest.raises(ValueError, match="is a run directory"):
         text_set.main(words)

@@ -221,6 +221,9 @@ def test_bad_prompts():
     for prompt, message in (([], "empty"), ([1] * 13, "13 tokens, but the model has room for 12"), ([99], "vocabulary of 31")):
         with pytest.raises(ValueError, match=message):
             generate.generate(model, [prompt], 3)
+    for prompts in ("def ", [1, 2], [torch.tensor([1, 2])]):
+        with pytest.raises(ValueError, match="prompts are a list of lists of token ids"):
+            generate.generate(model, prompts, 3)
     assert model.training
 
 

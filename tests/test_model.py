@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import typing
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from torch.nn import functional as F
 
 import checkpoint
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
-from conftest import ALL_MODELS, ALL_MODELS_IDS, TINY_BASELINE, TINY_ENCODER_DECODER, make_model
+from conftest import (
+    ALL_MODELS,
+    ALL_MODELS_IDS,
+    BASELINE_OPTIONS,
+    ENCODER_DECODER_OPTIONS,
+    TINY_BASELINE,
+    TINY_ENCODER_DECODER,
+    make_model,
+)
 from kernels import attend_in_products
 from model import (
     Block,
@@ -27,6 +36,14 @@ from model import (
 
 # ----------------------------------------------------------------------------------------------------------------------
 # sizes and names
+
+
+@pytest.mark.parametrize("config, options", [(EncoderDecoderConfig, ENCODER_DECODER_OPTIONS), (DecoderOnlyConfig, BASELINE_OPTIONS)])
+def test_every_value_of_every_option_is_tested(config, options):
+    """Guards a word that a setting takes and no branch knows, which computes what another one means: all tests use these options."""
+    for key, kind in typing.get_type_hints(config).items():
+        if typing.get_origin(kind) is typing.Literal:
+            assert {option.get(key, getattr(config, key)) for option in options} == set(typing.get_args(kind)), key
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,9 @@ def test_readme_commands(tmp_path):
             ["bash", "-o", "pipefail", "-c", command], cwd=tree, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-500:]}\n{done.stderr[-1500:]}"
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S):
+        done = subprocess.run([sys.executable, "-c", block], cwd=tree, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith("def "), f"{block}\n{done.stderr[-1500:]}"
 
 
 def test_readme_links_exist():

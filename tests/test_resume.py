@@ -153,7 +153,7 @@ def test_killed_run_continues(tiny_data, tmp_path, how):
         time.sleep(0.02)
     process.send_signal(how)
     printed, complaints = process.communicate(timeout=60)
-    assert process.returncode == (-9 if how == signal.SIGKILL else 130), complaints
+    assert process.returncode == -how, complaints
     assert "Traceback" not in complaints
     stopped = checkpoint.read_json(out / "last" / "trainer.json")["step"]
     assert stopped >= 50 and (how == signal.SIGINT or stopped % 50 == 0)
@@ -182,7 +182,7 @@ def test_terminated_run_continues(tiny_data, tmp_path, monkeypatch, reference):
     rarely = ("--eval_interval=1000", "--log_interval=1000")
     call_at(monkeypatch, 4, lambda: [signal.raise_signal(signal.SIGTERM) for _ in range(2)])  # a cluster's and torchrun's
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="143"):
         run(tiny_data, tmp_path / "run", *REFERENCE, *rarely)
     monkeypatch.undo()
     stopped = checkpoint.read_json(tmp_path / "run" / "last" / "trainer.json")
