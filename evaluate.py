@@ -1,5 +1,6 @@
 """
-The validation loss of trained runs over a whole file, each token once, as the last line of train.py reports it.
+The validation loss of trained runs over a whole file, each token once, as the last line of train.py reports it; with --json also
+what summary.json says of codes.
 
     python evaluate.py results/models/baseline results/models/encdec_mse_possub
     python evaluate.py out/stdlib/baseline_s1 --dataset=my_texts        # on other text of the same tokenizer
@@ -24,7 +25,7 @@ import runtime
 from baseline_transformer.model import DecoderOnly
 from model import EncoderDecoder
 from runs import find_runs
-from trainer import summed_loss, whole_file
+from trainer import measured, summed_loss, whole_file
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def evaluate(run: Path, which: str, config: EvaluateConfig, machine: runtime.Run
         "run": str(run), "step": state["step"], "dataset": name, "data_hash": data.val_hash, "val_tokens": int(count),
         "attention_dropout": model.config.dropout if config.attention_dropout else 0.0,
         "val_loss": loss, "val_bits_per_byte": loss / math.log(2) / data.bytes_per_token,
+        **measured(model, data, whole_file(data, machine, config.final_eval_tokens), machine),
     }  # fmt: skip
 
 
@@ -97,10 +99,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     found = []
     for run, folder in folders.items():
         found.append(line := evaluate(run, folder.name.removesuffix(".old"), config, machine))
+        codes = f", {line['code_bits_per_byte']:.4f} of them of codes," if "code_bits_per_byte" in line else ""
         dropped = f", attention dropout {line['attention_dropout']}" if config.attention_dropout else ""
         print(
             f"{line['run']}, step {line['step']}: {line['val_loss']:.4f} nats per token, {line['val_bits_per_byte']:.4f} bits per "
-            f"byte over {line['val_tokens']:,} tokens of {line['dataset']}{dropped}",
+            f"byte{codes} over {line['val_tokens']:,} tokens of {line['dataset']}{dropped}",
             flush=True,
         )
         if config.json is not None:  # after each run: the next one may fail

@@ -37,7 +37,7 @@ import runtime
 import tokenizer
 from model import Block, DecoderBlock
 from recorder import Recorder
-from trainer import TrainConfig, Trainer, exact_pairs, learning_rate, whole_file
+from trainer import TrainConfig, Trainer, exact_pairs, learning_rate, measured, whole_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # where a run is, and what it was given
@@ -346,7 +346,7 @@ def evaluate(record: Recorder, write_sample: Callable[[], str] | None) -> dict:
     found, step, what = trainer.estimates(), trainer.step, name_of_loss(trainer.raw_model)
     stop_if_not_finite(found["val_loss"], step, record.out)
     if step > 0:  # of an untrained model there is nothing to say
-        found |= trainer.measure(trainer.eval_batches("val", trainer.rows_that_fit))
+        found |= measured(trainer.raw_model, trainer.data, trainer.eval_batches("val", trainer.rows_that_fit), machine)
     accuracy = f", accuracy {found['token_accuracy']:.2%}" if "token_accuracy" in found else ""
     machine.say(f"step {step}: train {what} {found['train_loss']:.4f}, val {what} {found['val_loss']:.4f}{accuracy}")
     record.log("eval", found)
@@ -447,11 +447,8 @@ def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
         summary["reconstruction"] = True
     else:
         summary["val_bits_per_byte"] = val_loss / math.log(2) / data.bytes_per_token
-    measured = trainer.measure(whole_file(data, machine, config.final_eval_tokens))
-    for name in [name for name in measured if name.endswith("bits_per_token")]:
-        measured[name.removesuffix("token") + "byte"] = measured[name] / data.bytes_per_token
-    summary |= measured
-    if measured.get("codes_of_data") is False and machine.is_main:
+    summary |= measured(model, data, whole_file(data, machine, config.final_eval_tokens), machine)
+    if summary.get("codes_of_data") is False and machine.is_main:
         warnings.warn(
             "the codebooks were never made of data, so codes mean nothing: k-means waits for many latents a code, and for "
             "quantize_after steps if the model has them; train longer, or lower quantize_after or codebook_size",

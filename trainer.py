@@ -426,20 +426,6 @@ class Trainer:
                 found |= self.raw_model.embedding_loss_report(x, y)
         return found
 
-    def measure(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float | int | list]:
-        """What the model says of itself on batches (x, y), this process's share of them; nothing if it has nothing to say."""
-        if not hasattr(self.raw_model, "measure"):
-            return {}
-        self.raw_model.eval()
-        # a process may get no batch at all, but has to sum up as many numbers as the others: begin with one in which nothing counts
-        nothing = torch.zeros(1, self.data.block_size, dtype=torch.int64)
-        sums: dict[str, torch.Tensor] = {}
-        for x, y in itertools.chain([(nothing, nothing - 1)], batches):
-            with self.machine.autocast():
-                part = self.raw_model.measure(x.to(self.machine.device), y.to(self.machine.device))
-            sums = {name: sums.get(name, 0) + value for name, value in part.items()}
-        return self.raw_model.summarize({name: self.machine.sum_over_processes(value) for name, value in sums.items()})
-
 
 @torch.no_grad()
 def summed_loss(
@@ -459,6 +445,25 @@ def summed_loss(
         total += mean.cpu().double() * tokens  # in this order: Apple GPUs have no float64
         count += tokens
     return total, count
+
+
+def measured(
+    model: torch.nn.Module, data: dataloader.TokenData, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], machine: runtime.Runtime
+) -> dict[str, float | int | list]:
+    """What a model says of itself on batches (x, y) of data, this process's share of them; nothing if it has nothing to say."""
+    if not hasattr(model, "measure"):
+        return {}
+    model.eval()
+    # a process may get no batch at all, but has to sum up as many numbers as the others: begin with one in which nothing counts
+    nothing = torch.zeros(1, data.block_size, dtype=torch.int64)
+    sums: dict[str, torch.Tensor] = {}
+    for x, y in itertools.chain([(nothing, nothing - 1)], batches):
+        with machine.autocast():
+            part = model.measure(x.to(machine.device), y.to(machine.device))
+        sums = {name: sums.get(name, 0) + value for name, value in part.items()}
+    found = model.summarize({name: machine.sum_over_processes(value) for name, value in sums.items()})
+    of_tokens = {name: value for name, value in found.items() if name.endswith("bits_per_token")}
+    return found | {f"{name.removesuffix('token')}byte": bits / data.bytes_per_token for name, bits in of_tokens.items()}
 
 
 def whole_file(

@@ -650,6 +650,11 @@ def test_continues_text(wide_data, tmp_path, capsys):
     assert summary["val_bits_per_byte"] == pytest.approx(summary["val_loss"] / math.log(2) / 2, rel=1e-12)
     assert abs(summary["code_bits_per_byte"] + summary["token_bits_per_byte"] - summary["val_bits_per_byte"]) < 1e-4
     assert summary["end_bits_per_byte"] == 0.0
+    (again,) = evaluate.main([str(out), "--final_eval_tokens=300", "--device=cpu", f"--dtype={summary['dtype']}"])
+    assert {"code_bits_per_byte", "code_usage"} <= again.keys() & summary.keys(), "the bound alone says nothing of the codes"
+    same = again.keys() & summary.keys() - {"run"}
+    assert {key: again[key] for key in same} == {key: summary[key] for key in same} and len(same) > 8
+    assert f" bits per byte, {again['code_bits_per_byte']:.4f} of them of codes, over 300 tokens" in capsys.readouterr().out
     (text,) = sample.main(
         [str(out), "--prompt=def ", "--max_new_tokens=50", "--device=cpu", "--check", "--temperature=0.9", "--eos=0"]
     )
