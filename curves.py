@@ -37,14 +37,14 @@ def styles(curves: Curves) -> dict[str, dict]:
 
 
 def draw_lines(ax, curves: Curves, key: str, since: float = 0, markers: int = 1, **options) -> np.ndarray:
-    """A line and band a row from `since` tokens on, with so many markers; returns every value drawn."""
+    """A line and band a row from `since` tokens on, with about so many markers; returns every value drawn."""
     drawn = [np.zeros(0)]
     for label, style in styles(curves).items():
         tokens, values = curves[label][key]
         if not (tokens >= since).any():
             continue
         values, tokens = values[:, tokens >= since], tokens[tokens >= since]
-        marked = np.linspace(len(tokens) - 1, 0, markers).astype(int).tolist()
+        marked = list(range(len(tokens) - 1, -1, -max(1, len(tokens) // markers)))  # from the end, at equal distances
         ax.plot(tokens, values.mean(0), **style | {"linewidth": 1.7, "markevery": marked} | options)
         if len(values) > 1 and "linestyle" not in options:
             ax.fill_between(tokens, values.min(0), values.max(0), color=style["color"], alpha=0.18, linewidth=0)
