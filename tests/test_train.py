@@ -244,7 +244,8 @@ def test_patience_ends_a_run_that_no_longer_improves(tiny_data, tmp_path, monkey
     assert (summary["best_step"], summary["steps"]) == (7, 9), "evaluations count, not steps"
     assert checkpoint.read_json(tmp_path / "odd" / "last" / "trainer.json")["step"] == 9, "it ends where it was saved"
     losses[:] = [5.0, 3.0, *[6.0] * 9]
-    monkeypatch.setattr(Trainer, "measure", lambda trainer, _: {"codes_of_data": trainer.step > 9})  # until then they mean nothing
+    of_data = iter([False] * 3 + [True] * 9)  # in steps 3, 6, 9: until then codes mean nothing
+    monkeypatch.setattr(train, "measured", lambda *_: {"codes_of_data": next(of_data)})
     assert run(tiny_data, tmp_path / "codes", "--max_iters=30", "--patience=2")["steps"] == 15
 
 
