@@ -40,8 +40,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# A model is called as model(idx, targets) -> (logits, losses by name, `total` among them). Training and evaluation look for more, where
-# it has something to say, the methods with shapes in latent/:
+# A model is called as model(idx, targets) -> (logits, losses by name, `total` among them). What else training and evaluation ask of it,
+# the methods only where it has them (latent/ gives their shapes):
 #   side_by_side, reconstructs, writes_blocks     its kind (model.py, CausalModel)
 #   fitted_to (of its config), attach             it works on the codes of a frozen autoencoder, the run config.autoencoder
 #   training_data                                 what a step draws from, if not text
