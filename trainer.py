@@ -59,7 +59,7 @@ class TrainConfig:
     wandb_run_name: str | None = None  # name there; none: the name of out_dir
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of products, float32 on a GPU TF32; weights: float32, float64
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products; weights are float32, or float64
     compile: Literal["auto", "on", "off", "graphs"] = "auto"  # torch.compile; graphs: to CUDA graphs, for small models
     micro_batch_size: int | Literal["auto"] | None = None  # sequences at a time; none: batch_size; auto: what a GPU holds
     lanes: int | None = None  # parts of a micro-batch at once on a CPU, each on its share of threads; none: as many as pay
