@@ -163,6 +163,11 @@ def short_commit(run: Run) -> str:
     return run.summary["commit"][:7] + "+" * run.summary["commit"].endswith("+")  # a + marks uncommitted changes
 
 
+def in_summaries(rows: list[Row], keys: tuple[str, ...]) -> list[str]:
+    """Those of the keys that all runs of some row have as a number in summary.json."""
+    return [key for key in keys if any(all(is_number(run.summary.get(key)) for run in row.runs) for row in rows)]
+
+
 def table(rows: list[Row], metrics: tuple[str, ...] = ()) -> str:
     """Markdown; with a column for each of the metrics that summaries have as a number."""
     header = [
@@ -201,11 +206,6 @@ def table(rows: list[Row], metrics: tuple[str, ...] = ()) -> str:
 
 
 APART = 0.05  # models of the published table, meant to be of one size, differ by 4 %
-
-
-def in_summaries(rows: list[Row], keys: tuple[str, ...]) -> list[str]:
-    """Those of the keys that all runs of some row have as a number in summary.json."""
-    return [key for key in keys if any(all(is_number(run.summary.get(key)) for run in row.runs) for row in rows)]
 
 
 def table_notes(rows: list[Row]) -> str:
