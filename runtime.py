@@ -147,6 +147,15 @@ def stop(failed: bool = False) -> None:
         dist.destroy_process_group()
 
 
+def leave() -> None:
+    """
+    End this process, whose work is done, if it is one of several. DistributedDataParallel keeps the threads of the group alive beyond
+    stop(), and one that lets go of a tensor while the interpreter shuts down aborts the process (dev/LOG.md).
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(0)
+
+
 def choose_device(word: str, local_rank: int = 0, world_size: int = 1) -> tuple[torch.device, str]:
     why = "as asked"
     if word == "auto":

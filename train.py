@@ -223,7 +223,6 @@ def main(argv: list[str] | None = None) -> dict:
         out = run_dir(config, parsed.config_file)
         with checkpoint.alone_in(out) if machine.is_main else contextlib.nullcontext():
             summary = train(parsed, machine, out)
-        machine.barrier()  # gloo's threads abort a process that leaves while another is still connected to it
     except BaseException as error:
         runtime.stop(failed=isinstance(error, Exception))  # an interruption reaches all processes
         if isinstance(error, torch.OutOfMemoryError):
@@ -471,3 +470,4 @@ def device_name(machine: runtime.Runtime) -> str:
 if __name__ == "__main__":
     with configurator.exit_on_user_error():
         main()
+    runtime.leave()
