@@ -1,5 +1,6 @@
 """Lookahead decoding against plain decoding: the same text, whatever is guessed; and the mask, the cache, the coupling."""
 
+import gc
 import json
 import random
 import re
@@ -536,6 +537,15 @@ def test_sample_script_with_lookahead(tmp_path, capsys, monkeypatch):
 def test_bad_lookahead(bad, message):
     with pytest.raises(ValueError, match=message):
         sample.main(["out/none", *bad])
+
+
+def test_no_collection_goes_through_what_is_loaded(tmp_path, monkeypatch):
+    """Guards lookahead=auto: the pause of Python's collector, as long as the trial of a setting, made one look ten times as slow."""
+    run, frozen = str(write_run(tmp_path / "run")), []
+    step = Lookahead.step
+    monkeypatch.setattr(Lookahead, "step", lambda self: (frozen.append(gc.get_freeze_count()), step(self))[1])
+    sample.main([run, "--device=cpu", "--prompt=ab", "--max_new_tokens=8", "--lookahead=auto"])
+    assert min(frozen) > 10_000 and gc.get_freeze_count() == 0, "all that is loaded, while it samples; and nothing afterwards"
 
 
 def test_auto_prefers_what_is_faster(monkeypatch):
