@@ -185,21 +185,6 @@ def test_setting_may_change_between_steps():
     assert shorter.setting is None and "its last steps were plain" in said[0], "a setting that made no step is said to have made some"
 
 
-def test_auto_chooses_the_fastest(monkeypatch):
-    """Guards the choice of lookahead=auto: by tokens a second of the later steps, measured with a clock that ticks once a step."""
-    case = random_case(3) | {"max_new_tokens": 400, "eos": None, "stop": (), "setting": None}
-    run = Lookahead(case["model"], start(case), case["sampling"], None)
-    monkeypatch.setattr(lookahead, "time", types.SimpleNamespace(perf_counter=lambda: run.steps))
-    lengths, said = [len(run.sample.tokens)], []
-    for line in lookahead.tune(run, steps=9):
-        lengths.append(len(run.sample.tokens))
-        said += [line] if line else []
-    tried = (None, *lookahead.AUTO)  # nine steps each, of which the first three do not count
-    speeds = {setting: (lengths[9 * i + 9] - lengths[9 * i + 3]) / 6 for i, setting in enumerate(tried)}
-    assert speeds[None] == 1 and max(speeds.values()) > 1.5 and run.setting == max(speeds, key=speeds.get)
-    assert ", ".join(f"{setting or 'plain'} {speed:.0f}" for setting, speed in speeds.items()) in said[0]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # one step
 
@@ -563,3 +548,18 @@ def test_auto_prefers_what_is_faster(monkeypatch):
         monkeypatch.setattr(time, "perf_counter", lambda clock=clock: clock[0])
         list(lookahead.tune(run))
         assert (run.setting is None) != slow_plain
+
+
+def test_auto_chooses_the_fastest(monkeypatch):
+    """Guards the choice of lookahead=auto: by tokens a second of the later steps, measured with a clock that ticks once a step."""
+    case = random_case(3) | {"max_new_tokens": 400, "eos": None, "stop": (), "setting": None}
+    run = Lookahead(case["model"], start(case), case["sampling"], None)
+    monkeypatch.setattr(lookahead, "time", types.SimpleNamespace(perf_counter=lambda: run.steps))
+    lengths, said = [len(run.sample.tokens)], []
+    for line in lookahead.tune(run, steps=9):
+        lengths.append(len(run.sample.tokens))
+        said += [line] if line else []
+    tried = (None, *lookahead.AUTO)  # nine steps each, of which the first three do not count
+    speeds = {setting: (lengths[9 * i + 9] - lengths[9 * i + 3]) / 6 for i, setting in enumerate(tried)}
+    assert speeds[None] == 1 and max(speeds.values()) > 1.5 and run.setting == max(speeds, key=speeds.get)
+    assert ", ".join(f"{setting or 'plain'} {speed:.0f}" for setting, speed in speeds.items()) in said[0]
