@@ -67,8 +67,12 @@ def build(name: str, config) -> torch.nn.Module:
 def write_json(path: Path, value: dict | list) -> None:
     """Write through a temporary name, so that the file is never half there."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with configurator.naming(path):
+            temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # where the disk was full
 
 
 def read_json(path: Path) -> dict:
@@ -77,6 +81,13 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore it or start the run again") from None
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder if it is there, or the link to one, which rmtree leaves."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 # settings that may differ between a run and its continuation; micro_batch_size, which is one of them, draws dropout's masks anew
@@ -106,7 +117,8 @@ def alone_in(out: Path) -> Iterator[None]:
                 raise FileExistsError(f"another training writes to {out}: wait for it, stop it, or choose another --out_dir") from None
             except OSError:  # a file system without locks
                 pass
-        yield
+        with configurator.naming(out):
+            yield
     finally:
         if fcntl:
             os.close(handle)
@@ -137,12 +149,12 @@ def start_run(settings: dict, data_folder: Path, out: Path) -> None:
     """Make the run directory, without anything of a run that was there."""
     for path in parts_of_run(out):
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            remove_folder(path)
         else:
             path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(data_folder / tokenizer.FILE_NAME, out / tokenizer.FILE_NAME)
-    write_json(out / "config.json", settings)
+    write_json(out / "config.json", settings)  # first: without it the rest would not be known as a run's
+    (out / tokenizer.FILE_NAME).write_bytes((data_folder / tokenizer.FILE_NAME).read_bytes())
 
 
 def copy_autoencoder(run: Path, out: Path) -> None:
@@ -234,10 +246,10 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer 
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{folder} could not be written, what was there before still is: {error}") from None
     if folder.exists():  # if not, `old` is all there is
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(old)
         folder.rename(old)
     temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_folder(old)
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

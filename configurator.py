@@ -33,6 +33,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import math
 import operator
@@ -301,7 +302,9 @@ def coerce(value: object, kind: object, is_text: bool) -> object:
     if kind is int and (is_text or is_number(value)):
         with contextlib.suppress(ValueError):
             if not isinstance(value, float):
-                return int(value)
+                if abs(int(value)) < 1 << 64:
+                    return int(value)
+                raise Mismatch("an integer of at most 64 bits")
         with contextlib.suppress(ValueError, OverflowError):  # 1e3: show how it is written
             expected = f"an integer such as {int(float(value))}"
     raise Mismatch(expected)
@@ -403,7 +406,9 @@ def wrap(text: str, indent: int) -> str:
 
 def help_text(sections: list[type], description: str, positional: str, chooser: str, variants: dict[str, type]) -> str:
     """Every key of every section with type, default and comment."""
-    lines = [f"usage: python {Path(sys.argv[0]).name} {positional}".rstrip() + " [--key=value ...]", "", description.strip()]
+    spec = sys.modules["__main__"].__spec__  # of python -m
+    program = f"-m {spec.name}" if spec else sys.argv[0]
+    lines = [f"usage: python {program} {positional}".rstrip() + " [--key=value ...]", "", description.strip()]
     if "CONFIG" in positional:
         lines += ["", "CONFIG is a file of 'name = value' lines, see config/; flags override it."]
     blocks = {cls.__name__: cls for cls in sections} | {f"with --{chooser}={name}": cls for name, cls in variants.items()}
@@ -456,6 +461,17 @@ def field_comments(cls: type) -> dict[str, tuple[str, str]]:
 
 
 @contextlib.contextmanager
+def naming(path: Path):
+    """Inside, a full disk is reported with this path; Python itself names no file then, or the one that was copied."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
 def exit_on_user_error():
     """
     What a user can cause ends in one line on stderr and an exit status, 2 for a bad key or value, 1 for a file; Ctrl-C ends in a line
@@ -477,6 +493,8 @@ def exit_on_user_error():
     ours = "WORLD_SIZE" not in os.environ and threading.current_thread() is threading.main_thread()
     if ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, end)
+    if sys.stderr is None:  # closed by the shell, 2>&-: print would take stdout instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character is no reason to lose a text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -494,6 +512,12 @@ def exit_on_user_error():
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # as torch says it of a CPU
+            raise
+        reason = " ".join(str(error).split())
+        print(f"error: out of memory ({reason}); take a smaller model, or fewer or shorter sequences at a time", file=sys.stderr)
+        raise SystemExit(1) from None
     except (OSError, FloatingPointError) as error:  # the latter: a training run that diverged
         named = isinstance(error, OSError) and error.filename and error.strerror
         text = f"{error.filename}: {error.strerror}" if named else error

@@ -92,7 +92,7 @@ def prepare_command(folder: Path) -> str:
     name, pairs, teacher = meta.get("dataset"), meta.get("kind") == "pairs", meta.get("teacher")
     if isinstance(teacher, dict):
         run, out = shlex.quote(str(teacher.get("run"))), shlex.quote(str(folder))
-        return f"python data/distill/prepare.py --run {run} --out_dir {out} (remove {out}/meta.json first)"
+        return f"python data/distill/prepare.py --run {run} --out_dir {out} (remove {out} first)"
     script = f"data/{'pairs' if pairs else 'text'}/prepare.py --input YOUR_{'PAIRS' if pairs else 'TEXT'}"
     if name in known_sets() and pairs == (name == "numbers"):
         script = OFFLINE_SETS.get(name, f"data/{name}/prepare.py")

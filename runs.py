@@ -70,6 +70,8 @@ def find_runs(words: list[str]) -> list[Path]:
     """
     found: list[Path] = []
     for word in words:
+        if not word:  # an unset variable; Path("") would be the current folder
+            raise ValueError("an empty word names no run directory")
         matches = [word] if Path(word).exists() else sorted(glob.glob(word))
         if not matches:
             raise FileNotFoundError(f"{word}: no such run directory")

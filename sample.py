@@ -49,7 +49,7 @@ class SampleConfig:
     cache: bool = True  # false: compute the whole context again for every token
     lookahead: str | None = None  # several tokens a step, the same text: W,N,G such as 4,3,4, see lookahead.py; auto tries some
     prompt_lookup: bool = True  # lookahead also guesses the n-grams of prompt and output; false: only those of its window
-    check: bool = False  # sample again by the plain path, if this was it without its cache; exit status 1 if texts differ
+    check: bool = False  # sample again, plainly with the cache, or without it if that is what ran; exit status 1 if texts differ
     compile: bool = False  # torch.compile for the steps of one token; takes a minute to start
     int8: bool = False  # weights in 8 bits: faster for one text on a CPU, and not quite the same model
     checkpoint: Literal["best", "last"] = "best"  # lowest validation loss, or latest

@@ -7,12 +7,12 @@ Train any model of the project: one loop for all.
     torchrun --standalone --nproc_per_node=4 train.py config/wikipedia/encdec_mse_possub.py
 
 One *step* is one optimizer update on batch_size * gradient_accumulation_steps sequences of block_size tokens, however many
-processes share them. Which sequences those are, and every dropout mask, is a function of (seed, step) alone; that is why
-resuming, evaluating more often, or adding processes does not change a run. micro_batch_size, how many sequences are computed at
-a time, changes rounding and, because each micro-batch draws its own, the dropout masks. On pairs, whose answers differ in length,
-it also changes, a little, the losses of codes, which are not means over target tokens. So does lanes, the number of parts of a
-micro-batch that a CPU computes side by side (with dropout there is only one). It is chosen when a run starts, from torch's number of
-threads at that time, and kept when the run is resumed.
+processes share them. Which sequences those are is a function of (seed, step), dropout masks of (seed, step, micro-batch); so
+resuming, evaluating more often, or adding processes changes a run by rounding at most. micro_batch_size, how many sequences are
+computed at a time, changes rounding and, because each micro-batch draws its own, the dropout masks. On pairs, whose answers differ
+in length, it also changes, a little, the losses of codes, which are not means over target tokens. So does lanes, the number of
+parts of a micro-batch that a CPU computes side by side (with dropout there is only one): it is chosen when a run starts, from
+torch's number of threads at that time, and kept when the run is resumed.
 """
 
 import contextlib

@@ -48,7 +48,7 @@ class TrainConfig:
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
     # evaluation and logging
     eval_interval: int = 250  # steps between evaluations; each writes the last/ checkpoint
-    eval_iters: int = 20  # batches of an evaluation: the same windows every time, and in every run with as many sequences
+    eval_iters: int = 20  # batches of an evaluation: the same windows every time, and in every run that evaluates as many sequences
     patience: int | None = None  # end the run after this many evaluations in a row without a lower val_loss; best/ has the lowest
     final_eval_tokens: int | None = None  # validation tokens that the final evaluation predicts; none: the whole file
     log_interval: int = 10  # steps between progress lines
@@ -59,8 +59,8 @@ class TrainConfig:
     wandb_run_name: str | None = None  # name there; none: the name of out_dir
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products; weights are float32, or float64
-    compile: Literal["auto", "on", "off", "graphs"] = "auto"  # torch.compile; graphs: to CUDA graphs, for small models
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of products; auto: bfloat16 if the device has it
+    compile: Literal["auto", "on", "off", "graphs"] = "auto"  # torch.compile; auto: on a GPU; graphs: to CUDA graphs, for small models
     micro_batch_size: int | Literal["auto"] | None = None  # sequences at a time; none: batch_size; auto: what a GPU holds
     lanes: int | None = None  # parts of a micro-batch at once on a CPU, each on its share of threads; none: as many as pay
     activation_checkpointing: bool = False  # compute blocks again for their gradients: slower, with far less memory

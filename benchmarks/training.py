@@ -42,7 +42,7 @@ class TrainBench:
     compare_with: str | None = None  # path to a nanoGPT's model.py, whose GPT gets the shape of our decoder_only
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # of matrix products
     compile: tuple[str, ...] = ("off", "on")  # torch.compile
-    lanes: tuple[int, ...] = ()  # parts of a batch at once on a CPU, of our models not compiled; none: as many as train.py takes
+    lanes: tuple[int, ...] = ()  # parts of a batch at once on a CPU, of our models not compiled; left out: as many as train.py takes
     steps: int = 2  # in a repeat
     repeats: int = 5  # of each variant
     memory: bool = False  # also the peak memory of each variant, alone in another process

@@ -24,6 +24,7 @@ from typing import BinaryIO
 import numpy as np
 
 import tokenizer as tokenizers
+from configurator import naming
 from data.sources import FEW_PIECES, cut_lines, read_documents, take_bytes
 from tokenizer import Tokenizer, to_utf8
 
@@ -110,16 +111,22 @@ def write_sides(
     """
     write_dataset for documents whose side is known: pairs (is it validation?, document). A document may come in parts,
     (val, part, part, ...), which are tokenized apart. `complete` is given the meta of all documents, to add to it before it is
-    written. `total_bytes` is only for the progress bar. Raises FileExistsError where out_dir holds another data set.
+    written. `total_bytes` is only for the progress bar. Raises FileExistsError where out_dir holds another data set, or what may be one.
     """
     out_dir = Path(out_dir)
     if (out_dir / "config.json").exists():  # its tokenizer.json would be replaced
         raise ValueError(f"{out_dir} is a run directory, and no place for a data set; give another --out_dir")
+    foreign = [name for name in ("train.bin", "val.bin", tokenizers.FILE_NAME) if (out_dir / name).exists()]
+    if foreign and not (out_dir / "meta.json").exists() and out_dir.resolve().parent != DATA:  # nanoGPT's, or a model's folder
+        raise FileExistsError(
+            f"{out_dir} has {', '.join(foreign)} but no meta.json, so it may be no data set of this project: give another --out_dir, or "
+            "remove them"
+        )
     _remove_leftovers(out_dir)
     threads = threads or os.cpu_count() or 1
     dtype = np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
     # In a folder of its own until complete: an interrupted run leaves what was there before, and two runs do not mix.
-    with _naming(out_dir), _made(out_dir), tempfile.TemporaryDirectory(prefix=f"{WORK}{os.getpid()}-", dir=out_dir) as work:
+    with naming(out_dir), _made(out_dir), tempfile.TemporaryDirectory(prefix=f"{WORK}{os.getpid()}-", dir=out_dir) as work:
         work = Path(work)
         sides = _encode(sided, tokenizer, dtype, work, threads, total_bytes)
         meta = {
@@ -191,17 +198,6 @@ def _held(folder: Path) -> dict | None:
         return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-@contextlib.contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-    """Inside, a full disk is reported with the name of the folder."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 @contextlib.contextmanager

@@ -31,12 +31,16 @@ def read_documents(path: str | Path, separator: str = SEPARATOR, text_key: str =
     By name: .jsonl and .parquet have a document a row, in column `text_key` ("title,text": both, an empty line between);
     everything else is UTF-8 text with `separator` between documents. Text and .jsonl may be packed as .gz, .xz or .zst.
     A text file that is `alone` the whole corpus is cut into FEW_PIECES at least where it has no separators.
-    Raises FileNotFoundError for a missing path, ValueError (file and place) for what cannot be read.
+    Raises FileNotFoundError for a missing path, ValueError (file and place) for what cannot be read, links to folders among it.
     """
     path = Path(path)
     if path.is_dir():
-        inside = sorted((p.relative_to(path) for p in path.rglob("*") if p.is_file()), key=lambda p: p.as_posix())
-        files = [path / p for p in inside if not any(part.startswith(".") for part in p.parts)]
+        inside = sorted((p.relative_to(path) for p in path.rglob("*")), key=lambda p: p.as_posix())
+        inside = [path / p for p in inside if not any(part.startswith(".") for part in p.parts)]
+        files = [p for p in inside if p.is_file()]
+        for link in (p for p in inside if p.is_symlink() and not p.is_file()):
+            what = "a folder, which is not followed; give that as another --input" if link.exists() else "nothing; remove it, or mend it"
+            raise ValueError(f"{link} is a link to {what}")
         if not files:
             raise FileNotFoundError(f"{path} is a folder without files; give a text file or a folder with some")
         for file in files:

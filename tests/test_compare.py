@@ -578,6 +578,7 @@ def test_what_is_not_a_run_directory_is_an_error(tmp_path):
         with pytest.raises(FileNotFoundError, match=message):
             compare.main([str(tmp_path / word)])
     for argv, status, message in (
+        (["", str(tmp_path)], 2, "error: an empty word names no run directory\n"),
         ([str(tmp_path / "no*")], 1, f"error: {tmp_path / 'no*'}: no such run directory\n"),
         (["a", "--plt=x"], 2, "error: unknown key 'plt'; did you mean 'plot'?\n"),
     ):

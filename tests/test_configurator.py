@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
+import torch
 
 import configurator
 from configurator import configure, exit_on_user_error, from_dict, read_config_file, to_dict
@@ -130,6 +132,7 @@ def test_text_becomes_the_annotated_type(flag, key, value):
         ("--order=crossfirst", "--order=crossfirst: one of self_first, cross_first (did you mean 'cross_first'?) was expected"),
         ("--betas=1,x", "--betas=1,x: a list of float such as 0.9,0.7 was expected (default 0.9,0.95)"),
         ("--max_iters=-1", "max_iters=-1 is negative"),
+        (f"--max_iters={2**64}", f"--max_iters={2**64}: an integer of at most 64 bits was expected"),
         ("--learning_rte=1", "unknown key 'learning_rte'; did you mean 'learning_rate'?"),
         ("--qqq=1", "unknown key 'qqq'; --help lists all keys"),
         ("--n_layr=1", "unknown key 'n_layr'; did you mean 'n_layer'?"),
@@ -370,6 +373,17 @@ def test_user_errors_end_in_one_line_and_a_status(capsys, error, status, message
     assert exit_.value.code == status and capsys.readouterr().err == message
 
 
+def test_memory_that_a_cpu_does_not_have(capsys):
+    """Guards a traceback for a model or a batch that is too large, in torch's words and in numpy's, and our own bugs beside them."""
+    for more_than_there_is in (lambda: torch.empty(10**15), lambda: np.empty(10**15)):
+        with pytest.raises(SystemExit) as exit_, exit_on_user_error():
+            more_than_there_is()
+        line = capsys.readouterr().err
+        assert exit_.value.code == 1 and line.startswith("error: out of memory (") and line.count("\n") == 1 and "smaller model" in line
+    with pytest.raises(RuntimeError, match="must match"), exit_on_user_error():
+        torch.zeros(2) + torch.zeros(3)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_ctrl_c_ends_a_loop_of_commands():
     """Guards `for seed in 1 2 3; do python train.py ...`: bash ends the loop only where a command died of the signal."""
@@ -395,14 +409,17 @@ def test_warnings_are_lines_and_each_is_said_once(capsys):
 
 
 def test_an_output_that_is_closed_or_cannot_show_a_character():
-    """Guards a text of many minutes that is lost in its last line, and a traceback for `>&-`."""
-    code = "from configurator import *\nwith exit_on_user_error():\n    print('10 \u20ac')"
+    """Guards a text of many minutes that is lost in its last line, a traceback for `>&-`, and notes among the results for `2>&-`."""
+    code = "from configurator import *\nwith exit_on_user_error():\n    print('10 \u20ac')\n    print('a note', file=sys.stderr)"
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=ascii_only)
-    assert (shown.returncode, shown.stdout, shown.stderr) == (0, b"10 \\u20ac\n", b"")
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, b"10 \\u20ac\n", b"a note\n")
     closed = subprocess.run(["sh", "-c", f'exec {sys.executable} -c "$CODE" >&-'], stderr=subprocess.PIPE, cwd=ROOT,
                             env={**os.environ, "CODE": code})  # fmt: skip
-    assert (closed.returncode, closed.stderr) == (0, b"")
+    assert (closed.returncode, closed.stderr) == (0, b"a note\n")
+    closed = subprocess.run(["sh", "-c", f'exec {sys.executable} -c "$CODE" 2>&-'], stdout=subprocess.PIPE, cwd=ROOT,
+                            env={**ascii_only, "CODE": code})  # fmt: skip
+    assert (closed.returncode, closed.stdout) == (0, b"10 \\u20ac\n")
 
 
 @pytest.mark.parametrize("more, said, status", [({}, b"tidy\n", 143), ({"WORLD_SIZE": "2"}, b"", -15)], ids=["alone", "torchrun"])

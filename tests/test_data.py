@@ -161,7 +161,7 @@ def test_empty_archive_is_an_error(tmp_path, suffix):
 
 
 def test_folder_in_order_of_paths(tmp_path):
-    """Guards against an order that depends on the file system, and against reading hidden files."""
+    """Guards against an order that depends on the file system, reading hidden files, and texts behind a link that nobody misses."""
     files = {"b.txt": "two", "a/z.txt": "one", "c/d.jsonl": '{"text": "three"}', ".git/x": "no", "c/.y": "no"}
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -172,6 +172,13 @@ def test_folder_in_order_of_paths(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="without files"):
         list(sources.read_documents(tmp_path / "empty"))
+    (tmp_path / "a" / "link.txt").symlink_to(tmp_path / "b.txt")  # of a file: that is read
+    assert list(sources.read_documents(tmp_path / "a")) == ["two", "one"]
+    for target, message in (("c", "is a link to a folder, which is not followed"), ("gone", "is a link to nothing")):
+        (tmp_path / "a" / "more").symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match=message):
+            list(sources.read_documents(tmp_path / "a"))
+        (tmp_path / "a" / "more").unlink()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
@@ -698,6 +705,11 @@ def test_what_a_folder_held_is_not_lost(tmp_path):
     assert TokenData(tmp_path / "set", 8).meta == first and len(list((tmp_path / "set").iterdir())) == 4
     (tmp_path / "set" / "train.bin").unlink()  # then it is none any more
     assert text_set.main([*words, "--val_fraction", "0.5"]) != first
+    (tmp_path / "set" / "meta.json").unlink()  # nanoGPT's data sets have none
+    held = (tmp_path / "set" / "train.bin").read_bytes()
+    with pytest.raises(FileExistsError, match="set has train.bin, val.bin, tokenizer.json but no meta.json.*give another --out_dir"):
+        text_set.main(words)
+    assert (tmp_path / "set" / "train.bin").read_bytes() == held
     (tmp_path / "set" / "config.json").touch()
     with pytest.raises(ValueError, match="is a run directory"):
         text_set.main(words)

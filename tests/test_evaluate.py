@@ -114,13 +114,15 @@ def test_a_run_that_fails_costs_no_other(finished, tmp_path):
     assert [line["run"] for line in json.loads(json_file.read_text())] == [str(finished)]
 
 
-def test_a_data_set_that_has_changed_is_noted(finished, tiny_data, tmp_path, capsys):
-    """Guards a loss that seems to be that of training, on the same name, but of another text; and runs named by a pattern."""
+def test_what_is_not_as_in_training_is_noted(finished, tiny_data, tmp_path, capsys):
+    """Guards a loss that seems to be that of training, but is of another text or in other digits; and runs named by a pattern."""
     run = shutil.copytree(finished, tmp_path / "of_this" / "run")
     words = [str(tmp_path / "of_*" / "*"), "--device=cpu", "--dtype=float32", "--final_eval_tokens=320"]
     evaluate.main(words)
-    assert "another validation file" not in capsys.readouterr().err
+    assert not capsys.readouterr().err
     summary = json.loads((run / "summary.json").read_text())
+    evaluate.main([*words, "--dtype=bfloat16"])
+    assert f"{run} gave its loss in float32, this is bfloat16; --dtype=float32 is the same as there" in capsys.readouterr().err
     (run / "summary.json").write_text(json.dumps(summary | {"data_hash": "0" * 64}))
     evaluate.main(words)
     assert "has another validation file now" in capsys.readouterr().err

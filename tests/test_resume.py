@@ -263,6 +263,39 @@ def test_full_disk(tiny_data, tmp_path, reference):
     assert same(weights(out), weights(reference)) and not (out / "last.tmp").exists() and not (out / "best.tmp").exists()
 
 
+def test_disk_that_is_full_at_the_start(tiny_data, tmp_path):
+    """Guards a full disk that is reported without a name, or under that of the data set's file, and the run that follows it."""
+    words = arguments(tiny_data, tmp_path / "run")
+    code = (
+        "import resource, runpy, sys\n"
+        f"sys.argv = ['train.py', *{words!r}]\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"error: {tmp_path / 'run'}: File too large\n")
+    train.main(words)
+
+
+def test_checkpoints_behind_links(tiny_data, tmp_path, reference):
+    """Guards a run whose last/ was moved to another disk: the link has to be replaced, or the second save finds it in its way."""
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    for name in ("last", "best"):
+        (out / name).rename(tmp_path / name)
+        (out / name).symlink_to(tmp_path / name)
+    resumed = (*REFERENCE, "--resume", "--max_iters=12", "--lr_decay_iters=none")
+    train.main(arguments(tiny_data, out, *resumed))
+    assert not (out / "last").is_symlink() and not (out / "last.old").exists() and checkpoint.find(out, "last") == out / "last"
+    assert same(weights(tmp_path), weights(reference)), "what the link led to stays as it is"
+    (out / "best").exists() and shutil.rmtree(out / "best")
+    (out / "best").symlink_to(tmp_path / "best")
+    train.main(arguments(tiny_data, out, "--overwrite", "--max_iters=0"))
+    assert not (out / "best").is_symlink() and same(weights(tmp_path, "best"), weights(reference, "best"))
+
+
 @pytest.mark.parametrize("damage", ["trainer", "moments", "shape"])
 def test_damaged_checkpoints_are_named(tiny_data, tmp_path, capsys, reference, damage):
     """Guards resuming from files that can be read but are not what was written, above all a moment of another shape."""

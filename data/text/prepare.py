@@ -3,7 +3,7 @@ Your own text as a data set. Files or folders; text, .jsonl or .parquet; plain, 
 
     python data/text/prepare.py --input notes/ --name notes --tokenizer byte
     python data/text/prepare.py --input novels.txt --name novels --tokenizer gpt2 --separator '<|endoftext|>'
-    python train.py config/xyz.py --dataset=notes
+    python train.py config/quickstart.py --dataset=notes
 """
 
 import sys
