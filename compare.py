@@ -10,7 +10,6 @@ they have to have that name in common, too, so that two versions of the code are
 Every loss is in nats per token; the validation loss is that of the last weights over the whole validation file.
 """
 
-import difflib
 import functools
 import json
 import math
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 import curves
-from configurator import check_given, choice_text, configure, exit_on_user_error, is_number
+from configurator import check_given, choice_text, configure, exit_on_user_error, is_number, nearest
 from runs import Row, Run, bits_per_nat, find_runs, group, judged_alike, markdown_table, read_runs, row_name, warn, write
 
 
@@ -306,10 +305,12 @@ def check_metrics(rows: list[Row], keys: tuple[str, ...]) -> None:
     known = sorted({key for line in lines for key, value in line.items() if is_number(value)} - {"step", "tokens"})
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            if in_summaries(rows, (key,)):
+                raise ValueError(f"--metrics={key}: a number of summary.json, with no curve to draw: --plot=none gives its column")
+            near = nearest(key, known)
             raise ValueError(
                 f"--metrics={key}: no run logged that; "
-                + (f"did you mean {near[0]}? " if near else "")
+                + (f"did you mean {near}? " if near else "")
                 + f"there are {', '.join(known) or 'no metrics at all'}"
             )
         if not any(len(curve(row, key)[0]) for row in rows):

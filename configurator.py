@@ -96,28 +96,19 @@ def configure(
     if arguments.help:
         print(help_text(sections, description, positional, chooser, variants), flush=True)
         raise SystemExit(0)
-    possible = [*sections, *variants.values()]
-    known = sorted({key for cls in possible for key in annotations(cls)})
-    words, flags = arguments.words, arguments.flags
-    for key, word in arguments.followers.items():
-        kinds = [annotations(cls)[key] for cls in possible if key in annotations(cls)]
-        if kinds and (bool not in kinds or word.lower() in BOOLEANS):
-            raise ValueError(f"--{key} {word}: a value follows '=', not a space: write {shlex.quote(f'--{key}={word}')}")
-    for word in words:
-        if "=" in word and word.split("=")[0] in known:
-            raise ValueError(f"unexpected word {word!r}: write --{word}")
-    if len(words) > (math.inf if "..." in positional else 1 if positional else 0):
-        takes = f"no more than {positional}" if positional else "no positional words"
-        raise ValueError(f"unexpected word {words[-1]!r}: this script takes {takes}; values are written --key=value")
-    if not words and positional and not positional.startswith("["):
-        raise ValueError(f"{positional} is missing; --help explains")
+    kinds: dict[str, list] = {}  # of every key that there may be, its type in each section that has it
+    for cls in (*sections, *variants.values()):
+        for key, kind in annotations(cls).items():
+            kinds.setdefault(key, []).append(kind)
+    check_words(arguments, positional, kinds)
 
+    words, flags = arguments.words, arguments.flags
     config_file = Path(words[0]) if words and "CONFIG" in positional else None
     file_values = read_config_file(config_file) if config_file else {}
     places = dict.fromkeys(file_values, f" (in {config_file})") | dict.fromkeys(flags, "")
     for key, place in places.items():
-        if key not in known:
-            near = nearest(key, known)
+        if key not in kinds:
+            near = nearest(key, sorted(kinds))
             raise ValueError(f"unknown key {key!r}{place}; " + (f"did you mean {near!r}?" if near else "--help lists all keys"))
     if stored:
         file_values |= stored(config_file, file_values, flags)
@@ -162,6 +153,22 @@ def read_arguments(argv: list[str]) -> Arguments:
             bare = ""
     wants_help = "-h" in argv or flags.pop("help", False) is not False
     return Arguments(words, flags, followers, wants_help)
+
+
+def check_words(arguments: Arguments, positional: str, kinds: dict[str, list]) -> None:
+    """Raise ValueError for too many words or too few, and for words that were meant as the value of a key in `kinds`."""
+    words = arguments.words
+    for key, word in arguments.followers.items():
+        if key in kinds and (bool not in kinds[key] or word.lower() in BOOLEANS):
+            raise ValueError(f"--{key} {word}: a value follows '=', not a space: write {shlex.quote(f'--{key}={word}')}")
+    for word in words:
+        if "=" in word and word.split("=")[0] in kinds:
+            raise ValueError(f"unexpected word {word!r}: write --{word}")
+    if len(words) > (math.inf if "..." in positional else 1 if positional else 0):
+        takes = f"no more than {positional}" if positional else "no positional words"
+        raise ValueError(f"unexpected word {words[-1]!r}: this script takes {takes}; values are written --key=value")
+    if not words and positional and not positional.startswith("["):
+        raise ValueError(f"{positional} is missing; --help explains")
 
 
 # config files

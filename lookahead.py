@@ -97,9 +97,8 @@ class Pool:
 class Layout(NamedTuple):
     """The tokens of a step, in order: y_p, the drafts, level 0 without its column 0 (which is y_p), levels 1..N-2."""
 
-    chains: list[list[int]]  # for each token the slots that it sees, itself last: a text of its own after the cache
-    offsets: torch.Tensor  # (T,) its position, from p
-    mask: torch.Tensor  # bool (T, T), the chains
+    offsets: torch.Tensor  # (T,) the position of each token, from p
+    mask: torch.Tensor  # bool (T, T), the slots that it sees, itself last: a text of its own after the cache
     read: torch.Tensor  # (R,) slots whose picks are needed: y_p, the drafts, the last level
     picks: list[int]  # (R,) for each of these the position of the token that is picked, from p
 
@@ -130,7 +129,7 @@ def layout(window: int, ngram: int, drafts: int, length: int, device: torch.devi
     for slot, chain in enumerate(chains):
         mask[slot, chain] = True
     picks = [offsets[slot] + 1 for slot in read]
-    return Layout(chains, torch.tensor(offsets, device=device), mask.to(device), torch.tensor(read, device=device), picks)
+    return Layout(torch.tensor(offsets, device=device), mask.to(device), torch.tensor(read, device=device), picks)
 
 
 def agreement(first: int, draft: tuple[int, ...], picks: list[int]) -> list[int]:

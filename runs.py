@@ -216,8 +216,7 @@ def row_name(run: Path) -> str:
 def group(runs: list[Run], by_name: bool = False) -> list[Row]:
     """
     Rows of runs with equal settings and training data and, `by_name`, equal names but for the seed, the lowest validation loss first;
-    older runs do not tell their data, and count as trained on that of the first that does. Equal names get their folder, or the
-    settings that differ.
+    older runs do not tell their data, and count as trained on that of the first that does.
     """
 
     def settings(run: Run) -> str:
@@ -233,21 +232,26 @@ def group(runs: list[Run], by_name: bool = False) -> list[Row]:
             warn(f"{run.path} has settings and seed of {seeds[seed].path}: skipped; if their code differs, --by_name compares them")
         else:
             seeds[seed] = run
-    rows = [Row("", [seeds[seed] for seed in sorted(seeds)]) for seeds in groups.values()]
+    rows = labelled([Row("", [seeds[seed] for seed in sorted(seeds)]) for seeds in groups.values()])
+    return sorted(rows, key=lambda row: row.mean("val_loss"))
+
+
+def labelled(rows: list[Row]) -> list[Row]:
+    """The rows named after their directories. Where names are equal, with the folder or, if that is equal too, settings that differ."""
     paths = [row.runs[0].path.resolve() for row in rows]
     names = [row_name(path) for path in paths]
     folders = [{path.parent.name for path, other in zip(paths, names) if other == name} for name in names]
     names = [f"{path.parent.name}/{name}" if len(of) > 1 else name for path, name, of in zip(paths, names, folders)]
-    labelled: dict[str, Row] = {}
+    found: dict[str, Row] = {}
     for name, row in zip(names, rows, strict=True):
         twins = [other.runs[0].config for other, other_name in zip(rows, names, strict=True) if other_name == name]
         own = row.runs[0].config.items()
         apart = [f"{key}={str(value)[:24]}" for key, value in own if any(twin.get(key) != value for twin in twins)]
         label = f"{name} ({' '.join(apart[:3])})" if apart else name
-        while label in labelled:  # twins in folders of one name, or of settings that differ further on
+        while label in found:  # twins in folders of one name, or of settings that differ further on
             label += "'"
-        labelled[label] = row._replace(label=label)
-    return sorted(labelled.values(), key=lambda row: row.mean("val_loss"))
+        found[label] = row._replace(label=label)
+    return list(found.values())
 
 
 # writing

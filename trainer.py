@@ -151,6 +151,17 @@ def compiled(model: torch.nn.Module, machine: runtime.Runtime, recomputes: bool 
     return torch.compile(model, dynamic=False, mode="reduce-overhead" if machine.graphs else None)
 
 
+def exchanging(model: torch.nn.Module, machine: runtime.Runtime) -> DistributedDataParallel:
+    """The model with its gradients averaged over all processes. Buffers stay as they are: those of codebooks are summed by step()."""
+    if machine.compile:
+        # one graph instead of one for each bucket of gradients, into which torch 2.6 cannot cut checkpointed blocks or the output
+        # layer's loss in chunks; gradients are exchanged once a step, which leaves little to hide in the backward pass
+        torch._dynamo.config.optimize_ddp = False
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # where the other warns
+    sync = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=[machine.device.index] if machine.device.type == "cuda" else None, **sync)
+
+
 def own_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """
     Zeros for parameters without a gradient. CUDA graphs write the gradients of every micro-batch to the same memory; a sum that
@@ -199,16 +210,7 @@ class Trainer:
         # float16 gradients underflow unless the loss is scaled up; for all other types this does nothing
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.model = compiled(raw_model, machine, config.activation_checkpointing) if machine.compile else raw_model
-        self.train_model = self.model
-        if machine.world_size > 1:
-            if machine.compile:
-                # one graph instead of one for each bucket of gradients, into which torch 2.6 cannot cut checkpointed blocks or the
-                # output layer's loss in chunks; gradients are exchanged once a step, which leaves little to hide in the backward pass
-                torch._dynamo.config.optimize_ddp = False
-            ids = [machine.device.index] if machine.device.type == "cuda" else None
-            newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # where the other warns
-            sync = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-            self.train_model = DistributedDataParallel(self.model, device_ids=ids, **sync)
+        self.train_model = exchanging(self.model, machine) if machine.world_size > 1 else self.model
         self.parameters = [p for p in raw_model.parameters() if p.requires_grad]
         self.lanes = runtime.Lanes(self.lane_count())
         self.drop_gradients()

@@ -213,7 +213,7 @@ def test_each_slot_is_a_text_of_its_own(W, N, drafts, length):
     """Guards mask and positions: a slot's logits are those of a separate plain pass over its own chain, float64."""
     shape = layout(W, N, drafts, length, CPU)
     names, sees = by_definition(W, N, drafts, length)
-    assert len(names) == len(shape.chains) == 1 + drafts * length + max(0, (N - 1) * W - 1)
+    assert len(names) == len(shape.mask) == 1 + drafts * length + max(0, (N - 1) * W - 1)
     for slot, name in enumerate(names):
         assert {names[i] for i in shape.mask[slot].nonzero().flatten().tolist()} == sees[name]
         offset = {"y": lambda: 0, "draft": lambda d, k: 1 + k, "window": lambda level, i: level + i}[name[0]](*name[1:])
@@ -226,8 +226,8 @@ def test_each_slot_is_a_text_of_its_own(W, N, drafts, length):
             model(prefix, cache=cache)
             mask = torch.cat((torch.ones(len(names), 7, dtype=torch.bool), shape.mask), dim=1)
             logits = model(new, cache=cache, positions=shape.offsets + 7, mask=mask)[0][0]
-            for slot, chain in enumerate(shape.chains):
-                alone = model(torch.cat((prefix, new[:, chain]), dim=1))[0][0, -1]
+            for slot, seen in enumerate(shape.mask):
+                alone = model(torch.cat((prefix, new[:, seen]), dim=1))[0][0, -1]
                 assert (logits[slot] - alone).abs().max() < 1e-10
 
 
