@@ -49,6 +49,7 @@ except ImportError:  # Windows
 #   named_backbone_parameters, backbone_rate      parameters with a learning rate of their own, and their share of the common one
 #   after_step, steps                             statistics that are collected once a step; steps so far, for its own schedules
 #   measure, summarize                            what an evaluation says beside the loss: sums over batches, and what they come to
+#   embedding_loss, embedding_loss_report         what the embedding loss does to the model, said in every evaluation
 MODELS = {
     "encoder_decoder": (EncoderDecoderConfig, EncoderDecoder),
     "decoder_only": (DecoderOnlyConfig, DecoderOnly),
@@ -463,8 +464,8 @@ def load_nanogpt(model: torch.nn.Module, source: Path) -> dict:
 
 def fit_backbone(config, given: dict[str, object]):
     """
-    The config with the sizes and the description of its Hugging Face backbone, if it has one; a run that goes on has the
-    description. Raises ValueError where there is no such model, or it fits neither `given` nor the data.
+    The config with the sizes and the description of its Hugging Face backbone, if it has one. A resumed run has stored the
+    description and looks nothing up. Raises ValueError where there is no such model, or it does not fit `given` or the data.
     """
     if getattr(config, "pretrained", None) is None:
         return config

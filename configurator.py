@@ -513,7 +513,7 @@ def exit_on_user_error():
     except BrokenPipeError:  # `compare.py ... | head`: not an error, and stdout must not be flushed again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell reports it
-    except KeyboardInterrupt:  # Python itself lets the signal end it, behind all that is to be done at exit
+    except KeyboardInterrupt:  # raised again: Python dies of the signal itself, after its clean-up at exit
         sys.excepthook = lambda *error: print("interrupted", file=sys.stderr)
         raise
     except ValueError as error:

@@ -149,8 +149,8 @@ Rotary = tuple[torch.Tensor, torch.Tensor] | None
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0, rotary: Rotary = None) -> torch.Tensor:
     """
     Causal softmax(q k^T / sqrt(D)) v of q, k, v (B, H, T, D), any strides, its weights dropped with probability `dropout`, which is
-    rounded as in `kernels.kept`. With `rotary`, cos and sin (T, D // 2), q and k are rotated first, as `kernels.rotate` does it.
-    The result lies as (B, T, H, D) in memory. Not differentiable twice.
+    rounded as in `kernels.dropout_factors`. With `rotary`, cos and sin (T, D // 2), q and k are rotated first, as `kernels.rotate`
+    does it. The result lies as (B, T, H, D) in memory. Not differentiable twice.
     """
     if torch.compiler.is_compiling():
         assert dropout == 0.0 and rotary is None, "torch.compile makes both one piece with the rest"

@@ -362,7 +362,7 @@ def generate(
 ) -> list[list[int]]:
     """
     New token ids for each prompt (all of one length), computed in evaluation mode. Models that write blocks need the tokenizer to
-    give the text of sample.py: see generate_blocks.filler. Raises ValueError for prompts that are none.
+    give the text of sample.py: see generate_blocks.filler. Raises ValueError for prompts that check_prompts refuses.
     """
     if not all(isinstance(prompt, list) for prompt in prompts):
         raise ValueError("prompts are a list of lists of token ids, such as [tokenizer.encode(text)]")

@@ -87,10 +87,10 @@ def drop(x: torch.Tensor, p: float) -> torch.Tensor:
     """F.dropout, on a CPU in a third of its time (dev/LOG.md), unless it is compiled, where torch's is in one piece with the rest."""
     if p == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    return x * kept(x.shape, p, x.dtype)
+    return x * dropout_factors(x.shape, p, x.dtype)
 
 
-def kept(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
+def dropout_factors(shape: torch.Size, p: float, dtype: torch.dtype) -> torch.Tensor:
     """
     0 with probability p, else 1 / (1 - p), drawn for each element on the CPU. torch draws a number for each element; here 64 random
     bits serve four of them, so p is rounded to a multiple of 2^-16, and the factor is that of the rounded p.

@@ -42,8 +42,8 @@ class Setting:
     ngram: int  # N: a step emits 1..N tokens
     drafts: int  # G, n-grams that are checked in a step, and kept for each first token
     from_text: bool = True  # the pool also takes the n-grams of prompt and output ("prompt lookup")
-    shift: bool | None = None  # drop a column for each token of a draft accepted: guesses keep their positions, so their noise.
-    # False: they move along with the text. None: drop them where there is noise
+    shift: bool | None = None  # for each draft token accepted drop one column of guesses: the rest keep their positions and noise.
+    # False: keep the columns, which move on with the text. None: drop if there is noise (temperature > 0)
 
     def __post_init__(self):
         for name, value, least, most in (("W", self.window, 0, 64), ("N", self.ngram, 2, 16), ("G", self.drafts, 0, 64)):

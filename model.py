@@ -91,7 +91,7 @@ class EncoderDecoderConfig:
 def warn_ignored(config, keys: Iterable[str], because: str) -> None:
     """Warn of settings that were given, although nothing looks at them."""
     if given := [key for key in keys if getattr(config, key) != getattr(type(config), key)]:
-        warnings.warn(f"{', '.join(given)} without effect: {because}", stacklevel=1)  # one place for all, so that Python says it once
+        warnings.warn(f"{', '.join(given)} without effect: {because}", stacklevel=1)  # always this line, so that Python shows it once
 
 
 def check_fields(config, *sizes: str) -> None:
@@ -140,7 +140,7 @@ class Cache:
     """
     What a model has computed for the first `length` tokens: keys and values of all its attention layers, encoder self,
     decoder self and cross alike. All of them are causal, so all of them only ever grow by appending, and one length and
-    one slot numbering serve them all. Passed to forward(), which appends to it; never stored on a module.
+    one slot numbering serve them all (but cross-attention to latents: latent/compression.py). Passed to forward(), never stored.
     A static one counts in a tensor on its device and always shows all slots, under a mask: no shape changes from step to
     step, which is what torch.compile and CUDA graphs need. Whoever uses one has to see to it that the tokens fit.
     """
@@ -206,7 +206,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries from the decoder, keys and values from the encoder states of the same positions, under the same mask."""
+    """Queries from the decoder, keys and values from a memory h: encoder states, or in latent/ latents or a prefix."""
 
     def __init__(self, width: int, n_head: int, bias: bool, dropout: float):
         super().__init__()
@@ -410,7 +410,7 @@ class EncoderDecoder(CausalModel):
             from latent.compression import CompressionHead
 
             self.compression, self.side_by_side = CompressionHead(config), False
-            self.after_step, self.summarize = self.compression.quantizer.step, self.compression.summarize  # hooks of train.py
+            self.after_step, self.summarize = self.compression.quantizer.step, self.compression.summarize  # hooks: checkpoint.py
             self.measure = functools.partial(self.compression.measure, self)
         self.initialize([self.encoder, self.decoder])
         if config.bridge_init == "identity":

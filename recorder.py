@@ -37,8 +37,9 @@ class Recorder:
     def begin(self, settings: dict, codes_run: Path | None) -> None:
         """
         Make the run directory, or go on with the one there, and settle what a run decides only once. `settings` become
-        config.json; codes_run is the run directory of the autoencoder beside which the codes of a model over codes are kept, if it
-        is one. Raises ValueError for what is wrong with the directory or with wandb, and has not changed anything then.
+        config.json. codes_run, for a model over codes, is the autoencoder's run directory, where the codes of the data are kept.
+        Raises FileExistsError, FileNotFoundError or ValueError for what is wrong with the directory, ValueError for wandb; the
+        directory is then as it was.
         """
         config, trainer, machine, model, out = self.config, self.trainer, self.machine, self.trainer.raw_model, self.out
         resumed = checkpoint.read_run(settings, trainer.data.both_hash, out) if config.resume else None
@@ -113,7 +114,7 @@ class Recorder:
             checkpoint.save(self.out / "last", trainer.raw_model, trainer.optimizer, trainer_state)
 
     def save(self, val_loss: float, codes_of_data: bool = True) -> None:
-        """After an evaluation: write best/, if the loss is the lowest so far, and last/. With random codes patience does not count it."""
+        """After an evaluation: write best/, if the loss is the lowest so far, and last/. Patience counts none before `codes_of_data`."""
         self.state["evaluated"] = self.trainer.step
         self.state["no_better"] += codes_of_data
         if self.state["best_val_loss"] is None or val_loss < self.state["best_val_loss"]:

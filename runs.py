@@ -173,8 +173,8 @@ def last_step(path: Path, settings: dict, summary: dict) -> object:
 
 def judged_alike(runs: list[Run]) -> list[Run]:
     """
-    Those judged on the same validation tokens as most of them; the others are named and skipped. Raises ValueError where there are
-    no most, or tokenizers differ.
+    Those judged on the validation tokens that the largest group of them has in common; the others are named and skipped. Raises
+    ValueError where two groups are equally large, or tokenizers differ.
     """
     judged = [(run.summary["data_hash"], run.summary["val_tokens"]) for run in runs]
     (most, count), *others = Counter(judged).most_common()

@@ -147,7 +147,7 @@ def stop(failed: bool = False) -> None:
         dist.destroy_process_group()
 
 
-def leave() -> None:
+def end_process() -> None:
     """
     End this process, whose work is done, if it is one of several. DistributedDataParallel keeps the threads of the group alive beyond
     stop(), and one that lets go of a tensor while the interpreter shuts down aborts the process (dev/LOG.md).
@@ -281,7 +281,7 @@ class Lanes:
 
     @contextlib.contextmanager
     def shared_threads(self):
-        """Inside, a lane has its share of torch's threads, and so has whoever works between two uses of them."""
+        """Inside, every lane has its share of torch's threads, and so has this thread between two calls of backward()."""
         threads = torch.get_num_threads()
         if self.count > 1:
             torch.set_num_threads(max(1, threads // self.count))

@@ -5,8 +5,8 @@ At this size a general forward pass of one token spends most of its time around 
 are started for a handful of numbers, weights that come from memory at a fraction of its speed. A stepper computes the same from
 the same cache, with weights packed once:
 
-- a product with one vector is a batched product of two halves of the matrix: two threads, and twice as fast even with one, because
-  it streams the rows (MKL's matrix-vector kernels read weights that are in no cache at a third of that); it adds the residual too;
+- a product with one vector is a batched product of the two halves of the matrix. That uses two threads, and even with one is faster
+  than MKL's matrix-vector product, which reads weights that are in no cache at a third of the speed. It adds the residual too;
 - 1 / sqrt(D) is folded into the queries' weights, and LayerNorm's gains in front of the cross-attention keys and values into
   theirs: all decoder layers read the same normalized encoder state, so one product gives the keys and values of all of them;
 - under bfloat16 autocast, weights but those of the output layer are stored in bfloat16 and everything between the products is

@@ -10,9 +10,9 @@ One *step* is one optimizer update on batch_size * gradient_accumulation_steps s
 processes share them. Which sequences those are is a function of (seed, step), dropout masks of (seed, step, micro-batch); so
 resuming, evaluating more often, or adding processes changes a run by rounding at most. micro_batch_size, how many sequences are
 computed at a time, changes rounding and, because each micro-batch draws its own, the dropout masks. On pairs, whose answers differ
-in length, it also changes, a little, the losses of codes, which are not means over target tokens. So does lanes, the number of
-parts of a micro-batch that a CPU computes side by side (with dropout there is only one): it is chosen when a run starts, from
-torch's number of threads at that time, and kept when the run is resumed.
+in length, it also changes, a little, the losses of codes, which are not means over target tokens. The number of lanes, parts of a
+micro-batch that a CPU computes side by side, changes the same, but no masks: with dropout there is one lane. It is chosen from
+torch's number of threads when a run starts, and kept when the run is resumed.
 """
 
 import contextlib
@@ -113,8 +113,9 @@ def check_warmup(config: TrainConfig, flags: set[str], machine: runtime.Runtime)
 
 def find_autoencoder(config: TrainConfig, model_config, out: Path, machine: runtime.Runtime) -> tuple[Path | None, Path | None]:
     """
-    Two run directories for a model over the codes of a frozen autoencoder, else None: of that autoencoder, and of the one beside
-    which the codes of the data are kept. A resumed run has its own copy, as the decoder of the original may have been trained on.
+    For a model over the codes of a frozen autoencoder two run directories: the one to load the autoencoder from, and the one that
+    holds the stored codes of the data. Else (None, None). A resumed run loads its own copy, because the decoder of the original may
+    have been trained further; the stored codes stay with the original as long as its codebooks are the same.
     """
     if not hasattr(model_config, "autoencoder"):
         return None, None
@@ -306,7 +307,7 @@ def loop(record: Recorder, write_sample: Callable[[], str] | None) -> dict | Non
     """
     trainer, config, machine, state = record.trainer, record.config, record.machine, record.state
     estimates, tokens, logged_at = None, 0, state["train_seconds"]  # the last two for tokens/s, the speed of training alone
-    ask_every = 1  # steps: in how many one of several processes looks whether another has been interrupted
+    ask_every = 1  # steps between two questions of several processes whether any of them has been interrupted
     with interruptible() as interrupted:
         while True:
             due = trainer.step % config.eval_interval == 0 or trainer.step >= config.max_iters
@@ -470,4 +471,4 @@ def device_name(machine: runtime.Runtime) -> str:
 if __name__ == "__main__":
     with configurator.exit_on_user_error():
         main()
-    runtime.leave()
+    runtime.end_process()

@@ -142,7 +142,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, device: torch.de
 def compiled(model: torch.nn.Module, machine: runtime.Runtime, recomputes: bool = False) -> torch.nn.Module:
     """
     model(idx, targets) for training and evaluation, compiled for this machine; on a GPU in half precision at padded widths
-    (padding.py), but not if it computes activations again: where torch.compile gives up, that would find parameters not padded.
+    (padding.py). Not padded if it recomputes activations: code that torch.compile falls back from would recompute at unpadded widths.
     """
     half = machine.dtype in (torch.bfloat16, torch.float16)
     if machine.device.type == "cuda" and half and not recomputes and padding.suits(model):
@@ -154,8 +154,7 @@ def compiled(model: torch.nn.Module, machine: runtime.Runtime, recomputes: bool 
 def exchanging(model: torch.nn.Module, machine: runtime.Runtime) -> DistributedDataParallel:
     """The model with its gradients averaged over all processes. Buffers stay as they are: those of codebooks are summed by step()."""
     if machine.compile:
-        # one graph instead of one for each bucket of gradients, into which torch 2.6 cannot cut checkpointed blocks or the output
-        # layer's loss in chunks; gradients are exchanged once a step, which leaves little to hide in the backward pass
+        # one graph instead of one for each bucket of gradients: they are exchanged once a step, so there is little to hide in backward
         torch._dynamo.config.optimize_ddp = False
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # where the other warns
     sync = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
@@ -369,8 +368,8 @@ class Trainer:
 
     def probe(self, size: int) -> dict[str, torch.Tensor]:
         """
-        Forward and backward of the first `size` sequences that will be trained on, beside as much memory as gradients of other
-        micro-batches, the optimizer and the exchange between processes will take. Not compiled, or every size would be.
+        Forward and backward of the first `size` sequences that will be trained on, with memory set aside for what a real step also
+        holds: summed gradients, the optimizer's moments, buffers of the exchange. Not compiled: it would be anew for every size.
         """
         copies = 1 + (0 if self.optimizer.state else 2) + (self.machine.world_size > 1)
         reserved = [torch.empty_like(p) for p in self.raw_model.parameters() if p.requires_grad for _ in range(copies)]
@@ -399,7 +398,7 @@ class Trainer:
 
     @property
     def rows_that_fit(self) -> int:
-        """Sequences that are computed at once, gradients included, where not as many as in training are wanted."""
+        """Sequences at a time for what may need more memory than training: batch_size, or micro_batch_size if that is less."""
         return min(self.config.batch_size, self.micro_batch_size)
 
     def eval_batches(self, split: str, most: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

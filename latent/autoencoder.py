@@ -286,7 +286,7 @@ class Autoencoder(CausalModel):
         return 0.0 if step < self.config.freeze_backbone_iters else self.config.backbone_lr_scale
 
     # ------------------------------------------------------------------------------------------------------------------
-    # hooks of train.py
+    # hooks of training: see checkpoint.py
 
     def after_step(self) -> None:
         """Once after each optimizer step, in every process."""

@@ -149,11 +149,12 @@ class CompressionHead(nn.Module):
     # what it costs, and what it is good for
 
     def spared_flops(self, model: nn.Module) -> float:
-        """What `flops_per_token` of a model without the head would count too much: see there. Codes are looked up forward only."""
+        """How much CausalModel.flops_per_token, which runs every weight once a token, overcounts. Codes are looked up forward only."""
         config, S, T = model.config, self.factor, model.config.block_size
-        rare = [self.to_latent, self.norm, self.from_latent, *(block.cross_attn.c_kv for block in model.decoder)]
-        seldom = [(module, 1 / S) for module in rare] + [(layer, 0.5 ** (1 + i)) for i, layer in enumerate(self.down.layers)]
-        idle = sum((1 - share) * sum(p.numel() for p in module.parameters()) for module, share in seldom)
+        once = [self.to_latent, self.norm, self.from_latent, *(block.cross_attn.c_kv for block in model.decoder)]  # for a latent
+        shares = [(module, 1 / S) for module in once]  # module, how often it runs for a token
+        shares += [(layer, 0.5 ** (1 + i)) for i, layer in enumerate(self.down.layers)]
+        idle = sum((1 - share) * p.numel() for module, share in shares for p in module.parameters())
         quantizer = self.quantizer.config
         lookups = 2 * quantizer.codebook_levels * quantizer.codebook_size * quantizer.latent_dim / S
         unseen = config.n_decoder_layer * (T - 1 - T // S)  # keys

@@ -382,7 +382,7 @@ class LatentTransformer(CausalModel):
         return head_logits(x[:, 0], self.wte.weight)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # hooks of train.py
+    # hooks of training: see checkpoint.py
 
     def check(self, data, max_iters: int) -> None:
         """Raise ValueError for a data set, or a length of training, that cannot work."""
@@ -415,13 +415,13 @@ class LatentTransformer(CausalModel):
         return 0 < self.config.freeze_codes_after <= self.steps and bool(self.bottleneck.ready)
 
     def named_backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What train.py gives a learning rate of its own: if codes are to be frozen, all that they are made by."""
+        """What gets a learning rate of its own: all that makes the codes, if they are to be frozen after some steps; else nothing."""
         makers = ("wte.", "convolutions.", "encoder.", "down.", "to_latent.", "bottleneck.")
         if self.config.freeze_codes_after > 0:
             yield from ((name, p) for name, p in self.named_parameters() if name.startswith(makers))
 
     def backbone_rate(self, step: int) -> float:
-        """Its factor: codes that move, however little, leave the prior behind."""
+        """The factor of that rate: 0 once codes are frozen, as the prior has to learn again whatever moves them, however little."""
         return 0.0 if self.frozen else 1.0
 
     def after_step(self) -> None:

@@ -195,8 +195,8 @@ class EMACodebook(nn.Module):
         self.register_buffer("pending_count", torch.zeros(books, K), persistent=False)
         self.register_buffer("pending_sum", torch.zeros(books, K, Z), persistent=False)
         self.register_buffer("pending_latents", torch.zeros((), dtype=torch.int64), persistent=False)  # written to `recent`
-        self.register_buffer("pending_calls", torch.zeros((), dtype=torch.int64), persistent=False)  # of collect()
-        self.register_buffer("call", torch.zeros(len(self.recent), dtype=torch.int64), persistent=False)  # that wrote each row
+        self.register_buffer("pending_calls", torch.zeros((), dtype=torch.int64), persistent=False)  # how often collect() was called
+        self.register_buffer("call", torch.zeros(len(self.recent), dtype=torch.int64), persistent=False)  # of them, the writer of a row
 
     def vectors(self) -> torch.Tensor:
         return self.codes

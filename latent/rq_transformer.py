@@ -220,8 +220,8 @@ class RQTransformer(CausalModel):
 
     def states(self, codes: torch.Tensor, table: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """
-        h (B, n + 1, C), of which h_m predicts stack m, from all n stacks of codes (B, n, D) before the last one predicted; with
-        a cache only those that it does not hold yet.
+        All n stacks of codes (B, n, D) so far -> h_1 .. h_{n+1} (B, n + 1, C), where h_m predicts stack m from those before it.
+        With a cache only the h that it does not hold yet.
         """
         known = cache.length if cache is not None else 0  # h_1 .. h_known
         u = self.embed(codes[:, max(known - 1, 0) :], table).sum(-2)
@@ -290,7 +290,7 @@ class RQTransformer(CausalModel):
         return None, {"token": (nats + sums.get("token_nats", 0.0)) / sums["tokens"], "code": code, "total": code}
 
     # ------------------------------------------------------------------------------------------------------------------
-    # hooks of train.py
+    # hooks of training: see checkpoint.py
 
     def training_data(self, data: TokenData, store: Path) -> TokenData | CodeData:
         """What to train on: the codes of the training text, stored in a folder, or with soft labels the text itself."""

@@ -79,7 +79,7 @@ def store_of_rank(rank: int, folder: Path, data: dataloader.TokenData, model) ->
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     with open(folder / f"said{rank}", "w") as said, contextlib.redirect_stdout(said):
         torch.save(CodeData(folder / "codes", data, model).gather("train", np.arange(50))[0], folder / f"read{rank}")
-    os._exit(0)  # all is saved; see runtime.leave
+    os._exit(0)  # all is saved; see runtime.end_process
 
 
 def test_one_process_extracts_and_the_other_waits(data, tmp_path):

@@ -960,6 +960,8 @@ def test_metrics_of_summaries_have_a_column(tmp_path, capsys):
     assert a["top5"]["values"] == [0.5, 0.75] and "top5" not in b
     with pytest.raises(ValueError, match="--metrics says what to draw"):  # a list is no number
         compare.main([str(tmp_path), "--metrics=top5,kinds", "--plot=none"])
+    with pytest.raises(ValueError, match="--metrics=top5: a number of summary.json, with no curve to draw: --plot=none gives its column"):
+        compare.main([str(tmp_path), "--metrics=top5"])
 
 
 def test_metrics_that_nobody_logged(tmp_path, capsys):

@@ -284,8 +284,8 @@ def test_attention_without_a_compiler(monkeypatch, capsys, tmp_path):
 def test_products_drop_the_same_weights_forward_and_backward(monkeypatch):
     """Guards dropout under a mask: value and gradients are those of all weights times the factors that were drawn."""
     torch.manual_seed(0)
-    drawn, kept = [], kernels.kept
-    monkeypatch.setattr(kernels, "kept", lambda *args: drawn.append(kept(*args)) or drawn[-1])
+    drawn, draw = [], kernels.dropout_factors
+    monkeypatch.setattr(kernels, "dropout_factors", lambda *args: drawn.append(draw(*args)) or drawn[-1])
     q, k, v = (torch.randn(2, 3, 20, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
     fast = kernels.attend_in_products(q, k, v, torch.ones(20, 20, dtype=torch.bool).tril(), 0.3)
     factors = drawn[0].view(2, 3, 20, 20)

@@ -484,7 +484,7 @@ for shared in (False, True):
     torch.save({"state": quantizer.state_dict(), "data": data, "history": torch.stack(history)},
                f"{sys.argv[1]}/{shared}-{rank}.pt")
 dist.barrier()
-os._exit(0)  # all is saved; see runtime.leave
+os._exit(0)  # all is saved; see runtime.end_process
 """
 
 
