@@ -77,9 +77,12 @@ def write_json(path: Path, value: dict | list) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Raises ValueError with the file's name if it is not JSON in UTF-8."""
+    """Raises ValueError with the file's name if it is not a JSON object in UTF-8."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"{json.dumps(value)[:20]} instead of keys and values")
+        return value
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore it or start the run again") from None
 
@@ -177,7 +180,7 @@ def first_flags(run: Path) -> set[str]:
 def read_trainer(folder: Path, needed: tuple[str, ...], advice: str) -> dict:
     """The trainer state of a checkpoint folder. Raises ValueError where it lacks what is needed, with what to do."""
     trainer = read_json(folder / "trainer.json")
-    if missing := [key for key in needed if not isinstance(trainer, dict) or key not in trainer]:
+    if missing := [key for key in needed if key not in trainer]:
         raise ValueError(f"{folder / 'trainer.json'} is damaged: it lacks {', '.join(missing)}; {advice}")
     if not isinstance(trainer["step"], int):
         raise ValueError(f"{folder / 'trainer.json'} is damaged: its step is {trainer['step']!r}; {advice}")
@@ -294,8 +297,7 @@ def find_first(run: Path, *which: str) -> Path:
 def read_config(run: Path) -> tuple[dict, str, object]:
     """(training settings as a dict, model name, model config) of a run. Raises ValueError where config.json is not that of a run."""
     settings = read_json(run / "config.json")
-    parts = [settings.get(key) for key in ("train", "model")] if isinstance(settings, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts) or "model" not in settings["train"]:
+    if not all(isinstance(settings.get(key), dict) for key in ("train", "model")) or "model" not in settings["train"]:
         raise ValueError(
             f"{run / 'config.json'} is damaged: it lacks the settings of a run; restore it or start the run again"
         )

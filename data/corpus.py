@@ -29,6 +29,7 @@ from data.sources import FEW_PIECES, cut_lines, read_documents, take_bytes
 from tokenizer import Tokenizer, to_utf8
 
 DATA = Path(__file__).resolve().parent
+FILES = ("train.bin", "val.bin", tokenizers.FILE_NAME, "meta.json")  # in the order in which they are put into place
 BATCH_CHARS = 1 << 19  # text handed to a tokenizer thread at once
 WORK = f".preparing-{platform.node()}-"  # what a folder of unfinished work is called, with the process id behind it
 
@@ -116,10 +117,10 @@ def write_sides(
     out_dir = Path(out_dir)
     if (out_dir / "config.json").exists():  # its tokenizer.json would be replaced
         raise ValueError(f"{out_dir} is a run directory, and no place for a data set; give another --out_dir")
-    foreign = [name for name in ("train.bin", "val.bin", tokenizers.FILE_NAME) if (out_dir / name).exists()]
-    if foreign and not (out_dir / "meta.json").exists() and out_dir.resolve().parent != DATA:  # nanoGPT's, or a model's folder
+    found = [name for name in FILES if (out_dir / name).exists()]
+    if found and "meta.json" not in found and out_dir.resolve().parent != DATA:  # nanoGPT's, or a model's folder
         raise FileExistsError(
-            f"{out_dir} has {', '.join(foreign)} but no meta.json, so it may be no data set of this project: give another --out_dir, or "
+            f"{out_dir} has {', '.join(found)} but no meta.json, so it may be no data set of this project: give another --out_dir, or "
             "remove them"
         )
     _remove_leftovers(out_dir)
@@ -147,7 +148,7 @@ def write_sides(
                 "remove it"
             )
         (out_dir / "meta.json").unlink(missing_ok=True)  # without it the folder does not count as a data set
-        for name in ("train.bin", "val.bin", tokenizers.FILE_NAME, "meta.json"):
+        for name in FILES:
             os.replace(work / name, out_dir / name)
     for name in ("train", "val"):
         print(f"{name:5s} {meta[name]['tokens']:>14,} tokens  {meta[name]['documents']:>9,} documents")

@@ -126,6 +126,9 @@ def test_what_is_not_as_in_training_is_noted(finished, tiny_data, tmp_path, caps
     (run / "summary.json").write_text(json.dumps(summary | {"data_hash": "0" * 64}))
     evaluate.main(words)
     assert "has another validation file now" in capsys.readouterr().err
+    (run / "summary.json").write_text("null")
+    with pytest.raises(ValueError, match=r"summary.json is damaged \(null instead of keys and values\)"):
+        evaluate.main(words)
 
 
 def test_a_run_without_weights_is_not_called_unfinished(finished, tmp_path):

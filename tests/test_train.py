@@ -441,9 +441,10 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
         assert code == 2 and other in line and snapshot(out) == before
     code, line = complaint(train, arguments(tiny_data, tmp_path / "none", "--resume"), capsys)
     assert code == 1 and "not a directory" in line and not (tmp_path / "none").exists()
-    (out / "last" / "trainer.json").write_text("[1]")
-    code, line = complaint(train, [f"--out_dir={out}", "--resume"], capsys)
-    assert code == 2 and "trainer.json is damaged: it lacks step" in line
+    for damaged, message in (("{}", "trainer.json is damaged: it lacks step"), ("[1]", "trainer.json is damaged ([1] instead of keys")):
+        (out / "last" / "trainer.json").write_text(damaged)
+        code, line = complaint(train, [f"--out_dir={out}", "--resume"], capsys)
+        assert code == 2 and message in line and "start the run again" in line
     shutil.rmtree(out / "last")
     code, line = complaint(train, arguments(tiny_data, out), capsys)
     assert code == 1 and "exists; --overwrite starts it again" in line, "there is nothing to resume"
