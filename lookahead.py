@@ -10,7 +10,8 @@ distributions with common noise choose the same token far more often than with i
 
 One step is one forward pass over the last token y_p, which stands at position p and is not in the cache yet, and over
 
-    drafts     up to G continuations of y_p from a pool of n-grams, each N-1 tokens at p+1, p+2, ...
+    drafts     up to G continuations of y_p from a pool of n-grams, each N-1 tokens at p+1, p+2, ..., that were seen behind the
+               same M tokens, y_p and those before it. A byte says little of the next one, three say much (dev/LOG.md)
     window     N-1 levels of W guesses; column i of level l stands at p+l+i. Level 0 is one line of text that begins with y_p;
                column i of a higher level continues the column below it. The new picks of the last level complete W n-grams
                for the pool, and become the last level when all levels move down by one.
@@ -36,31 +37,35 @@ from generate import Continuation, Sampling
 
 @dataclass(frozen=True)
 class Setting:
-    """Size of a step: (N-1) * (W + G) tokens."""
+    """Size of a step: up to (N-1) * (W + G) tokens."""
 
     window: int  # W, columns of guesses; 0: none, all drafts come from the text
     ngram: int  # N: a step emits 1..N tokens
-    drafts: int  # G, n-grams that are checked in a step, and kept for each first token
+    drafts: int  # G, n-grams that are checked in a step, and kept for each M tokens
+    match: int = 1  # M, last tokens of the text that an n-gram has to continue
     from_text: bool = True  # the pool also takes the n-grams of prompt and output ("prompt lookup")
     shift: bool | None = None  # for each draft token accepted drop one column of guesses: the rest keep their positions and noise.
     # False: keep the columns, which move on with the text. None: drop if there is noise (temperature > 0)
 
     def __post_init__(self):
-        for name, value, least, most in (("W", self.window, 0, 64), ("N", self.ngram, 2, 16), ("G", self.drafts, 0, 64)):
+        bounds = ("W", self.window, 0, 64), ("N", self.ngram, 2, 16), ("G", self.drafts, 0, 64), ("M", self.match, 1, 16)
+        for name, value, least, most in bounds:
             if not least <= value <= most:
                 raise ValueError(f"lookahead: {name}={value} is out of range; {name} from {least} to {most} is possible")
 
     def __str__(self) -> str:
-        return f"{self.window},{self.ngram},{self.drafts}"
+        return f"{self.window},{self.ngram},{self.drafts}" + f",{self.match}" * (self.match > 1)
 
 
 def parse(word: str) -> Setting:
-    """A setting from "W,N,G". Raises ValueError."""
+    """A setting from "W,N,G" or "W,N,G,M". Raises ValueError."""
     try:
-        window, ngram, drafts = (int(part) for part in word.split(","))
+        numbers = [int(part) for part in word.split(",")]
     except ValueError:
-        raise ValueError(f"lookahead={word}: three integers W,N,G such as 4,3,4 are needed, or auto, or none") from None
-    return Setting(window, ngram, drafts)
+        numbers = []
+    if len(numbers) not in (3, 4):
+        raise ValueError(f"lookahead={word}: integers W,N,G such as 4,3,4 or W,N,G,M such as 0,8,1,3 are needed, or auto, or none")
+    return Setting(*numbers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,23 +73,23 @@ def parse(word: str) -> Setting:
 
 
 class Pool:
-    """For each token, the last `capacity` n-grams that began with it, without it: tuples of N-1 tokens."""
+    """For each M tokens, the last `capacity` of what was seen behind them: tuples of N-1 tokens."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.grams: dict[int, dict[tuple[int, ...], int]] = {}  # first token -> {rest: where it was seen}, the latest last
+        self.grams: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}  # M tokens -> {rest: where it was seen}, latest last
 
-    def add(self, first: int, rest: tuple[int, ...], position: int) -> None:
-        """Note an n-gram whose first token stands, or was guessed, at `position`."""
-        grams = self.grams.setdefault(first, {})
+    def add(self, before: list[int], rest: tuple[int, ...], position: int) -> None:
+        """Note what was seen, or guessed, behind M tokens of which the last stands at `position`."""
+        grams = self.grams.setdefault(tuple(before), {})
         grams.pop(rest, None)
         grams[rest] = position
         if len(grams) > self.capacity:
             del grams[next(iter(grams))]
 
-    def drafts(self, first: int, position: int, length: int) -> list[tuple[int, ...]]:
-        """What may follow `first` at `position`, cut to `length` tokens: guesses for that very position first, then the latest."""
-        grams = self.grams.get(first, {})
+    def drafts(self, before: list[int], position: int, length: int) -> list[tuple[int, ...]]:
+        """What may follow these M tokens, cut to `length` tokens: guesses for that very position first, then the latest."""
+        grams = self.grams.get(tuple(before), {})
         latest = list(reversed(grams))
         latest.sort(key=lambda rest: grams[rest] != position)
         return list(dict.fromkeys(rest[:length] for rest in latest)) if length > 0 else []
@@ -192,28 +197,31 @@ class Lookahead:
         return len(tokens) - before
 
     def look_ahead(self) -> None:
-        """One step as at the top of this file. It is smaller where the context ends, down to y_p alone."""
-        tokens, cache, W, N = self.sample.tokens, self.cache, self.setting.window, self.setting.ngram
+        """One step as at the top of this file. It is smaller where the context ends, or there are no drafts, down to y_p alone."""
+        tokens, cache, W, N, M = self.sample.tokens, self.cache, self.setting.window, self.setting.ngram, self.setting.match
         p, held = len(tokens) - 1, cache.length
         room = self.start + self.block_size - len(tokens)  # positions of the context after y_p
         # column i of the last level stands N - 2 + i behind y_p, which must not be more than `room`
         width, length = max(0, min(W, room - N + 3)), min(N - 1, room)
         if self.setting.from_text:
-            for i in range(self.noted, len(tokens) - N + 1):
-                self.pool.add(tokens[i], tuple(tokens[i + 1 : i + N]), i)
+            for i in range(max(self.noted, M - 1), len(tokens) - N + 1):
+                self.pool.add(tokens[i - M + 1 : i + 1], tuple(tokens[i + 1 : i + N]), i)
             self.noted = max(self.noted, len(tokens) - N + 1)
         if not self.window:
             self.window = [self.random.choices(tokens, k=W) for _ in range(N - 1)]
         self.window[0][:1] = tokens[p:] if W else []
-        drafts = self.pool.drafts(tokens[p], p, length)
+        drafts = self.pool.drafts(tokens[-M:], p, length)
 
         shape = layout(width, N, len(drafts), length, self.device)
         new = [tokens[p], *(token for draft in drafts for token in draft), *self.window[0][1:width]]
         new += [token for row in self.window[1:] for token in row[:width]]
-        mask = torch.ones(len(new), held + len(new), dtype=torch.bool, device=self.device)
-        mask[:, held:] = shape.mask
         idx = torch.tensor([new], device=self.device)
-        logits = self.forward(idx, cache, shape.offsets + (p - self.start), mask, shape.read)  # (R, V)
+        if len(shape.picks) == 1:  # y_p alone: a plain step
+            logits = self.forward(idx, cache)
+        else:
+            mask = torch.ones(len(new), held + len(new), dtype=torch.bool, device=self.device)
+            mask[:, held:] = shape.mask
+            logits = self.forward(idx, cache, shape.offsets + (p - self.start), mask, shape.read)  # (R, V)
         noise = self.noise.rows_at(self.number, [p + offset for offset in shape.picks])
         picks = generate.pick(logits, noise, self.sampling).tolist()
 
@@ -223,16 +231,17 @@ class Lookahead:
         cache.keep(held + 1, held + 1 + best * length, used - 1)
         self.drafted, self.accepted = self.drafted + len(drafts) * length, self.accepted + used - 1
 
-        last = picks[len(picks) - width :]
+        last, line = picks[len(picks) - width :], tokens[max(0, p - M + 1) : p] + self.window[0]
         for i, token in enumerate(last):
-            self.pool.add(self.window[0][i], (*(row[i] for row in self.window[1:]), token), p + i)
+            before = line[: len(line) - W + i + 1][-M:]
+            self.pool.add(before, (*(row[i] for row in self.window[1:]), token), p + i)
         shift = self.sampling.temperature > 0 if self.setting.shift is None else self.setting.shift
         drop = min(used - 1, W) if shift else 0
         last += self.random.choices(tokens, k=W - width)
         self.window = [row[drop:] + self.random.choices(tokens, k=drop) for row in (*self.window[1:], last)]
 
 
-AUTO = (Setting(0, 4, 4), Setting(4, 3, 4), Setting(5, 4, 4), Setting(10, 5, 10))  # tried by `tune`
+AUTO = (Setting(0, 8, 1, 3), Setting(0, 4, 4), Setting(4, 3, 4), Setting(5, 4, 4), Setting(10, 5, 10))  # tried by `tune`
 
 
 def tune(run: Lookahead, steps: int = 12) -> Iterator[str]:

@@ -4,7 +4,7 @@ Sample text from a run directory; nothing else is needed, neither its data set n
     python sample.py out/run --prompt="def " --max_new_tokens=200 --temperature=0.8 --top_k=50 --top_p=0.95 --num_samples=3
     python sample.py out/run --prompt=FILE:prompt.txt --stream      # the prompt from a file
     echo "import os" | python sample.py out/run --prompt=-          # or from standard input
-    python sample.py out/run --lookahead=4,3,4 --check              # several tokens a step, and the same text: lookahead.py
+    python sample.py out/run --lookahead=0,8,1,3 --check            # several tokens a step, and the same text: lookahead.py
     python sample.py out/latent/numbers_8 --prompt=4711             # a model of pairs answers it
     python sample.py out/latent/rq_transformer_stdlib --temperature=0.9,0.8,0.8,0.7   # a model over codes: also a value a level
 """
@@ -47,7 +47,7 @@ class SampleConfig:
     eos: bool = True  # end at the end-of-document token, where the tokenizer has one
     stream: bool = False  # print tokens as they come; needs num_samples=1
     cache: bool = True  # false: compute the whole context again for every token
-    lookahead: str | None = None  # several tokens a step, the same text: W,N,G such as 4,3,4, see lookahead.py; auto tries some
+    lookahead: str | None = None  # several tokens a step, the same text: W,N,G[,M] such as 4,3,4, see lookahead.py; auto tries some
     prompt_lookup: bool = True  # lookahead also guesses the n-grams of prompt and output; false: only those of its window
     check: bool = False  # sample again, plainly with the cache, or without it if that is what ran; exit status 1 if texts differ
     compile: bool = False  # torch.compile for the steps of one token; takes a minute to start
