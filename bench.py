@@ -30,6 +30,7 @@ from benchmarks.latent import LatentBench, bench_latent
 from benchmarks.report import compare
 from benchmarks.sampling import SampleBench, bench_sample
 from benchmarks.training import TrainBench, bench_train
+from errors import exit_on_user_error
 
 COMMANDS = {  # word -> its keys, and what takes them and returns rows
     "sample": (SampleBench, bench_sample),
@@ -76,5 +77,5 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    with configurator.exit_on_user_error():
+    with exit_on_user_error():
         main()

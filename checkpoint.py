@@ -28,6 +28,7 @@ import torch
 import configurator
 import tokenizer
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
+from errors import naming
 from latent import huggingface
 from latent.autoencoder import Autoencoder, AutoencoderConfig
 from latent.latent_transformer import LatentTransformer, LatentTransformerConfig
@@ -69,7 +70,7 @@ def write_json(path: Path, value: dict | list) -> None:
     """Write through a temporary name, so that the file is never half there."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with configurator.naming(path):
+        with naming(path):
             temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     finally:
@@ -121,7 +122,7 @@ def alone_in(out: Path) -> Iterator[None]:
                 raise FileExistsError(f"another training writes to {out}: wait for it, stop it, or choose another --out_dir") from None
             except OSError:  # a file system without locks
                 pass
-        with configurator.naming(out):
+        with naming(out):
             yield
     finally:
         if fcntl:

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 import curves
-from configurator import check_given, choice_text, configure, exit_on_user_error, is_number, nearest
+from configurator import check_given, choice_text, configure, is_number, nearest
+from errors import exit_on_user_error
 from runs import Row, Run, bits_per_nat, find_runs, group, judged_alike, markdown_table, read_runs, row_name, warn, write
 
 

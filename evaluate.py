@@ -23,6 +23,7 @@ import configurator
 import dataloader
 import runtime
 from baseline_transformer.model import DecoderOnly
+from errors import exit_on_user_error
 from model import EncoderDecoder
 from runs import find_runs
 from trainer import measured, summed_loss, whole_file
@@ -115,5 +116,5 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    with configurator.exit_on_user_error():
+    with exit_on_user_error():
         main()

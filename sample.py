@@ -29,6 +29,7 @@ import lookahead
 import runtime
 import stepper
 import tokenizer
+from errors import exit_on_user_error
 from lookahead import Setting
 from model import warn_ignored
 
@@ -286,5 +287,5 @@ def main(argv: list[str] | None = None) -> list[str]:
 
 
 if __name__ == "__main__":
-    with configurator.exit_on_user_error():
+    with exit_on_user_error():
         main()

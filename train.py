@@ -35,6 +35,7 @@ import dataloader
 import generate
 import runtime
 import tokenizer
+from errors import exit_on_user_error
 from model import Block, DecoderBlock
 from recorder import Recorder
 from trainer import TrainConfig, Trainer, exact_pairs, learning_rate, measured, whole_file
@@ -469,6 +470,6 @@ def device_name(machine: runtime.Runtime) -> str:
 
 
 if __name__ == "__main__":
-    with configurator.exit_on_user_error():
+    with exit_on_user_error():
         main()
     runtime.end_process()

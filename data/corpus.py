@@ -24,8 +24,8 @@ from typing import BinaryIO
 import numpy as np
 
 import tokenizer as tokenizers
-from configurator import naming
 from data.sources import FEW_PIECES, cut_lines, read_documents, take_bytes
+from errors import naming
 from tokenizer import Tokenizer, to_utf8
 
 DATA = Path(__file__).resolve().parent

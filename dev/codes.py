@@ -21,6 +21,7 @@ import torch
 import checkpoint
 import configurator
 import dataloader
+from errors import exit_on_user_error
 
 COMMON = 20
 
@@ -79,5 +80,5 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    with configurator.exit_on_user_error():
+    with exit_on_user_error():
         main()

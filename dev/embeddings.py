@@ -29,6 +29,7 @@ import checkpoint
 import configurator
 import curves
 import dataloader
+from errors import exit_on_user_error
 from runs import find_runs, group, markdown_table, read_runs, write
 
 
@@ -144,5 +145,5 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
 
 
 if __name__ == "__main__":
-    with configurator.exit_on_user_error():
+    with exit_on_user_error():
         main()

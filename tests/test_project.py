@@ -25,7 +25,7 @@ from trainer import TrainConfig
 MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
            for folder in (".", "baseline_transformer", "benchmarks", "latent", "data", "data/*", "dev")
            for path in ROOT.glob(f"{folder}/*.py")}  # fmt: skip
-LOW = {"model", "kernels", "cpu_kernels", "gpu_kernels", "configurator", "curves", "dataloader", "runtime", "tokenizer"}
+LOW = {"model", "kernels", "cpu_kernels", "gpu_kernels", "configurator", "curves", "dataloader", "errors", "runtime", "tokenizer"}
 LOW |= {"latent.resample", "latent.quantize"}
 SCRIPTS = {"train", "sample", "compare", "evaluate", "bench"}
 SCRIPTS |= {name for name in MODULES if name.startswith("dev.") or name.endswith(".prepare")}

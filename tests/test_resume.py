@@ -220,7 +220,7 @@ def slow_save(*given):
     save(*given)
 checkpoint.save = slow_save
 try:
-    with configurator.exit_on_user_error():
+    with exit_on_user_error():
         train.main(sys.argv[1:])
 finally:
     sys.stdout.write(f"rank {rank} stopped\\n")  # in one piece: both write into one pipe

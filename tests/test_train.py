@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import checkpoint
-import configurator
 import dataloader
 import generate
 import runtime
@@ -24,6 +23,7 @@ import sample
 import train
 from conftest import ROOT, make_model, write_tokens
 from data.pairs import prepare as pairs
+from errors import exit_on_user_error
 from runs import read_runs
 from tiny_runs import REFERENCE, SHORT, arguments, call_at, complaint, crash, records, run, same, snapshot, weights
 from trainer import TrainConfig, Trainer, learning_rate, make_optimizer, summed_loss, whole_file
@@ -600,7 +600,7 @@ def test_weights_that_do_not_fit_are_explained_by_the_settings(tiny_data, tmp_pa
 
 def test_warnings_are_lines(capsys):
     """Guards what a user reads against the place in the code where a warning was raised."""
-    with configurator.exit_on_user_error():
+    with exit_on_user_error():
         warnings.warn("nothing was learned", stacklevel=1)
     assert capsys.readouterr().err == "warning: nothing was learned\n"
 

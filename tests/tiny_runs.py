@@ -10,9 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 
-import configurator
 import train
 from conftest import ROOT
+from errors import exit_on_user_error
 from trainer import Trainer
 
 REFERENCE = ("--dropout=0.1", "--embedding_loss=mse", "--pos_sub=plain", "--gradient_accumulation_steps=2", "--grad_clip=1.0")
@@ -59,7 +59,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def complaint(script, argv: list[str], capsys) -> tuple[int, str]:
     """Exit status and what stands on stderr, as a user of the script sees it."""
-    with pytest.raises(SystemExit) as exit_info, configurator.exit_on_user_error():
+    with pytest.raises(SystemExit) as exit_info, exit_on_user_error():
         script.main(argv)
     error = capsys.readouterr().err
     assert "Traceback" not in error

@@ -26,9 +26,9 @@ import checkpoint
 import dataloader
 import generate
 import runtime
-from configurator import exit_on_user_error
 from data import corpus
 from data.pairs.sides import SEPARATOR, write_pairs
+from errors import exit_on_user_error
 
 TRIES = 100  # places to look at, for each prompt wanted
 

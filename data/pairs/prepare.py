@@ -16,9 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, when run as a script
 
 import tokenizer as tokenizers
-from configurator import exit_on_user_error
 from data import corpus
 from data.pairs.sides import SEPARATOR, write_pairs
+from errors import exit_on_user_error
 
 WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "

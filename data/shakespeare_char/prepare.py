@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, when run as a script
 
-from configurator import exit_on_user_error
 from data import corpus, sources
+from errors import exit_on_user_error
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CHARACTERS = 1_115_394  # of the file nanoGPT uses; the address names no revision

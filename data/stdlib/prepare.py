@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, when run as a script
 
-from configurator import exit_on_user_error
 from data import corpus
+from errors import exit_on_user_error
 
 # tests (a third of the tree, much of it data), what pip installed, and files generated for one machine
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}

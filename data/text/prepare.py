@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, when run as a script
 
-from configurator import exit_on_user_error
 from data import corpus, sources
+from errors import exit_on_user_error
 
 
 def main(argv: list[str] | None = None) -> dict:

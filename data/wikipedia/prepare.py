@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root, when run as a script
 
-from configurator import exit_on_user_error
 from data import corpus, sources
+from errors import exit_on_user_error
 
 REPOSITORY, SNAPSHOT = "wikimedia/wikipedia", "20231101.en"
 REVISION = "b04c8d1ceb2f5cd4588862100d08de323dccfbaa"  # Parquet files: `datasets` runs no script of the repository
