@@ -197,7 +197,7 @@ def end_last_line(path: Path) -> None:
                 file.write(b"\n")
 
 
-def read_run(settings: dict, data_hash: str, out: Path) -> dict:
+def state_to_resume(settings: dict, data_hash: str, out: Path) -> dict:
     """The trainer state to resume from. Raises FileNotFoundError where there is none, ValueError if the run is another one."""
     was, _, model_config = read_config(out)
     needed = ("step", "scaler", "data_hash", "best_val_loss", "seconds", "train_seconds")

@@ -7,7 +7,7 @@ Token files on disk -> batches of windows. Nothing here has a state that a resum
 
 A data set is a folder with train.bin, val.bin (bare uint16 or uint32 token ids), meta.json and tokenizer.json. In a set of pairs
 (meta.json has kind "pairs") the tokens are x SEP y EOS, x SEP y EOS, ..., and a window is one pair: PairData.
-Legend: N tokens of a split, T block_size, n windows.
+Legend: T block_size, n windows.
 """
 
 import hashlib
@@ -224,8 +224,8 @@ class TokenData:
     def full_windows(
         self, split: str, rows: int, rank: int = 0, world: int = 1, first_targets: int | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The whole split in fixed order, or what predicts its `first_targets` first targets: batches (x, y) of exactly (rows, T),
-        batch i going to process i % world.
+        """The whole split, or its first `first_targets` targets, in fixed order: batches (x, y) of exactly (rows, T), batch i going
+        to process i % world.
 
         Over all ranks every token except the first is a target exactly once. What pads the last window and the last batch has
         input 0 and target -1 (ignored), so that a compiled model sees one shape and the *sum* of the losses does not depend on

@@ -49,7 +49,7 @@ class Sampling:
 class BlockSampling:
     """How a model that writes blocks chooses: the codes of each level, and the tokens from the codes."""
 
-    levels: tuple[Sampling, ...]  # one for each level, or one for all
+    levels: tuple[Sampling, ...]  # one for each level, or one for all; the seed is the first one's
     tokens: Sampling = Sampling(temperature=0.0)  # greedy: the codes have left next to nothing open
 
     def for_levels(self, D: int) -> tuple[Sampling, ...]:
@@ -107,15 +107,7 @@ def pick(logits: torch.Tensor, noise: torch.Tensor | None, sampling: Sampling) -
     score = logits
     if sampling.temperature > 0:
         score = filter_logits(logits.double(), sampling) + sampling.temperature * noise.to(logits.device)
-    if score.device.type == "cpu":
-        return score.argmax(dim=-1).to(device)
-    return first_true(score == score.max(dim=-1, keepdim=True).values)
-
-
-def first_true(mask: torch.Tensor) -> torch.Tensor:
-    """(B,) index of the first True in each row of (B, V). argmax does not promise the first one on a GPU."""
-    index = torch.arange(mask.size(-1), device=mask.device)
-    return torch.where(mask, index, mask.size(-1)).min(dim=-1).values
+    return score.argmax(dim=-1).to(device)  # of equal ones the first, as torch promises
 
 
 def context_start(length: int, block_size: int) -> int:
@@ -271,7 +263,7 @@ def cached_step(model: torch.nn.Module, int8: bool = False) -> Callable:
     """
     step(idx, cache) appends the tokens idx (B, T) to the cache and returns the logits (B, V) of the next token. With positions (T,),
     mask (T, S) and slots `read` (R,), for one text, as in lookahead.py, it returns the logits (R, V) after each of those slots.
-    On a CPU a Stepper (int8: see there) computes single tokens of one text and passes with a mask; the model's forward pass all else.
+    On a CPU single tokens of one text, and passes with a mask, go through a Stepper (int8: see there), all else through the model.
     """
     stepper, steps = None, can_step(model)
 

@@ -40,7 +40,7 @@ def token_noise(sampling: BlockSampling, samples: range, n: int, count: int, siz
     """(B count, size) noise for the tokens of those codes, at positions from 2^31 on, out of the way of the codes'; None: greedy."""
     if sampling.tokens.temperature == 0:
         return None
-    return block_noise(sampling.levels[0].seed, samples, 2**31 + n, count, size).flatten(0, 1)
+    return block_noise(sampling.tokens.seed, samples, 2**31 + n, count, size).flatten(0, 1)
 
 
 def sample_in_blocks(

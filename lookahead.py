@@ -37,15 +37,13 @@ from generate import Continuation, Sampling
 
 @dataclass(frozen=True)
 class Setting:
-    """Size of a step: up to (N-1) * (W + G) tokens."""
+    """Size of a step: up to (N-1) * (W + G) tokens, one more where W = 0."""
 
     window: int  # W, columns of guesses; 0: none, all drafts come from the text
     ngram: int  # N: a step emits 1..N tokens
     drafts: int  # G, n-grams that are checked in a step, and kept for each M tokens
     match: int = 1  # M, last tokens of the text that an n-gram has to continue
     from_text: bool = True  # the pool also takes the n-grams of prompt and output ("prompt lookup")
-    shift: bool | None = None  # for each draft token accepted drop one column of guesses: the rest keep their positions and noise.
-    # False: keep the columns, which move on with the text. None: drop if there is noise (temperature > 0)
 
     def __post_init__(self):
         bounds = ("W", self.window, 0, 64), ("N", self.ngram, 2, 16), ("G", self.drafts, 0, 64), ("M", self.match, 1, 16)
@@ -154,7 +152,8 @@ def agreement(first: int, draft: tuple[int, ...], picks: list[int]) -> list[int]
 class Lookahead:
     """
     One text that is being continued. `step` makes it longer until `sample.finished`; `setting` may be changed between steps,
-    None is plain decoding. Before and after each step the cache holds all of the context but its last token.
+    None is plain decoding. After each step the cache holds all of the context but its last token; before the first, and where the
+    context has moved, it is empty.
     """
 
     def __init__(
@@ -235,8 +234,8 @@ class Lookahead:
         for i, token in enumerate(last):
             before = line[: len(line) - W + i + 1][-M:]
             self.pool.add(before, (*(row[i] for row in self.window[1:]), token), p + i)
-        shift = self.sampling.temperature > 0 if self.setting.shift is None else self.setting.shift
-        drop = min(used - 1, W) if shift else 0
+        # a column less for each draft token accepted: the others keep their positions, hence their noise
+        drop = min(used - 1, W) if self.sampling.temperature > 0 else 0
         last += self.random.choices(tokens, k=W - width)
         self.window = [row[drop:] + self.random.choices(tokens, k=drop) for row in (*self.window[1:], last)]
 
@@ -247,7 +246,7 @@ AUTO = (Setting(0, 8, 1, 3), Setting(0, 4, 4), Setting(4, 3, 4), Setting(5, 4, 4
 def tune(run: Lookahead, steps: int = 12) -> Iterator[str]:
     """
     Make the first steps with plain decoding and with each setting of AUTO, and stay with the one that made the most tokens a
-    second. They are steps of the text itself, so nothing is computed twice. Yields after every step; at last, why.
+    second. They are steps of the text itself; only its context is read again for each setting. Yields after every step; at last, why.
     """
     speeds = {}
     for setting in (None, *AUTO):

@@ -58,7 +58,7 @@ class EncoderDecoderConfig:
     pos_sub: Literal["none", "plain", "ln"] = "none"  # subtract the next position's embedding before the logits
     decoder_order: Literal["self_first", "cross_first"] = "self_first"  # which attention comes first in a decoder block
     bridge_ln: bool = False  # LayerNorm in front of the bridge
-    bridge_init: Literal["identity"] | None = None  # weights W of the bridge at first: I; none: N(0, 0.02), as all linears
+    bridge_init: Literal["identity"] | None = None  # weights W of the bridge at first: I; none: N(0, 0.02), as other linears
     decoder_pos_emb: bool = False  # add the next position's embedding to the decoder's input
     embedding_loss: Literal["none", "mse", "cosine", "log_cosine"] = "none"  # pull encoder states to the mean embedding
     embedding_loss_weight: float = 1.0  # its factor in the total loss
@@ -280,8 +280,9 @@ class DecoderBlock(nn.Module):
 
 class CausalModel(nn.Module):
     """
-    The plumbing between tokens and blocks: positions, masks, caches, initialisation and counting. A model built on it
-    sets `config`, `n_layer_cache` (attention layers to cache) and `head_widths`, and calls `initialize` when it is built.
+    The plumbing between tokens and blocks: positions, masks, caches, initialisation and counting. A model built on it sets `config`
+    and, if it uses `make_cache` or `place`, `n_layer_cache` (attention layers to cache) and `head_widths`, and calls `initialize`
+    when it is built.
     """
 
     window = 0  # positions that self-attention sees, its own included; 0 = all
@@ -343,7 +344,7 @@ class CausalModel(nn.Module):
     def flops_per_token(self) -> int:
         """
         Floating-point operations to train on one token of a full context, forward and backward, counted as nanoGPT counts
-        (PaLM, arXiv:2204.02311, appendix B): 6 N + 12 C T for each attention layer, masked-out products included.
+        (PaLM, arXiv:2204.02311, appendix B): 6 N, and 12 C T for each attention layer, masked-out products included.
         """
         return 6 * self.get_num_params() + 12 * self.config.n_embd * self.config.block_size * self.n_layer_cache
 

@@ -42,7 +42,7 @@ class Recorder:
         directory is then as it was.
         """
         config, trainer, machine, model, out = self.config, self.trainer, self.machine, self.trainer.raw_model, self.out
-        resumed = checkpoint.read_run(settings, trainer.data.both_hash, out) if config.resume else None
+        resumed = checkpoint.state_to_resume(settings, trainer.data.both_hash, out) if config.resume else None
         machine.barrier()  # everybody has read before anybody writes
         if machine.is_main and not resumed:
             checkpoint.check_free(out, config.overwrite)

@@ -1,7 +1,7 @@
 """
 Finished runs, read from their directories, and rows of them: runs with equal settings and different seeds, named after the directory
-without its _seed1, -seed1 or _s1. Everything that a table, a curve or a test is about begins here, and what scripts share to print
-and save such a table.
+without its _seed1, -seed1 or _s1. Tables, curves and tests all start from these. Also what the scripts share to print and save a
+table.
 """
 
 import contextlib

@@ -50,7 +50,7 @@ class SampleConfig:
     cache: bool = True  # false: compute the whole context again for every token
     lookahead: str | None = None  # several tokens a step, the same text: W,N,G[,M] such as 4,3,4, see lookahead.py; auto tries some
     prompt_lookup: bool = True  # lookahead also guesses the n-grams of prompt and output; false: only those of its window
-    check: bool = False  # sample again, plainly with the cache, or without it if that is what ran; exit status 1 if texts differ
+    check: bool = False  # sample again, plainly with the cache (without it, if the first run was that); exit status 1 if texts differ
     compile: bool = False  # torch.compile for the steps of one token; takes a minute to start
     int8: bool = False  # weights in 8 bits: faster for one text on a CPU, and not quite the same model
     checkpoint: Literal["best", "last"] = "best"  # lowest validation loss, or latest
@@ -263,7 +263,8 @@ def main(argv: list[str] | None = None) -> list[str]:
             "lookahead": str(ahead.setting or "plain"), "steps": ahead.steps, "drafted": ahead.drafted, "accepted": ahead.accepted,
             "tokens_per_step": tokens / ahead.steps, "accepted_share": ahead.accepted / max(ahead.drafted, 1),
         }  # fmt: skip
-        line += f"; lookahead {ahead.setting or 'auto, trials included'}: {report['tokens_per_step']:.2f} tokens/step, "
+        trials = ", trials included" if config.lookahead == "auto" else ""
+        line += f"; lookahead {ahead.setting or 'plain'}{trials}: {report['tokens_per_step']:.2f} tokens/step, "
         line += f"{report['accepted_share']:.0%} of {ahead.drafted} drafted tokens accepted"
     print(line, file=sys.stderr)
     if config.check:

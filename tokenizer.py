@@ -150,8 +150,8 @@ def _download(name: str):
 
 def encode_question(text: Tokenizer, written: str, separator: int) -> list[int]:
     """
-    Tokens of a question as a model of pairs knows it, with the separator behind it, unless it is in it and an answer has begun; line
-    ends at its end do not belong to it. Raises ValueError for none.
+    Tokens of a question for a model of pairs: without line ends at its end, and with the separator behind it unless that is in it
+    already (an answer has begun). Raises ValueError where there is no question.
     """
     prompt = text.encode(written.rstrip("\r\n"))
     prompt += [separator] * (separator not in prompt)

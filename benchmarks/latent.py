@@ -88,7 +88,7 @@ def bench_latent(config: LatentBench) -> list[dict]:
         print(f"{name}: {model.get_num_params():,} parameters")
         for batch in batches:
             work = plainly(model, [prompt], sampling, batch) if end is None else answering(model, prompt, end, sampling, batch)
-            variants.append(Variant(f"{name}, batch {batch}", work, model, batch))
+            variants.append(Variant(f"{name}, batch {batch}", work, batch))
     with machine.autocast():
         found = sampled(variants, config.tokens, config.repeats)
     plain = dict(zip(batches, (row.tokens_per_second for row in found)))  # the baseline's come first

@@ -50,7 +50,6 @@ class SampleBench:
 class Variant(NamedTuple):
     name: str
     work: Callable[[int], tuple[int, int]]  # asked for so many tokens a text, returns tokens made and forward passes
-    model: torch.nn.Module
     texts: int = 1  # sampled together
 
 
@@ -60,16 +59,14 @@ class Row(NamedTuple):
     variant: str
     tokens_per_second: float
     tokens_per_step: float  # of one text
-    gigabytes_per_second: float  # weights read: all of them in each forward pass
 
 
 def sampled(variants: list[Variant], tokens: int, repeats: int) -> list[Row]:
     """Rows of all variants, timed in turns."""
     timed = in_turns({variant.name: variant.work for variant in variants}, tokens, repeats, warm_up=4)
     rows = []
-    for name, _, model, texts in variants:
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        columns = [(made / t, made / steps / texts, steps * size / t / 1e9) for t, (made, steps) in timed[name]]
+    for name, _, texts in variants:
+        columns = [(made / t, made / steps / texts) for t, (made, steps) in timed[name]]
         rows.append(Row(name, *map(statistics.median, zip(*columns))))
     return rows
 
@@ -119,15 +116,15 @@ def sample_variants(model: torch.nn.Module, prompts: list[list[int]], config: Sa
     # with codes there is neither lookahead nor a static cache
     codes = getattr(model.config, "latent_factor", 0) > 0
     variants = [
-        Variant("plain cached", plain(), model),
-        Variant("plain uncached", plain(use_cache=False), model),
-        Variant(f"plain cached, batch {config.batch}", plain(config.batch), model, config.batch),
-        *(Variant(f"lookahead {setting}", ahead(setting), model) for setting in (lookahead.AUTO if not codes else ())),
+        Variant("plain cached", plain()),
+        Variant("plain uncached", plain(use_cache=False)),
+        Variant(f"plain cached, batch {config.batch}", plain(config.batch), config.batch),
+        *(Variant(f"lookahead {setting}", ahead(setting)) for setting in (lookahead.AUTO if not codes else ())),
     ]
     if stepper.can_step(model) and not codes:
-        variants.append(Variant("plain cached, int8", plain(int8=True), model))
+        variants.append(Variant("plain cached, int8", plain(int8=True)))
     if next(model.parameters()).is_cuda and not codes:
-        variants.append(Variant("plain cached, compiled", plain(compile="inductor"), model))
+        variants.append(Variant("plain cached, compiled", plain(compile="inductor")))
     if isinstance(model, DecoderOnly) and importlib.util.find_spec("transformers"):
         variants.append(hugging_face(model, prompts[0], config))
     return variants
@@ -157,7 +154,7 @@ def hugging_face(model: torch.nn.Module, prompt: list[int], config: SampleBench)
             )
         return out.size(1) - len(prompt), tokens
 
-    return Variant(f"Hugging Face {transformers.__version__}", work, theirs)
+    return Variant(f"Hugging Face {transformers.__version__}", work)
 
 
 def bench_sample(config: SampleBench) -> list[dict]:
@@ -192,7 +189,7 @@ def bench_sample(config: SampleBench) -> list[dict]:
         lines = []
         for row in found:
             speed, ratio = row.tokens_per_second, row.tokens_per_second / found[0].tokens_per_second
-            lines.append([row.variant, f"{speed:.1f}", *(f"{x:.2f}" for x in (ratio, row.tokens_per_step, row.gigabytes_per_second))])
+            lines.append([row.variant, f"{speed:.1f}", f"{ratio:.2f}", f"{row.tokens_per_step:.2f}"])
             rows.append({"model": name, "new_tokens": config.tokens} | row._asdict() | {"ratio": ratio})
-        print("\n" + markdown_table(["variant", "tokens/s", "x plain cached", "tokens/step", "GB/s of weights"], lines))
+        print("\n" + markdown_table(["variant", "tokens/s", "x plain cached", "tokens/step"], lines))
     return rows

@@ -5,7 +5,7 @@ name only). S tokens become one stack of D codes out of K, and the codes become 
     tokens -> causal trunk -> down -> Linear to Z -> refine -> norm -> D codes -> refine -> Linear to C -> up -> trunk -> logits
 
 1. Encoding is causal and aligned to blocks of S tokens: the codes of a prefix are those of the whole text on complete blocks,
-   or nothing that was trained on codes could continue a prompt. encoder_context=block keeps a latent to the tokens of its own
+   otherwise no model of codes could continue a prompt. encoder_context=block keeps a latent to the tokens of its own
    block, so that the same S tokens have the same codes wherever they stand.
 2. Decoding is causal by blocks: position t of block j sees all positions of the blocks up to j (in a trunk of Hugging Face, those
    up to t), so text can be written as its codes arrive. Nothing else needs a mask there: what stands after the end of a text is

@@ -363,8 +363,8 @@ class SimVQCodebook(nn.Module):
 class ResidualQuantizer(nn.Module):
     """
     D levels of vector quantization, each of what the ones before it left over; see the top of this file. Another quantizer can take
-    its place that has forward, encode, decode, vectors (tables whose entries add up to a latent), step, codebook_hash and the two
-    properties.
+    its place that has config, codebook.initialized, forward, encode, decode, vectors (tables whose entries add up to a latent), step,
+    codebook_hash and the two properties.
     """
 
     def __init__(self, config: QuantizerConfig):

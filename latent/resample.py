@@ -64,7 +64,7 @@ class CausalDownsample(nn.Module):
 
     width C; factor S, a power of two; kernel k >= 2 (2: no latent sees beyond its own block).
     keep_partial=False, for a causal model: M = floor(T/S), a latent is valid if all its S positions are.
-    keep_partial=True, for an autoencoder, which sees the whole text anyway: M = ceil(T/S), valid if any of them is.
+    keep_partial=True, for an autoencoder, whose last block may be partly text: M = ceil(T/S), valid if any of them is.
     Raises ValueError for a factor or kernel that cannot work.
     """
 

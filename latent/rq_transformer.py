@@ -162,7 +162,6 @@ class RQTransformer(CausalModel):
         self.dropout = Dropout(config.dropout)
         self.register_buffer("vectors", torch.zeros(D, K, Z), persistent=False)  # E of the autoencoder that is attached
         self.autoencoder: Autoencoder | None = None
-        self.n_layer_cache = config.n_spatial_layer + config.n_depth_layer
         self.initialize([self.spatial.blocks, self.depth.blocks])
         for parameter in (self.project, self.start, self.wpe_depth):
             nn.init.normal_(parameter, mean=0.0, std=0.02)

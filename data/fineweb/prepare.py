@@ -2,7 +2,9 @@
 FineWeb: English web pages (arXiv:2406.17557), the first gigabyte of the 10-billion-token sample, GPT-2 byte-pair encoding.
 
     python data/fineweb/prepare.py --max_bytes 1000000000
-    python data/fineweb/prepare.py --input 000_00000.parquet      # files of the same repository fetched by hand
+    python data/fineweb/prepare.py --input 000_00000.parquet      # files of the same repository fetched by hand, all of them
+
+Without --input it stops after --max_bytes 1000000000 unless told otherwise.
 """
 
 import sys
@@ -28,15 +30,15 @@ def pages(path: str = REPOSITORY, name: str | None = SAMPLE, revision: str | Non
 def main(argv: list[str] | None = None) -> dict:
     parser = corpus.arguments(__doc__, Path(__file__).resolve().parent, "gpt2", 0.01)
     corpus.input_arguments(parser)
-    parser.set_defaults(max_bytes=DEFAULT_BYTES)
     args = corpus.parse(parser, argv)
     if args.input:
-        documents, source = lambda: corpus.read_inputs(args), ", ".join(path.name for path in args.input)
+        max_bytes, documents = args.max_bytes, lambda: corpus.read_inputs(args)
+        source = ", ".join(path.name for path in args.input)
     else:
-        documents, source = pages, f"{REPOSITORY} {SAMPLE} at revision {REVISION}"
-    source += f", the first {args.max_bytes:,} bytes"
-    tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: sources.take_bytes(documents(), args.max_bytes))
-    return corpus.write_dataset(documents(), tokenizer, args.out_dir, args.val_fraction, source, "fineweb", args.max_bytes)
+        max_bytes, documents = DEFAULT_BYTES if args.max_bytes is None else args.max_bytes, pages
+        source = f"{REPOSITORY} {SAMPLE} at revision {REVISION}, the first {max_bytes:,} bytes"
+    tokenizer = corpus.make_tokenizer(args.tokenizer, lambda: sources.take_bytes(documents(), max_bytes))
+    return corpus.write_dataset(documents(), tokenizer, args.out_dir, args.val_fraction, source, "fineweb", max_bytes)
 
 
 if __name__ == "__main__":

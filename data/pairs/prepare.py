@@ -57,33 +57,37 @@ def read_pairs(path: Path, keys: tuple[str, str]) -> Iterator[tuple[str, str]]:
         raise FileNotFoundError(f"{path} {'is no file' if path.exists() else 'does not exist'}; give a .tsv or .jsonl file of pairs")
     if path.suffix not in (".tsv", ".jsonl"):
         raise ValueError(f"{path}: pairs are read from .tsv files (x, tab, y) or .jsonl files; rename or convert it")
+    with open(path, "rb") as file:  # line by line, however large it is
+        for number, line in enumerate(file, start=1):
+            if line.strip(b"\r\n"):
+                yield read_pair(line, path.suffix, keys, f"{path}, line {number}")
+
+
+def read_pair(line: bytes, suffix: str, keys: tuple[str, str], place: str) -> tuple[str, str]:
+    """The pair of a line; `place` names it in messages. See read_pairs."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start:,}); convert it") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip("\r"):
-            continue
-        place = f"{path}, line {number}"
-        if path.suffix == ".tsv":
-            sides = line.split(SEPARATOR)
-            if len(sides) != 2:
-                raise ValueError(f"{place}: {len(sides)} columns; a pair is x, one tab, y")
-        else:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place}: not JSON ({error})") from error
-            sides = [row.get(key) for key in keys] if isinstance(row, dict) else [None]
-            if not all(isinstance(side, str) for side in sides):
-                raise ValueError(f"{place}: no texts under {keys[0]!r} and {keys[1]!r}; set --keys")
-        x, y = (side.strip() for side in sides)
-        for name, side in (("first", x), ("second", y)):
-            if not side:
-                raise ValueError(f"{place}: the {name} side is empty; leave the line out")
-            if SEPARATOR in side or "\0" in side:
-                raise ValueError(f"{place}: a tab or a zero byte in the {name} side, which stand between sides and pairs here")
-        yield x, y
+        raise ValueError(f"{place}: not UTF-8 ({error.reason}); convert the file") from error
+    if suffix == ".tsv":
+        sides = text.split(SEPARATOR)
+        if len(sides) != 2:
+            raise ValueError(f"{place}: {len(sides)} columns; a pair is x, one tab, y")
+    else:
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: not JSON ({error})") from error
+        sides = [row.get(key) for key in keys] if isinstance(row, dict) else [None]
+        if not all(isinstance(side, str) for side in sides):
+            raise ValueError(f"{place}: no texts under {keys[0]!r} and {keys[1]!r}; set --keys")
+    x, y = (side.strip() for side in sides)
+    for name, side in (("first", x), ("second", y)):
+        if not side:
+            raise ValueError(f"{place}: the {name} side is empty; leave the line out")
+        if SEPARATOR in side or "\0" in side:
+            raise ValueError(f"{place}: a tab or a zero byte in the {name} side, which stand between sides and pairs here")
+    return x, y
 
 
 def main(argv: list[str] | None = None) -> dict:
