@@ -95,6 +95,8 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+# settings of models that say when something happens, and decide no size
+AT_A_STEP = {"freeze_codes", "freeze_codes_after", "quantize_after", "freeze_backbone_iters", "startup_steps", "anneal_steps"}
 # settings that may differ between a run and its continuation; micro_batch_size, which is one of them, draws dropout's masks anew
 FREE_ON_RESUME = NOT_OF_A_ROW - {"seed"} | {"max_iters", "dataset", "patience"}
 
@@ -162,15 +164,15 @@ def start_run(settings: dict, data_folder: Path, out: Path) -> None:
     (out / tokenizer.FILE_NAME).write_bytes((data_folder / tokenizer.FILE_NAME).read_bytes())
 
 
-def copy_autoencoder(run: Path, out: Path) -> None:
-    """Make a run directory self-contained: what sampling needs of the autoencoder's run goes to out/autoencoder."""
-    weights, copy = find_first(run, "best", "last"), out / "autoencoder"
-    (copy / "best").mkdir(parents=True)
-    # contents without modes: the copy of a read-only run has to be removable
-    for name in ("model.safetensors", "trainer.json"):
-        shutil.copyfile(weights / name, copy / "best" / name)
-    for name in ("config.json", tokenizer.FILE_NAME):
-        shutil.copyfile(run / name, copy / name)
+def copy_autoencoder(run: Path, out: Path, autoencoder: Autoencoder) -> None:
+    """
+    Make a run directory self-contained: what sampling needs of the autoencoder goes to out/autoencoder, as it has been loaded. Its
+    own run, `run`, may have been trained further meanwhile: the codes of a long text take minutes.
+    """
+    copy = out / "autoencoder"
+    save(copy / "best", autoencoder, None, read_json(find_first(run, "best", "last") / "trainer.json"))
+    write_json(copy / "config.json", read_json(run / "config.json") | {"model": configurator.to_dict(autoencoder.config)})
+    shutil.copyfile(run / tokenizer.FILE_NAME, copy / tokenizer.FILE_NAME)  # its contents, which a read-only run may lock, not its mode
 
 
 def first_flags(run: Path) -> set[str]:
@@ -418,7 +420,7 @@ def init_from(model: torch.nn.Module, source: Path) -> None:
     """
     ours = configurator.to_dict(model.config)
     theirs = load_nanogpt(model, source) if source.suffix == ".pt" else load_other_run(model, ours, source)
-    keys = ("n_head", "n_cross_head", "decoder_order", "position", "pos_sub", "decoder_pos_emb")
+    keys = ("n_head", "n_cross_head", "decoder_order", "position", "pos_sub", "decoder_pos_emb", "encoder_context")
     other = [f"{key}={theirs[key]} (here {ours[key]})" for key in keys if key in ours and theirs.get(key, ours[key]) != ours[key]]
     if other:
         raise ValueError(f"init_from={source} has {', '.join(other)}, so its weights would mean something else; set the same")
@@ -438,7 +440,8 @@ def load_other_run(model: torch.nn.Module, ours: dict, source: Path) -> dict:
     try:
         load_weights(model, folder)
     except Misfit:
-        sizes = [key for key, value in ours.items() if not isinstance(value, float) and theirs.get(key, value) != value]
+        sizes = ours.keys() - AT_A_STEP - {key for key, value in ours.items() if isinstance(value, float)}
+        sizes = [key for key in ours if key in sizes and theirs.get(key, ours[key]) != ours[key]]
         if not sizes:
             raise
         other = ", ".join(f"{key}={theirs[key]} (here {ours[key]})" for key in sizes)

@@ -55,7 +55,7 @@ class Recorder:
         elif machine.is_main:
             checkpoint.start_run(settings, trainer.data.folder, out)
             if codes_run is not None:
-                checkpoint.copy_autoencoder(codes_run, out)
+                checkpoint.copy_autoencoder(codes_run, out, model.autoencoder)
         if self.wandb:  # a run that goes on without wandb keeps the id for later
             self.state["wandb_id"] = self.wandb.id
         self.state["lanes"] = trainer.lanes.count

@@ -110,7 +110,7 @@ class AutoencoderConfig:
             commitment_weight=self.commitment_weight,
             gradient=self.quantizer_gradient,
             quantize_dropout=self.quantize_dropout,
-            decay=self.codebook_decay,
+            codebook_decay=self.codebook_decay,
         )
 
 

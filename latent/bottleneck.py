@@ -71,7 +71,7 @@ def quantizer_config(config) -> QuantizerConfig:
         codebook_size=config.codebook_size,
         codebook_levels=config.codebook_levels // slices(config),
         commitment_weight=config.commitment_weight,
-        decay=config.codebook_decay,
+        codebook_decay=config.codebook_decay,
     )
 
 

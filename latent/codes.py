@@ -9,6 +9,7 @@ another copy that begins elsewhere, and not at a multiple of S either, so that t
 Shapes: n windows, T tokens, S tokens of a block, M = T / S blocks, D levels.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -45,13 +46,15 @@ class CodeData:
             "codebook_size": config.codebook_size, "offsets": begins, "windows": len(starts),
         }  # fmt: skip
         self.windows, path = len(starts), folder / "codes.bin"
-        size = 2 * self.windows * int(np.prod(self.shape))  # bytes
         if not distributed() or dist.get_rank() == 0:
             found = json_in(folder / "meta.json")
-            if found != meta or not path.is_file() or path.stat().st_size != size:
-                if isinstance(found, dict):
-                    changed = ", ".join(key for key in meta if found.get(key) != meta[key]) or "codes.bin is damaged"
-                    print(f"note: {folder} does not hold what is needed ({changed}): the codes are extracted again")
+            stored = found if isinstance(found, dict) else {}
+            changed = [key for key in meta if stored.get(key) != meta[key]]
+            if not changed and not (path.is_file() and sha256(path) == stored.get("sha256")):
+                changed = ["codes.bin is damaged"]
+            if changed:
+                if stored:
+                    print(f"note: {folder} does not hold what is needed ({', '.join(changed)}): the codes are extracted again")
                 extract(folder, data, autoencoder, starts, meta)
         if distributed():
             dist.barrier()
@@ -77,6 +80,11 @@ class CodeData:
         return codes, codes
 
 
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def begins_of_copies(T: int, S: int, copies: int) -> list[int]:
     """Tokens before the first window of each copy: spread over a window, and all different modulo S where copies <= S."""
     return [i * (T // copies // S * S) + i for i in range(copies)]
@@ -100,6 +108,7 @@ def extract(folder: Path, data: TokenData, autoencoder: Autoencoder, starts: np.
                 text, _ = data.gather("train", starts[first : first + rows])
                 codes = autoencoder.encode(text.to(device)).cpu().numpy()
                 file.write(codes.astype("<u2").tobytes())
+        meta = meta | {"sha256": sha256(codes_file)}
         os.replace(codes_file, folder / "codes.bin")
     finally:
         codes_file.unlink(missing_ok=True)

@@ -53,7 +53,7 @@ class QuantizerConfig:
     commitment_weight: float = 0.25  # of the commitment loss in the total
     gradient: Literal["straight_through", "rotation"] = "straight_through"  # how the decoder's gradient reaches z
     quantize_dropout: float = 0.0  # probability that a training forward sums only the first 1..D-1 levels
-    decay: float = 0.99  # ema: weight of the past in the moving averages, per step()
+    codebook_decay: float = 0.99  # ema: weight of the past in the moving averages, per step()
     eps: float = 1e-5  # ema: Laplace smoothing of the counts; large values shrink rare codes towards 0
     kmeans_iterations: int = 10  # ema: Lloyd iterations of the initialization; 0 = random vectors
     vectors_per_code: int = 50  # ema: K times as many recent latents are kept (and stored in checkpoints) for it and restarts
@@ -70,13 +70,13 @@ class QuantizerConfig:
             self.quantize_dropout == 0.0 or self.codebook_levels > 1,
             f"quantize_dropout={self.quantize_dropout} drops levels, but codebook_levels=1 leaves none to drop; set it to 0",
         )
-        require(0.0 <= self.decay < 1.0, f"decay={self.decay}: a number in [0, 1) is needed")
+        require(0.0 <= self.codebook_decay < 1.0, f"codebook_decay={self.codebook_decay}: a number in [0, 1) is needed")
 
     @property
     def restart_steps(self) -> int:
         if self.restart_interval is not None:
             return self.restart_interval
-        return max(100, math.ceil(1 / max(1 - self.decay, 1e-9)))
+        return max(100, math.ceil(1 / max(1 - self.codebook_decay, 1e-9)))
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -113,8 +113,6 @@ def full_float32(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = of_convolutions
 
 
-# An operator of its own: the compiler sees one call instead of unrolled chunks, and precision is set where it computes.
-@torch.library.custom_op("encdec::nearest_code", mutates_args=())
 def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """
     Index (N,) of the row of codebook (K, Z) nearest to each row of x (N, Z); of equal ones the first.
@@ -122,13 +120,24 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     argmin |e|^2 / 2 - x.e, in chunks of at most 2^24 distances. torch.cdist expands the square as well, and keeps |x|^2 in it,
     which only adds rounding.
     """
+    if torch.compiler.is_compiling():
+        return nearest_code_op(x, codebook)
     with full_float32(x.device):
         half_square = codebook.pow(2).sum(-1) / 2
         chunks = x.split(max(1, 2**24 // codebook.size(0)))
         return torch.cat([torch.addmm(half_square, chunk, codebook.T, alpha=-1).argmin(-1) for chunk in chunks])
 
 
-@nearest_code.register_fake
+@torch.library.custom_op("encdec::nearest_code", mutates_args=())
+def nearest_code_op(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """
+    `nearest_code` as one operation for torch.compile: no unrolled chunks, and precision is set where it computes. Only for that: the
+    first call of such an operation imports the compiler, which takes a second.
+    """
+    return nearest_code(x, codebook)
+
+
+@nearest_code_op.register_fake
 def _(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.size(0), dtype=torch.int64)
 
@@ -259,7 +268,7 @@ class EMACodebook(nn.Module):
 
     def update(self) -> None:
         """One step of the moving averages, and the codes they give."""
-        decay, eps, K = self.config.decay, self.config.eps, self.config.codebook_size
+        decay, eps, K = self.config.codebook_decay, self.config.eps, self.config.codebook_size
         self.ema_count.lerp_(self.pending_count, 1 - decay)
         self.ema_sum.lerp_(self.pending_sum, 1 - decay)
         total = self.ema_count.sum(-1, keepdim=True)

@@ -24,7 +24,9 @@ N stacks of any texts, V vocabulary.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,10 +43,19 @@ from latent.codes import CodeData
 from latent.quantize import full_float32
 from model import Block, Cache, CausalModel, check_fields, require
 
-# torch.compiler.disable, but for when it imports the compiler, 1.4 s: at the first call; private in torch, so it may go away
-uncompiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
-
 FROM_AUTOENCODER = ("vocab_size", "block_size", "latent_factor", "latent_dim", "codebook_size", "codebook_levels")
+
+
+def uncompiled(method: Callable) -> Callable:
+    """torch.compiler.disable for a method, which imports the compiler, a second of time, only where something is compiled."""
+    # private in torch, so it may go away: this imports it when first called, torch.compiler.disable at once
+    disabled = getattr(torch, "_disable_dynamo", torch.compiler.disable)(method)
+
+    @functools.wraps(method)
+    def call(*given):
+        return (disabled if torch.compiler.is_compiling() else method)(*given)
+
+    return call
 
 
 @dataclass(frozen=True)

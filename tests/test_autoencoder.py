@@ -563,6 +563,17 @@ def test_frozen_codes_stay_while_the_decoder_learns(kind, tiny_data, tmp_path, c
         AutoencoderConfig(freeze_codes=True, dropout=0.1)
 
 
+def test_weights_of_another_encoder_context_are_refused(tiny_data, tmp_path):
+    """Guards frozen codes: where a block is one token no shape shows what the encoder saw, and the same weights make other codes."""
+    run(tiny_data, tmp_path / "a", "--latent_factor=1", "--encoder_context=prefix")
+    for more in ([], ["--freeze_codes=true"]):
+        with pytest.raises(ValueError, match=r"encoder_context=prefix \(here block\), so its weights would mean something else"):
+            run(tiny_data, tmp_path / "b", "--latent_factor=1", "--encoder_context=block", f"--init_from={tmp_path / 'a'}", *more)
+    with pytest.raises(ValueError, match=r"does not fit: it has codebook_levels=2 \(here 3\); set the same"):
+        frozen = ["--freeze_codes=true", "--quantize_after=1", "--codebook_levels=3"]
+        run(tiny_data, tmp_path / "b", "--latent_factor=1", "--encoder_context=prefix", f"--init_from={tmp_path / 'a'}", *frozen)
+
+
 @pytest.mark.parametrize("position", ["rope", "learned"])
 def test_backbone_of_a_run(tiny_data, tmp_path, position):
     """Guards the frozen backbone: bit for bit as it was until its time, then trained; nothing of it needed to go on or to load."""
@@ -597,7 +608,7 @@ def test_backbone_of_a_run(tiny_data, tmp_path, position):
         ({"n_decoder_layer": 0}, "n_decoder_layer=0: at least 1"),
         ({"codebook_size": 1}, "codebook_size=1: at least 2"),
         ({"codebook_levels": 0}, "codebook_levels=0: at least 1"),
-        ({"codebook_decay": 1.0}, "decay=1.0"),
+        ({"codebook_decay": 1.0}, "codebook_decay=1.0"),
         ({"quantize_dropout": 1.5}, "quantize_dropout=1.5"),
         ({"quantize_after": -1}, "quantize_after=-1 must not be negative"),
         ({"freeze_backbone_iters": 5}, "there is none; set backbone"),

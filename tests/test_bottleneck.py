@@ -266,7 +266,7 @@ def test_every_bottleneck_carries_a_message(kind):
         ({"gumbel_temperature": 0.0}, "gumbel_temperature=0.0"),
         ({"gumbel_noise": -1.0}, "gumbel_noise=-1.0 must not be negative"),
         ({"anneal_steps": 0}, "anneal_steps=0: at least 1"),
-        ({"codebook_decay": 1.0}, "decay=1.0"),
+        ({"codebook_decay": 1.0}, "codebook_decay=1.0"),
     ],
 )
 def test_settings_that_cannot_work(options, message):

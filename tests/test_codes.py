@@ -153,13 +153,16 @@ def test_store_is_reused_or_made_again(data, tmp_path, capsys):
     text = np.array(data.train[:9000])
     elsewhere = dataloader.TokenData(write_tokens(tmp_path / "other", text, np.array(data.val)), 24)  # validation is the same
     assert "data_hash" in store(autoencoder(seed=1), elsewhere)[1]
-    (folder / "codes.bin").write_bytes((folder / "codes.bin").read_bytes()[:-2])
-    assert "codes.bin is damaged" in store(autoencoder(seed=1), elsewhere)[1]
+    whole = (folder / "codes.bin").read_bytes()
+    for content in (whole[:-2], b"\xff\xff" + whole[2:]):
+        (folder / "codes.bin").write_bytes(content)
+        assert "codes.bin is damaged" in store(autoencoder(seed=1), elsewhere)[1]
+        assert (folder / "codes.bin").read_bytes() == whole
     for damaged in ("{", "[1]"):
         (folder / "meta.json").write_text(damaged)
         store(autoencoder(seed=1), elsewhere)
     store(autoencoder(seed=1), elsewhere)
-    assert extractions == [True, False, True, True, True, True, True, True, False]
+    assert extractions == [True, False, True, True, True, True, True, True, True, False]
     assert json.loads((folder / "meta.json").read_text())["windows"] == 374
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from conftest import ROOT
 from latent.quantize import QuantizerConfig, ResidualQuantizer, code_counts, code_usage, kmeans, nearest_code
 
-TINY = dict(latent_dim=6, codebook_size=8, codebook_levels=3, vectors_per_code=4, decay=0.8, restart_interval=5)
+TINY = dict(latent_dim=6, codebook_size=8, codebook_levels=3, vectors_per_code=4, codebook_decay=0.8, restart_interval=5)
 OPTIONS = [
     {},
     {"shared_codebook": True},
@@ -306,7 +306,7 @@ def test_restarts_go_to_zero_on_stationary_data(shared):
     half of all codes at every search when a code gets 2 a step). The averages start as those of a collapsed codebook."""
     generator = torch.Generator().manual_seed(1)
     means = torch.randn(16, 6, generator=generator)
-    options = dict(decay=0.9, restart_interval=30, codebook_size=16, codebook_levels=2, kmeans_iterations=0)
+    options = dict(codebook_decay=0.9, restart_interval=30, codebook_size=16, codebook_levels=2, kmeans_iterations=0)
     quantizer = make(dtype=torch.float32, shared_codebook=shared, **options)
     with torch.no_grad():  # all codes but two far away
         quantizer.codebook.codes[:, 2:] = 100.0
@@ -468,7 +468,7 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 for shared in (False, True):
     torch.manual_seed(0)  # DDP gives all processes one start; their data differ
-    config = QuantizerConfig(latent_dim=6, codebook_size=8, codebook_levels=3, vectors_per_code=4, decay=0.8, restart_interval=5,
+    config = QuantizerConfig(latent_dim=6, codebook_size=8, codebook_levels=3, vectors_per_code=4, codebook_decay=0.8, restart_interval=5,
                              dead_threshold=0.3, shared_codebook=shared)
     quantizer = ResidualQuantizer(config)
     torch.manual_seed(1 + rank)
@@ -505,8 +505,8 @@ def test_two_processes_keep_one_codebook(tmp_path):
         assert a["state"]["codebook.restarts"].sum() > 0
         torch.manual_seed(0)
         alone = ResidualQuantizer(QuantizerConfig(
-            latent_dim=6, codebook_size=8, codebook_levels=3, vectors_per_code=4, decay=0.8, restart_interval=5, dead_threshold=0.3,
-            shared_codebook=shared,
+            latent_dim=6, codebook_size=8, codebook_levels=3, vectors_per_code=4, codebook_decay=0.8, restart_interval=5,
+            dead_threshold=0.3, shared_codebook=shared,
         ))  # fmt: skip
         for step in range(40):
             if step == 20:
@@ -524,7 +524,7 @@ def test_agrees_with_vector_quantize_pytorch(shared):
     """Guards assignment and moving averages against an independent implementation, over several steps. For a shared codebook only
     the assignment: there the package applies one moving average after the other, level by level, instead of one to their sum."""
     package = pytest.importorskip("vector_quantize_pytorch", reason="test-only dependency: pip install vector-quantize-pytorch")
-    options = dict(latent_dim=6, codebook_size=16, decay=0.9, dead_threshold=0.0, shared_codebook=shared)
+    options = dict(latent_dim=6, codebook_size=16, codebook_decay=0.9, dead_threshold=0.0, shared_codebook=shared)
     ours = make(dtype=torch.float32, **options)
     theirs = package.ResidualVQ(
         dim=6, num_quantizers=3, codebook_size=16, decay=0.9, shared_codebook=shared, kmeans_init=False,
@@ -580,7 +580,7 @@ def test_usage_is_that_of_the_whole_pass():
         ({"commitment_weight": -1.0}, "commitment_weight=-1.0 must not be negative"),
         ({"quantize_dropout": 1.5}, "quantize_dropout=1.5: a probability"),
         ({"quantize_dropout": 0.5, "codebook_levels": 1}, "codebook_levels=1 leaves none to drop"),
-        ({"decay": 1.0}, r"decay=1.0: a number in \[0, 1\)"),
+        ({"codebook_decay": 1.0}, r"codebook_decay=1.0: a number in \[0, 1\)"),
     ],
 )
 def test_bad_settings_are_named(options, message):
@@ -593,7 +593,7 @@ def test_defaults_and_the_meta_device():
     """Guards the published defaults, and that counting parameters needs no memory."""
     config = QuantizerConfig()
     assert (config.codebook_size, config.codebook_levels, config.commitment_weight) == (512, 4, 0.25)
-    assert (config.decay, config.eps, config.dead_threshold) == (0.99, 1e-5, 0.05)
+    assert (config.codebook_decay, config.eps, config.dead_threshold) == (0.99, 1e-5, 0.05)
     with torch.device("meta"):
         for kind in ("ema", "simvq"):
             ResidualQuantizer(dataclasses.replace(config, kind=kind))

@@ -206,7 +206,7 @@ def test_interrupting_a_diverged_run_keeps_the_last_good_checkpoint(tiny_data, t
 
 SIGNALLED = """
 import os, signal, sys, time
-import checkpoint, configurator, train, trainer
+import checkpoint, errors, train, trainer
 update, rank = trainer.Trainer.update, int(os.environ["RANK"])
 def with_signal(self):
     sums = update(self)
@@ -220,7 +220,7 @@ def slow_save(*given):
     save(*given)
 checkpoint.save = slow_save
 try:
-    with exit_on_user_error():
+    with errors.exit_on_user_error():
         train.main(sys.argv[1:])
 finally:
     sys.stdout.write(f"rank {rank} stopped\\n")  # in one piece: both write into one pipe

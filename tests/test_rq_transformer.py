@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -606,6 +608,32 @@ def test_a_run_begins_behind_its_codes(autoencoder_run, tiny_data, tmp_path, mon
         run("rq_transformer", tiny_data, out, word, "--code_offsets=3")
     assert not out.exists()
     assert run("rq_transformer", tiny_data, out, word, "--code_offsets=3")["steps"] == 6
+
+
+def test_an_autoencoder_that_changes_while_its_codes_are_made(own_autoencoder, tiny_data, tmp_path, monkeypatch):
+    """Guards a run that nothing could load: its copy is of the autoencoder that made the codes, not of what is on the disk by then."""
+    extract, was = codes.extract, checkpoint.load_autoencoder(own_autoencoder)
+
+    def meanwhile(folder, data, autoencoder, *more):
+        extract(folder, data, autoencoder, *more)
+        run("autoencoder", tiny_data, own_autoencoder, "--seed=5", "--overwrite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(codes, "extract", meanwhile)
+        run("rq_transformer", tiny_data, tmp_path / "prior", f"--autoencoder={own_autoencoder}", "--code_offsets=2")
+    assert checkpoint.load_autoencoder(own_autoencoder).codebook_hash() != was.codebook_hash()
+    copy = checkpoint.load_run(tmp_path / "prior")[0].autoencoder
+    assert copy.config == was.config
+    assert all(torch.equal(a, b) for a, b in zip(was.state_dict().values(), copy.state_dict().values(), strict=True))
+
+
+def test_sampling_does_without_the_compiler(own_autoencoder, tiny_data, tmp_path):
+    """Guards the first block of a text, which took a second longer: what torch.compile has to see as one piece imported it."""
+    out = tmp_path / "prior"
+    run("rq_transformer", tiny_data, out, f"--autoencoder={own_autoencoder}")
+    code = "import sys, sample; sample.main(sys.argv[1:]); assert 'torch._dynamo' not in sys.modules"
+    words = [str(out), "--prompt=def", "--max_new_tokens=20", "--device=cpu"]
+    subprocess.run([sys.executable, "-c", code, *words], cwd=Path(__file__).parent.parent, check=True, capture_output=True)
 
 
 def test_bench_sample_has_what_the_model_has(own_autoencoder, tiny_data, tmp_path, capsys):
