@@ -172,7 +172,7 @@ def copy_autoencoder(run: Path, out: Path, autoencoder: Autoencoder) -> None:
     copy = out / "autoencoder"
     save(copy / "best", autoencoder, None, read_json(find_first(run, "best", "last") / "trainer.json"))
     write_json(copy / "config.json", read_json(run / "config.json") | {"model": configurator.to_dict(autoencoder.config)})
-    shutil.copyfile(run / tokenizer.FILE_NAME, copy / tokenizer.FILE_NAME)  # its contents, which a read-only run may lock, not its mode
+    shutil.copyfile(run / tokenizer.FILE_NAME, copy / tokenizer.FILE_NAME)  # not its mode: a copy has to be removable
 
 
 def first_flags(run: Path) -> set[str]:
@@ -440,8 +440,8 @@ def load_other_run(model: torch.nn.Module, ours: dict, source: Path) -> dict:
     try:
         load_weights(model, folder)
     except Misfit:
-        sizes = ours.keys() - AT_A_STEP - {key for key, value in ours.items() if isinstance(value, float)}
-        sizes = [key for key in ours if key in sizes and theirs.get(key, ours[key]) != ours[key]]
+        sizes = [key for key, value in ours.items() if not (key in AT_A_STEP or isinstance(value, float))]
+        sizes = [key for key in sizes if theirs.get(key, ours[key]) != ours[key]]
         if not sizes:
             raise
         other = ", ".join(f"{key}={theirs[key]} (here {ours[key]})" for key in sizes)
