@@ -280,9 +280,8 @@ class DecoderBlock(nn.Module):
 
 class CausalModel(nn.Module):
     """
-    The plumbing between tokens and blocks: positions, masks, caches, initialisation and counting. A model built on it sets `config`
-    and, if it uses `make_cache` or `place`, `n_layer_cache` (attention layers to cache) and `head_widths`, and calls `initialize`
-    when it is built.
+    The plumbing between tokens and blocks: positions, masks, caches, initialisation and counting. A model built on it sets `config`,
+    `n_layer_cache` (attention layers to cache) and `head_widths` if it uses make_cache and place, and calls `initialize` when built.
     """
 
     window = 0  # positions that self-attention sees, its own included; 0 = all
