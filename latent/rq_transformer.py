@@ -306,7 +306,8 @@ class RQTransformer(CausalModel):
         """What to train on: the codes of the training text, stored in a folder, or with soft labels the text itself."""
         if self.config.soft_labels > 0.0:
             return data
-        return CodeData(store, data, self.autoencoder, self.config.code_offsets)
+        copies = self.config.code_offsets
+        return CodeData(store / str(copies), data, self.autoencoder, copies)  # runs with other numbers of copies keep theirs
 
     @torch.no_grad()
     def measure(self, idx: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:

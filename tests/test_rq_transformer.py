@@ -627,6 +627,17 @@ def test_an_autoencoder_that_changes_while_its_codes_are_made(own_autoencoder, t
     assert all(torch.equal(a, b) for a, b in zip(was.state_dict().values(), copy.state_dict().values(), strict=True))
 
 
+def test_stores_of_other_offsets_stay(own_autoencoder, tiny_data, tmp_path, capsys):
+    """Guards minutes of encoding: two priors that differ in code_offsets share an autoencoder, and neither replaces the other's store."""
+    said = []
+    for offsets in (2, 1, 2, 1):
+        capsys.readouterr()
+        more = [f"--autoencoder={own_autoencoder}", f"--code_offsets={offsets}", "--overwrite"]
+        run("rq_transformer", tiny_data, tmp_path / "prior", *more)
+        said.append("encoding the training text" in capsys.readouterr().out)
+    assert said[2:] == [False, False] and said[0]
+
+
 def test_sampling_does_without_the_compiler(own_autoencoder, tiny_data, tmp_path):
     """Guards the first block of a text, which took a second longer: what torch.compile has to see as one piece imported it."""
     out = tmp_path / "prior"
