@@ -282,7 +282,7 @@ def test_advice_fits_the_kind_of_set(tmp_path, facts, command):
 @pytest.fixture
 def fresh_checkout(tmp_path, monkeypatch) -> Path:
     """The scripts that prepare sets, without any set."""
-    for path in [ROOT / "tokenizer.py", ROOT / "configurator.py", *ROOT.glob("data/*.py"), *ROOT.glob("data/*/*.py")]:
+    for path in [ROOT / "tokenizer.py", ROOT / "errors.py", *ROOT.glob("data/*.py"), *ROOT.glob("data/*/*.py")]:
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     monkeypatch.setattr(dataloader, "DATA", tmp_path / "data")
