@@ -94,7 +94,7 @@ def test_lookahead_equals_plain(temperature):
         assert found == expected, f"{seed=} {case['setting']}"
         assert run.accepted == sum(emitted) - run.steps + (run.sample.reason == "eos"), "a step has one pick that was no draft"
         steps, tokens = steps + run.steps, tokens + sum(emitted)
-    assert tokens / steps > 1.1, f"only {tokens / steps:.2f} tokens a step: this test would see nothing"
+    assert tokens / steps > 1.15, f"only {tokens / steps:.2f} tokens a step: this test would see nothing"
 
 
 def test_a_text_may_end_inside_an_accepted_draft():
