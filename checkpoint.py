@@ -180,13 +180,19 @@ def first_flags(run: Path) -> set[str]:
     return set(read_json(run / "config.json").get("flags", ()))
 
 
+TRAINER = {  # what a trainer.json says, and of which type
+    "step": int, "scaler": dict, "data_hash": str, "best_val_loss": float | int | None, "no_better": int, "evaluated": int | None,
+    "seconds": float | int, "train_seconds": float | int, "micro_batch_size": int | None, "lanes": int, "decay_ends": list,
+}  # fmt: skip
+
+
 def read_trainer(folder: Path, needed: tuple[str, ...], advice: str) -> dict:
     """The trainer state of a checkpoint folder. Raises ValueError where it lacks what is needed, with what to do."""
     trainer = read_json(folder / "trainer.json")
-    if missing := [key for key in needed if key not in trainer]:
-        raise ValueError(f"{folder / 'trainer.json'} is damaged: it lacks {', '.join(missing)}; {advice}")
-    if not isinstance(trainer["step"], int):
-        raise ValueError(f"{folder / 'trainer.json'} is damaged: its step is {trainer['step']!r}; {advice}")
+    wrong = [f"it lacks {key}" for key in needed if key not in trainer]
+    wrong += [f"its {key} is {trainer[key]!r}" for key in TRAINER if key in trainer and not isinstance(trainer[key], TRAINER[key])]
+    if wrong:
+        raise ValueError(f"{folder / 'trainer.json'} is damaged: {', '.join(wrong)}; {advice}")
     return trainer
 
 
@@ -300,15 +306,19 @@ def find_first(run: Path, *which: str) -> Path:
 def read_config(run: Path) -> tuple[dict, str, object]:
     """(training settings as a dict, model name, model config) of a run. Raises ValueError where config.json is not that of a run."""
     settings = read_json(run / "config.json")
-    if not all(isinstance(settings.get(key), dict) for key in ("train", "model")) or "model" not in settings["train"]:
+    train, model, flags = settings.get("train"), settings.get("model"), settings.get("flags", [])
+    if not (
+        isinstance(train, dict) and all(isinstance(train.get(key), str) for key in ("model", "dataset"))
+        and isinstance(model, dict) and isinstance(flags, list) and all(isinstance(flag, str) for flag in flags)
+    ):  # fmt: skip
         raise ValueError(
             f"{run / 'config.json'} is damaged: it lacks the settings of a run; restore it or start the run again"
         )
-    name = settings["train"]["model"]
+    name = train["model"]
     if name not in list(MODELS):
         raise ValueError(f"{run / 'config.json'}: unknown model '{name}'; this version knows {', '.join(MODELS)}")
     with warnings.catch_warnings(action="ignore"):  # what has no effect was said when the run was made
-        return settings["train"], name, configurator.from_dict(CONFIGS[name], settings["model"])
+        return train, name, configurator.from_dict(CONFIGS[name], model)
 
 
 def separator(run: str | Path) -> int | None:

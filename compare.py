@@ -177,7 +177,8 @@ def table(rows: list[Row], metrics: tuple[str, ...] = ()) -> str:
     lines = []
     for row in rows:
         first = row.runs[0].summary
-        memory = max(run.summary.get("peak_memory_bytes") or 0 for run in row.runs)
+        peaks = [run.summary.get("peak_memory_bytes") for run in row.runs]
+        memory = max(filter(is_number, peaks), default=0)
         lines.append(
             [
                 row.label,

@@ -114,13 +114,14 @@ def read_meta(folder: Path) -> dict:
         raise FileNotFoundError(f"{path} does not exist; {again}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        dtype, _ = meta["dtype"], [meta[split]["sha256"] for split in SPLITS]
+        dtype, hashes = meta["dtype"], [meta[split]["sha256"] for split in SPLITS]
         numbers = [meta["vocab_size"], *(meta[split][key] for split in SPLITS for key in ("tokens", "bytes"))]
         if meta.get("kind") == "pairs":
             numbers += [meta["separator"], meta["end"], meta["val"]["target_bytes"], meta["val"]["target_tokens"]]
-        for number in numbers:
-            if not isinstance(number, int):
-                raise TypeError(f"{number!r} is no integer")
+        for values, kind, name in ((numbers, int, "integer"), (hashes, str, "text")):
+            for value in values:
+                if not isinstance(value, kind):
+                    raise TypeError(f"{value!r} is no {name}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from error
     if dtype not in list(DTYPES):

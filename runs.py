@@ -126,7 +126,8 @@ def read_run(path: Path) -> Run:
     settings = {key: value for key, value in settings.items() if key not in NOT_OF_A_ROW and value is not None}
     if isinstance(learned := summary.get("train_hash"), str):
         settings["train_hash"] = learned[:12]
-    if len(ends := summary.get("decay_ends") or ()) > 1:  # resumed with another schedule than it began with
+    ends = summary.get("decay_ends")
+    if isinstance(ends, list) and len(ends) > 1:  # resumed with another schedule than it began with
         settings["decay_ends"] = ends
     return Run(path, settings, summary, read_lines(path / "metrics.jsonl"))
 

@@ -532,6 +532,13 @@ def test_damaged_runs_are_named_and_skipped(tmp_path, capsys, name, content, mes
     assert f"{tmp_path / 'b'}: " in warning and message in warning and warning.endswith("; skipped")
 
 
+def test_what_a_table_can_do_without(tmp_path, capsys):
+    """Guards a traceback because of a number that is only shown."""
+    write_run(tmp_path / "a", 1, 3.0, summary={"decay_ends": 7, "peak_memory_bytes": "much"})
+    assert [row.label for row in compare.main([str(tmp_path), "--plot=none"])] == ["a"]
+    assert "| – |" in " ".join(capsys.readouterr().out.split())
+
+
 def test_damaged_evaluations_are_passed_over(tmp_path, capsys):
     """Guards a traceback for lines without tokens, with a step in quotes, or whose loss is null or missing."""
     pytest.importorskip("matplotlib")

@@ -155,6 +155,9 @@ def test_damaged_meta(tmp_path):
         damage(folder, dtype="uint32", **changes)
         with pytest.raises(ValueError, match="meta.json is damaged .TypeError: '(3|200)' is no integer"):
             dataloader.open_data(folder, 8)
+    damage(folder, vocab_size=3, train={"tokens": 200, "bytes": 200, "sha256": None})
+    with pytest.raises(ValueError, match="meta.json is damaged .TypeError: None is no text"):
+        dataloader.open_data(folder, 8)
     for text in (b"{", b"{}", b"[]", b'"caf\xe9"', b'{"vocab_size": 3, "dtype": "uint16", "train": {"tokens": 1}}'):
         (folder / "meta.json").write_bytes(text)
         with pytest.raises(ValueError, match="meta.json is damaged .*; run again: "):

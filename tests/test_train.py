@@ -441,10 +441,18 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
         assert code == 2 and other in line and snapshot(out) == before
     code, line = complaint(train, arguments(tiny_data, tmp_path / "none", "--resume"), capsys)
     assert code == 1 and "not a directory" in line and not (tmp_path / "none").exists()
-    for damaged, message in (("{}", "trainer.json is damaged: it lacks step"), ("[1]", "trainer.json is damaged ([1] instead of keys")):
-        (out / "last" / "trainer.json").write_text(damaged)
+    state, config = ((out / name).read_text() for name in ("last/trainer.json", "config.json"))
+    for name, whole, damaged, message in (
+        ("last/trainer.json", state, "{}", "trainer.json is damaged: it lacks step"),
+        ("last/trainer.json", state, "[1]", "trainer.json is damaged ([1] instead of keys"),
+        ("last/trainer.json", state, state.replace('"seconds": ', '"seconds": null, "was": '), "its seconds is None"),
+        ("config.json", config, config.replace('"dataset": ', '"dataset": 3, "was": '), "config.json is damaged: it lacks"),
+        ("config.json", config, config.replace('"flags": [', '"flags": [null, '), "config.json is damaged: it lacks"),
+    ):
+        (out / name).write_text(damaged)
         code, line = complaint(train, [f"--out_dir={out}", "--resume"], capsys)
-        assert code == 2 and message in line and "start the run again" in line
+        assert code == 2 and message in line and "start the run again" in line, damaged
+        (out / name).write_text(whole)
     shutil.rmtree(out / "last")
     code, line = complaint(train, arguments(tiny_data, out), capsys)
     assert code == 1 and "exists; --overwrite starts it again" in line, "there is nothing to resume"
