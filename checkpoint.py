@@ -85,7 +85,7 @@ def read_json(path: Path) -> dict:
             raise ValueError(f"{json.dumps(value)[:20]} instead of keys and values")
         return value
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it or start the run again") from None
+        raise ValueError(f"{path} is damaged ({error}); restore it, or make again what it belongs to") from None
 
 
 def remove_folder(path: Path) -> None:
@@ -222,7 +222,7 @@ def state_to_resume(settings: dict, data_hash: str, out: Path) -> dict:
     if changed:
         raise ValueError(
             f"{out} was made with other settings: {', '.join(changed)}. To go on, leave them out: what its config.json lists need "
-            f"not be given again. With the new ones, start a new run from its weights: --init_from={out} --out_dir=..."
+            f"not be given again. With the new ones, start a new run: --out_dir=..., and --init_from={out} for its weights, if they fit"
         )
     if (length := settings["train"]["max_iters"]) < trainer["step"]:
         raise ValueError(f"max_iters={length}, but {out} has come to step {trainer['step']}: it can only go on from there")

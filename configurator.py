@@ -176,6 +176,8 @@ def read_config_file(path: str | Path, readers: tuple[Path, ...] = ()) -> dict[s
     FileNotFoundError for a missing file.
     """
     path = Path(path)
+    if (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is a run directory, not a config file: to go on with it, --resume --out_dir={path}")
     if path.is_dir():
         raise FileNotFoundError(f"{path} is a folder; name one of the config files in it")
     if not path.is_file():
@@ -200,7 +202,7 @@ def read_config_file(path: str | Path, readers: tuple[Path, ...] = ()) -> dict[s
             continue
         try:
             if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)):
-                raise ValueError(f"{ast.unparse(line).splitlines()[0]!r}")
+                raise ValueError(repr(ast.unparse(line).splitlines()[0][:60]))
             name, value = line.targets[0].id, evaluate(line.value, values)
         except (ValueError, ArithmeticError) as error:
             raise ValueError(

@@ -99,7 +99,7 @@ inline Ints lanes() {
     return x;
 }
 
-// 2^x for x <= 0, exactly 0 from -127 on, with a relative error of 1e-7, or 8e-5 where the result is rounded to bfloat16 anyway.
+// 2^x for x <= 0, exactly 0 from -126.5 on, with a relative error of 2e-7, or 8e-5 where the result is rounded to bfloat16 anyway.
 inline Floats exp2(Floats x) {
     constexpr float by_degree[2][6] = {{1.00000007f, 0.693146967f, 0.240221197f, 0.0555071327f, 0.00967554133f, 0.00132764718f},
                                        {0.999928074f, 0.693260986f, 0.242611122f, 0.0551716672f}};

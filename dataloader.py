@@ -93,10 +93,12 @@ def prepare_command(folder: Path) -> str:
     if isinstance(teacher, dict):
         run, out = shlex.quote(str(teacher.get("run"))), shlex.quote(str(folder))
         return f"python data/distill/prepare.py --run {run} --out_dir {out} (remove {out} first)"
-    script = f"data/{'pairs' if pairs else 'text'}/prepare.py --input YOUR_{'PAIRS' if pairs else 'TEXT'}"
+    script, tokens = f"data/{'pairs' if pairs else 'text'}/prepare.py --input YOUR_{'PAIRS' if pairs else 'TEXT'}", ""
     if name in known_sets() and pairs == (name == "numbers"):
         script = OFFLINE_SETS.get(name, f"data/{name}/prepare.py")
-    return f"python {script} --out_dir {shlex.quote(str(folder))}"
+    elif isinstance(meta.get("tokenizer"), str):
+        tokens = f" --tokenizer {shlex.quote(meta['tokenizer'])}"
+    return f"python {script} --out_dir {shlex.quote(str(folder))}{tokens}"
 
 
 def json_in(path: Path) -> object:
@@ -159,7 +161,7 @@ class TokenData:
     val = property(lambda self: self._maps["val"])
 
     def _check(self, split: str, least: int) -> None:
-        """Raise ValueError unless the file is what meta.json says, has `least` tokens, and is within the vocabulary."""
+        """Raise ValueError, or FileNotFoundError, unless the file is what meta.json says, with `least` tokens, all in the vocabulary."""
         path, tokens = self.folder / f"{split}.bin", self.meta[split]["tokens"]
         again = f"run again: {prepare_command(self.folder)}"
         if not path.is_file():
@@ -297,7 +299,7 @@ class PairData(TokenData):
     def full_windows(
         self, split: str, rows: int, rank: int = 0, world: int = 1, first_targets: int | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All pairs of a split in fixed order, or the first ones up to `first_targets` targets: see TokenData.full_windows."""
+        """All pairs of a split in fixed order, or the first, one at least, up to `first_targets` targets: see TokenData.full_windows."""
         targets = np.cumsum(self.bounds[split][:, 2] - self.bounds[split][:, 1])
         count = len(targets) if first_targets is None else max(1, int(np.searchsorted(targets, first_targets, side="right")))
         for first in range(rank * rows, count, world * rows):

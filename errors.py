@@ -70,7 +70,8 @@ def exit_on_user_error():
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # as torch says it of a CPU
+        of_torch = ("can't allocate memory", "out of memory")  # what it says of a CPU and of a GPU
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in of_torch):
             raise
         reason = " ".join(str(error).split())
         print(f"error: out of memory ({reason}); take a smaller model, or fewer or shorter sequences at a time", file=sys.stderr)

@@ -52,7 +52,7 @@ def sample_in_blocks(
 
     A prompt is filled up to whole blocks in front (see filler), because new text begins with a new block. When the context is
     full, the text of its last M // 2 blocks is encoded anew as the beginning of the next one; between that, codes are kept as
-    they were chosen. Without the cache everything after the codes of the context is computed again for every code.
+    they were chosen. Without the cache the spatial states are computed again for every block, the depth steps for every code.
     """
     config, device = model.config, model.vectors.device
     S, M, D = config.latent_factor, config.blocks, config.codebook_levels
@@ -68,7 +68,7 @@ def sample_in_blocks(
             if kept > 0:
                 codes = model.encode(idx[:, -kept * S :].contiguous(), None)[0]
             spatial, depth = model.spatial.make_cache(), model.depth.make_cache()
-            decoder, known = model.autoencoder.make_decoder_cache(), 0  # known: blocks in it
+            decoder = model.autoencoder.make_decoder_cache()
         if step is not None and spatial.length == codes.size(1) > 0:
             h = step.state(codes[0, -1].tolist(), spatial)
         else:
@@ -83,12 +83,12 @@ def sample_in_blocks(
                 logits = model.code_logits(h, stack, table, depth if use_cache else None)[:, -1]  # (B, K)
             stack = torch.cat((stack, pick(logits, drawn[d], level)[:, None]), dim=1)
         codes = torch.cat((codes, stack[:, None]), dim=1)  # (B, blocks in the context, D)
+        known = decoder.length // S  # blocks in it
         if step is not None and step.write is not None and known + 1 == codes.size(1):
             logits = step.write(stack[0].tolist(), decoder)  # (S, V)
         else:
             logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)
             logits = logits[:, -S:].flatten(0, 1)  # (B S, V)
-        known = codes.size(1) if use_cache else 0
         drawn = token_noise(sampling, numbers, n, S, config.vocab_size)
         chosen = pick(logits, drawn, sampling.tokens).unflatten(0, (-1, S))
         for sample, tokens in zip(samples, chosen.tolist()):
@@ -105,7 +105,7 @@ def sample_targets(
     sample_together for a latent transformer: at every step the codes of one target, one by one, and all its tokens at once. Of a
     text the tokens are then read as those of the prompt were, in front of the next target; a pair has one target.
 
-    Without the cache prefix and codes are read again for every code.
+    Without the cache prefix and codes are read again for every code but the first.
     """
     config, device = model.config, next(model.parameters()).device
     S, D, K, pairs = config.latent_factor, config.codebook_levels, config.codebook_size, config.task == "pairs"

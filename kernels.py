@@ -194,13 +194,16 @@ class ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: torch.Tensor):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None
+        # that of the weight is rounded only now: the sum over tokens, not yet divided by their number, can exceed float16
+        return grad_x * grad_total.to(grad_x.dtype), (grad_weight * grad_total).to(grad_x.dtype), None, None
 
 
 def chunks(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int, needed: bool, by_triton: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum of ChunkedHeadLoss and its gradients with respect to x and weight, which are empty unless they are needed."""
+    """
+    The sum of ChunkedHeadLoss and its gradients with respect to x and weight, the latter in float32 at least; empty unless needed.
+    """
     V, C = weight.shape
     dtype, grads = torch.promote_types(x.dtype, torch.float32), []
     total = x.new_zeros((), dtype=dtype)
@@ -224,7 +227,7 @@ def chunks(
                     grad_weight.addmm_(grad.T, part)
                 else:
                     grad_weight += (grad.T @ part)[:V, :C]
-    return total, torch.cat(grads) if needed else x.new_empty(0), grad_weight.to(weight.dtype)
+    return total, torch.cat(grads) if needed else x.new_empty(0), grad_weight
 
 
 def losses_and_gradients(logits: torch.Tensor, column: torch.Tensor, needed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -249,6 +252,6 @@ def chunks_in_triton(
 
 @chunks_in_triton.register_fake
 def _(x, weight, targets, rows, needed):
-    total = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
-    like_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return (total, like_x, torch.empty_like(weight)) if needed else (total, x.new_empty(0), weight.new_empty(0))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total, like_x = x.new_empty((), dtype=dtype), torch.empty_like(x, memory_format=torch.contiguous_format)
+    return (total, like_x, torch.empty_like(weight, dtype=dtype)) if needed else (total, x.new_empty(0), weight.new_empty(0))

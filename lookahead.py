@@ -177,7 +177,7 @@ class Lookahead:
 
     @torch.inference_mode()
     def step(self) -> int:
-        """Emit one token or more; returns how many."""
+        """Emit one token or more, or end the text; returns how many tokens it became longer by."""
         tokens, before = self.sample.tokens, len(self.sample.tokens)
         start = generate.context_start(before, self.block_size)
         if start != self.start:  # the context moves: positions in the model begin again, those of the noise go on
@@ -232,8 +232,8 @@ class Lookahead:
 
         last, line = picks[len(picks) - width :], tokens[max(0, p - M + 1) : p] + self.window[0]
         for i, token in enumerate(last):
-            before = line[: len(line) - W + i + 1][-M:]
-            self.pool.add(before, (*(row[i] for row in self.window[1:]), token), p + i)
+            context = line[: len(line) - W + i + 1][-M:]
+            self.pool.add(context, (*(row[i] for row in self.window[1:]), token), p + i)
         # a column less for each draft token accepted: the others keep their positions, hence their noise
         drop = min(used - 1, W) if self.sampling.temperature > 0 else 0
         last += self.random.choices(tokens, k=W - width)

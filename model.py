@@ -152,12 +152,12 @@ class Cache:
         self.states = None  # with a compression head: the encoder states, from which it goes on
 
     def truncate(self, length: int) -> None:
-        """Forget everything after the first `length` tokens."""
+        """Forget everything after the first `length` tokens, of a cache that is not static."""
         assert 0 <= length <= self.length, f"cannot truncate a cache of {self.length} tokens to {length}"
         self.length = length
 
     def keep(self, length: int, start: int, count: int) -> None:
-        """Keep the first `length` tokens and, moved up after them, the `count` tokens from slot `start` on."""
+        """Keep the first `length` tokens and, moved up after them, the `count` tokens from slot `start` on. Not of a static cache."""
         assert self.states is None or count == 0 or start == length, "latents are made of consecutive tokens"
         assert 0 <= length <= start and start + count <= self.length, f"{length=} {start=} {count=} of {self.length} tokens"
         for layer in self.layers if count and start > length else ():

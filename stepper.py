@@ -35,7 +35,7 @@ def can_step(model: torch.nn.Module) -> bool:
         return False
     if isinstance(model, RQTransformer):
         return True
-    return model.config.position in ("learned", "rope") and model.window == 0 and getattr(model, "compression", None) is None
+    return model.window == 0 and getattr(model, "compression", None) is None
 
 
 @contextlib.contextmanager
@@ -281,7 +281,7 @@ class Stepper:
     """`stepper(tokens, cache)` appends tokens to the cache of a text, and gives the logits after them."""
 
     def __init__(self, model: EncoderDecoder | DecoderOnly, int8: bool = False):
-        """int8: weights of all products in 8 bits. That is another model, within a percent in each product, and a faster one."""
+        """int8: weights of all products in 8 bits. That is another model, about a percent off in each product, and a faster one."""
         assert can_step(model), f"no stepper for {type(model).__name__}"
         self.config = config = model.config
         rotary = config.block_size if config.position == "rope" else 0

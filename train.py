@@ -45,7 +45,7 @@ from trainer import TrainConfig, Trainer, exact_pairs, learning_rate, measured, 
 
 
 def run_dir(config: TrainConfig, config_file: Path | None) -> Path:
-    """out_dir, or out/ and the config file's path below config/: config/stdlib/baseline.py -> out/stdlib/baseline."""
+    """out_dir, or out/ and the config file's path below config/: config/stdlib/baseline.py -> out/stdlib/baseline; or out/MODEL."""
     if config.out_dir:
         return Path(config.out_dir)
     if config_file is None:
@@ -228,10 +228,11 @@ def main(argv: list[str] | None = None) -> dict:
     except BaseException as error:
         runtime.stop(failed=isinstance(error, Exception))  # an interruption reaches all processes
         if isinstance(error, torch.OutOfMemoryError):
-            raise ValueError(
-                f"{str(error).split('. ')[0].strip('. ')}; compute fewer sequences at a time, --micro_batch_size=N or auto (it is "
-                f"{config.micro_batch_size or config.batch_size}), or keep less of them, --activation_checkpointing"
-            ) from None
+            size = config.micro_batch_size or config.batch_size  # "auto" has come down to 1
+            less = [] if size in (1, "auto") else [f"compute fewer sequences at a time, --micro_batch_size=N or auto (it is {size})"]
+            less += [] if config.activation_checkpointing else ["keep less of them, --activation_checkpointing"]
+            less += ["take a smaller model or block_size"]
+            raise ValueError(f"{str(error).split('. ')[0].strip('. ')}; {', or '.join(less)}") from None
         if machine.world_size > 1 and isinstance(error, RuntimeError) and "by peer" in str(error):  # gloo's, of a closed connection
             raise SystemExit(f"process {machine.rank} ends because another one has ended, which says why") from None
         raise

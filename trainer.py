@@ -27,7 +27,7 @@ class TrainConfig:
     # what to train on what
     model: str = "encoder_decoder"  # a name in the registry of checkpoint.py
     dataset: str = "stdlib"  # data/<dataset>/, or a path to a folder with train.bin, val.bin and meta.json
-    out_dir: str | None = None  # run directory; none: out/ and the config file's path below config/
+    out_dir: str | None = None  # run directory; none: out/ and the config file's path below config/, or without one the model's name
     resume: bool = False  # go on from out_dir/last, with the settings that the run has
     overwrite: bool = False  # start again although out_dir holds a run
     init_from: str | None = None  # start from the weights of another run directory, or of a nanoGPT ckpt.pt
@@ -284,7 +284,7 @@ class Trainer:
             shares = [float(part.sum() / every) for part in np.array_split(here, lanes)]
             if lanes == 1:
                 found = [self.losses(x, y)]
-                self.scaler.scale(found[0]["total"] / float(every / (here.sum() * machine.world_size))).backward()
+                self.scaler.scale(found[0]["total"] * (shares[0] * machine.world_size)).backward()
             else:
                 parts = list(zip(x.tensor_split(lanes), y.tensor_split(lanes)))
                 found = self.lanes.backward(self.losses, parts, shares, self.parameters)

@@ -112,7 +112,8 @@ def write_sides(
     """
     write_dataset for documents whose side is known: pairs (is it validation?, document). A document may come in parts,
     (val, part, part, ...), which are tokenized apart. `complete` is given the meta of all documents, to add to it before it is
-    written. `total_bytes` is only for the progress bar. Raises FileExistsError where out_dir holds another data set, or what may be one.
+    written. `total_bytes` is only for the progress bar. Raises FileExistsError where out_dir holds another data set, or what may
+    be one, ValueError where it is a run directory or one of the two sides would be empty.
     """
     out_dir = Path(out_dir)
     if (out_dir / "config.json").exists():  # its tokenizer.json would be replaced
@@ -144,8 +145,8 @@ def write_sides(
         (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         if _held(out_dir) not in (None, meta):
             raise FileExistsError(
-                f"{out_dir} holds another data set, and runs on that could not be resumed: give another --name or --out_dir, or "
-                "remove it"
+                f"{out_dir} holds another data set, and runs on that could not be resumed: give another --out_dir (or "
+                "--name, where there is one), or remove it"
             )
         (out_dir / "meta.json").unlink(missing_ok=True)  # without it the folder does not count as a data set
         for name in FILES:

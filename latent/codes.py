@@ -4,7 +4,7 @@ after window of M stacks of D codes, and meta.json says whose codes of which tex
 again, because nothing that is trained on them would notice.
 
 Windows are block_size tokens long, encoded in evaluation mode. They begin at multiples of block_size; every further offset is
-another copy that begins elsewhere, and not at a multiple of S either, so that the same text is cut into other blocks.
+another copy that begins elsewhere, up to S copies not at multiples of S either, so that the same text is cut into other blocks.
 
 Shapes: n windows, T tokens, S tokens of a block, M = T / S blocks, D levels.
 """
@@ -86,7 +86,7 @@ def sha256(path: Path) -> str:
 
 
 def begins_of_copies(T: int, S: int, copies: int) -> list[int]:
-    """Tokens before the first window of each copy: spread over a window, and all different modulo S where copies <= S."""
+    """Tokens before the first window of each copy: spread over a window (copies <= M), all different modulo S (copies <= S)."""
     return [i * (T // copies // S * S) + i for i in range(copies)]
 
 

@@ -77,7 +77,7 @@ class LatentTransformerConfig:
         for key in ("startup_steps", "quantize_after", "freeze_codes_after"):
             require(getattr(self, key) >= 0, f"{key}={getattr(self, key)} must not be negative")
         require(
-            self.freeze_codes_after == 0 or self.freeze_codes_after > self.quantize_after,
+            self.bottleneck in ("gumbel", "semhash") or self.freeze_codes_after == 0 or self.freeze_codes_after > self.quantize_after,
             f"freeze_codes_after={self.freeze_codes_after} is not beyond quantize_after={self.quantize_after}: the codebooks would "
             "never be made of data; raise it",
         )
@@ -446,7 +446,8 @@ class LatentTransformer(CausalModel):
             "code_bits_per_token": (sums["code_nats"].sum() / bits).item(),
             "end_bits_per_token": (sums["end_nats"] / bits).item(),  # part of the codes'
             "token_bits_per_token": (sums["token_nats"] / bits).item(),
-            "code_loss": (sums["code_nats"] / (sums["codes"] / self.config.codebook_levels)).tolist(),  # nats a code, per level
+            # nats a code, per level; of pairs, the first with those of ends
+            "code_loss": (sums["code_nats"] / (sums["codes"] / self.config.codebook_levels)).tolist(),
             "code_usage": report["usage"],
             "code_perplexity": report["perplexity"],
             "code_restarts": self.bottleneck.restarts,

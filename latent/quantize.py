@@ -194,7 +194,7 @@ class EMACodebook(nn.Module):
         self.register_buffer("codes", codes)  # (books, K, Z) e
         self.register_buffer("ema_count", torch.ones(books, K))  # hits a step, N_k
         self.register_buffer("ema_sum", codes.clone())  # sum of the residuals of a step, m_k
-        # the last latents, one row after the other in a ring; the row behind the end takes what is not to be kept
+        # recent latents, of a pass the first that fit, one row after the other in a ring; the row behind its end takes the others
         self.register_buffer("recent", torch.zeros(config.vectors_per_code * K + 1, Z))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # latents ever written there
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))

@@ -203,6 +203,13 @@ def test_config_file_arithmetic_names_and_base(tmp_path):
     }
 
 
+def test_a_run_directory_is_no_config_file(tmp_path):
+    """Guards `train.py --resume out/a`, which was told to name a config file in that folder."""
+    written(tmp_path / "run" / "config.json", "{}")
+    with pytest.raises(FileNotFoundError, match="run is a run directory, not a config file: to go on with it, --resume --out_dir="):
+        read_config_file(tmp_path / "run")
+
+
 def test_base_cycle_is_an_error(tmp_path):
     """Guards endless recursion, also where each turn writes the same file's path in another way."""
     written(tmp_path / "a.py", "base = 'more/b.py'\n")

@@ -700,7 +700,7 @@ def test_what_a_folder_held_is_not_lost(tmp_path):
     first = text_set.main(words)
     (tmp_path / "set" / "train.bin").write_bytes(b"damaged")
     assert text_set.main(words) == first and TokenData(tmp_path / "set", 8).meta == first, "the same again mends it"
-    with pytest.raises(FileExistsError, match="holds another data set.*give another --name or --out_dir"):
+    with pytest.raises(FileExistsError, match="holds another data set.*give another --out_dir .or --name"):
         text_set.main([*words, "--val_fraction", "0.5"])
     assert TokenData(tmp_path / "set", 8).meta == first and len(list((tmp_path / "set").iterdir())) == 4
     (tmp_path / "set" / "train.bin").unlink()  # then it is none any more

@@ -125,7 +125,7 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="Git LFS pointer"):
         TokenData(folder, 8)
     (folder / "train.bin").unlink()
-    with pytest.raises(FileNotFoundError, match="train.bin does not exist; run again: python data/text/prepare.py"):
+    with pytest.raises(FileNotFoundError, match="train.bin does not exist; run again: python data/text/prepare.py.* --tokenizer "):
         TokenData(folder, 8)
     damage(folder, dataset="wikipedia")  # prepared elsewhere with --out_dir
     with pytest.raises(FileNotFoundError, match=f"python data/wikipedia/prepare.py --out_dir {folder}$"):

@@ -32,9 +32,13 @@ def test_user_errors_end_in_one_line_and_a_status(capsys, error, status, message
     assert exit_.value.code == status and capsys.readouterr().err == message
 
 
-def test_memory_that_a_cpu_does_not_have(capsys):
+def raise_of_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_memory_that_is_not_there(capsys):
     """Guards a traceback for a model or a batch that is too large, in torch's words and in numpy's, and our own bugs beside them."""
-    for more_than_there_is in (lambda: torch.empty(10**15), lambda: np.empty(10**15)):
+    for more_than_there_is in (lambda: torch.empty(10**15), lambda: np.empty(10**15), raise_of_a_gpu):
         with pytest.raises(SystemExit) as exit_, exit_on_user_error():
             more_than_there_is()
         line = capsys.readouterr().err

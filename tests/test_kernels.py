@@ -352,6 +352,17 @@ def test_head_loss_under_autocast(monkeypatch):
         assert ours < max(1.2 * theirs, 0.005), found
 
 
+def test_head_loss_of_many_tokens_in_float16(monkeypatch):
+    """Guards training that stands still: a sum over tokens beyond 65,504 is infinite before it is divided, at any scale of the loss."""
+    x = torch.full((1, 70_000, 4), 2.0, requires_grad=True)
+    weight, targets = torch.zeros(8, 4, requires_grad=True), torch.zeros(1, 70_000, dtype=torch.int64)
+    monkeypatch.setitem(kernels.CHUNK, "cpu", 1000 * len(weight))
+    with torch.autocast("cpu", torch.float16):
+        loss = kernels.head_loss(x, weight, targets)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert torch.allclose(gradient, torch.tensor([-7 / 8] + 7 * [1 / 8])[:, None].expand(8, 4) * 2, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
 def test_a_model_with_chunks_trains_as_without(name, monkeypatch):
     """Guards tied weights, whose gradient comes from both ends, and the compiler: same losses over ten AdamW steps."""

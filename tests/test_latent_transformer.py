@@ -704,6 +704,13 @@ def test_settings_that_cannot_work(options, message):
         LatentTransformerConfig(**(TINY | options))
 
 
+def test_codes_without_codebooks_can_be_frozen_at_once():
+    """Guards the refusal above for bottlenecks that wait for no k-means: quantize_after says nothing about them."""
+    for bottleneck in ("gumbel", "semhash"):
+        options = TINY | {"bottleneck": bottleneck, "codebook_size": 8, "freeze_codes_after": 50}
+        assert LatentTransformerConfig(**options).freeze_codes_after == 50
+
+
 def test_the_longest_pairs_fit(few_pairs):
     """Guards against settings refused for nothing: sides as long as there is room, and a warm-up one step shorter than the run."""
     data = train.dataloader.open_data(few_pairs, 24)
