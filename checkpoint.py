@@ -85,7 +85,7 @@ def read_json(path: Path) -> dict:
             raise ValueError(f"{json.dumps(value)[:20]} instead of keys and values")
         return value
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it, or make again what it belongs to") from None
+        raise ValueError(f"{path} is damaged ({error}); restore it or start the run again, or make the data set again") from None
 
 
 def remove_folder(path: Path) -> None:
@@ -308,7 +308,7 @@ def read_config(run: Path) -> tuple[dict, str, object]:
     settings = read_json(run / "config.json")
     train, model, flags = settings.get("train"), settings.get("model"), settings.get("flags", [])
     if not (
-        isinstance(train, dict) and all(isinstance(train.get(key), str) for key in ("model", "dataset"))
+        isinstance(train, dict) and isinstance(train.get("model"), str) and isinstance(train.get("dataset", ""), str)
         and isinstance(model, dict) and isinstance(flags, list) and all(isinstance(flag, str) for flag in flags)
     ):  # fmt: skip
         raise ValueError(
