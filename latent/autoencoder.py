@@ -17,6 +17,7 @@ V vocabulary.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -287,6 +288,16 @@ class Autoencoder(CausalModel):
 
     # ------------------------------------------------------------------------------------------------------------------
     # hooks of training: see checkpoint.py
+
+    def check(self, data, max_iters: int) -> None:
+        """Warn of a training that ends before there are codes: it may be a trial."""
+        first = self.config.quantize_after
+        if self.config.codebook_kind == "ema" and not self.quantizer.initialized and 0 < max_iters < first:
+            warnings.warn(
+                f"quantize_after={first} is beyond max_iters={max_iters}: this run will have no codes of data; lower it, or train "
+                "longer",
+                stacklevel=1,
+            )
 
     def after_step(self) -> None:
         """Once after each optimizer step, in every process."""

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -597,6 +598,18 @@ def test_backbone_of_a_run(tiny_data, tmp_path, position):
     model = checkpoint.load_run(out, "last")[0]
     assert torch.equal(model.wte.weight, after["wte.weight"])
     assert [model.backbone_rate(step) for step in (0, 5, 6, 99)] == [0.0, 0.0, 0.1, 0.1]
+
+
+def test_a_run_too_short_for_codes_says_so_when_it_starts():
+    """Guards hours of training of an autoencoder that nothing can be built on; a trial of a few steps is still possible."""
+    with pytest.warns(UserWarning, match="quantize_after=30 is beyond max_iters=29"):
+        make(quantize_after=30).check(None, 29)
+    simvq, frozen = make(codebook_kind="simvq", quantize_after=300), initialized(quantize_after=30)
+    with warnings.catch_warnings(action="error"):
+        make(quantize_after=30).check(None, 30)  # k-means comes with the last step
+        make(quantize_after=30).check(None, 0)  # evaluate.py
+        simvq.check(None, 1)
+        frozen.check(None, 29)  # its codes are those of init_from
 
 
 @pytest.mark.parametrize(
