@@ -1,13 +1,13 @@
 """
-One honest table from run directories, with what clears the noise of the seeds and what does not, and the curves.
+One honest table from run directories, paired tests over seeds, which say what clears their noise and what does not, and the curves.
 
     python compare.py out/encdec_* out/baseline_*
     python compare.py out --reference=baseline --output=results/table.md --plot=results/curves
     python compare.py out --metrics=gain_embedding,gain_encoder --plot=results/gains
 
 Runs with equal settings and different seeds form a row, named after the directory without its _seed1, -seed1 or _s1. With --by_name
-they have to have that name in common, too, so that two versions of the code are two rows.
-Every loss is in nats per token; the validation loss is that of the last weights over the whole validation file.
+they must also have that name in common, so that two versions of the code are two rows.
+Every loss is in nats per token, of bytes per byte; the validation loss is that of the last weights over the whole validation file.
 """
 
 import functools

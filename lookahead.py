@@ -11,10 +11,10 @@ distributions with common noise choose the same token far more often than with i
 One step is one forward pass over the last token y_p, which stands at position p and is not in the cache yet, and over
 
     drafts     up to G continuations of y_p from a pool of n-grams, each N-1 tokens at p+1, p+2, ..., that were seen behind the
-               same M tokens, y_p and those before it. A byte says little of the next one, three say much (dev/LOG.md)
+               text's last M tokens, y_p among them. A byte says little of the next one, three say much (dev/LOG.md)
     window     N-1 levels of W guesses; column i of level l stands at p+l+i. Level 0 is one line of text that begins with y_p;
-               column i of a higher level continues the column below it. The new picks of the last level complete W n-grams
-               for the pool, and become the last level when all levels move down by one.
+               column i of a higher level continues the column below it. What is picked after the last level completes W n-grams
+               for the pool; then all levels move down by one, and it becomes the last.
 
 All of them see the cache. Behind it, each token sees its own chain only: y_p, then what it continues, then itself. So the
 window never sees a draft, nor a draft the window or another draft. Then the cache keeps y_p and the accepted tokens.

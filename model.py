@@ -5,7 +5,7 @@ Departures from GPT-2 (a decoder-only stack of pre-norm blocks with tied embeddi
 
 1. Two stacks. A *masked* encoder of E blocks reads the tokens causally and leaves h_t, a state that knows x_0..x_t:
        e_t = dropout(wte[x_t] + wpe[t]);   h = encoder(e)                                    (no final LayerNorm)
-   A decoder of D blocks starts from d = W h (the bridge) and predicts x_{t+1}. Each of its blocks has three parts,
+   A decoder of D blocks starts from d = W h (the bridge; `bridge_init`) and predicts x_{t+1}. Each of its blocks has three parts,
        d += self_attn(ln_1(d));   d += cross_attn(q = ln_cross_q(d), k,v = ln_cross_kv(h));   d += mlp(ln_2(d))
    and every layer looks at the same raw h. Cross-attention is causal too: position t sees h_0..h_t. So the whole model is
    auto-regressive, one forward pass trains all positions, and *everything* can be cached when sampling.
@@ -13,7 +13,7 @@ Departures from GPT-2 (a decoder-only stack of pre-norm blocks with tied embeddi
        m_t = mean(a_0..a_t), a = LN_e(e):      mse: mean (m - u)^2      cosine: mean 1 - (cos(m, u) + 1) / 2
                                                log_cosine: mean -log((cos(m, u) + 1) / 2)
 3. Position subtraction. The tied output layer compares the last state with pure token embeddings, while the input layer
-   added positions to them; so the embedding of the predicted position is subtracted again before the logits:
+   added positions to them; so the embedding of the predicted position is subtracted before the logits:
        logits_t = wte (ln_f(d_t) - wpe[t+1])                        (`ln`: another LayerNorm after the subtraction)
 4. Options the original left open: E != D, rotary positions (Su et al. 2021, arXiv:2104.09864), dropout.
    With rotary positions nothing is added to the embeddings; subtraction then has a learned table of its own, `wpe_next`,

@@ -6,7 +6,7 @@ Sample text from a run directory; nothing else is needed, neither its data set n
     echo "import os" | python sample.py out/run --prompt=-          # or from standard input
     python sample.py out/run --lookahead=0,8,1,3 --check            # several tokens a step, and the same text: lookahead.py
     python sample.py out/latent/numbers_8 --prompt=4711             # a model of pairs answers it
-    python sample.py out/latent/rq_transformer_stdlib --temperature=0.9,0.8,0.8,0.7   # a model over codes: also a value a level
+    python sample.py out/latent/rq_transformer_stdlib --temperature=0.9,0.8,0.8,0.7   # a model over codes: one value, or one a level
 """
 
 import dataclasses

@@ -11,8 +11,8 @@ processes share them. Which sequences those are is a function of (seed, step), d
 resuming, evaluating more often, or adding processes changes a run by rounding at most. micro_batch_size, how many sequences are
 computed at a time, changes rounding and, because each micro-batch draws its own, the dropout masks. On pairs, whose answers differ
 in length, it also changes, a little, the losses of codes, which are not means over target tokens. The number of lanes, parts of a
-micro-batch that a CPU computes side by side, changes the same, but no masks: with dropout there is one lane. It is chosen from
-torch's number of threads when a run starts, and kept when the run is resumed.
+micro-batch that a CPU computes side by side, changes rounding and those losses too; masks it does not, as with dropout there is one
+lane. It is chosen from torch's number of threads when a run starts, and kept when the run is resumed.
 """
 
 import contextlib

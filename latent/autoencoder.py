@@ -1,12 +1,12 @@
 """
 A text autoencoder with discrete codes in the middle (an RQ-VAE: arXiv:1711.00937, arXiv:2203.01941; no KL term, so "VAE" in
-name only). S tokens become one stack of D codes out of K, and the codes become the tokens again, all of them at once:
+name only). S tokens become one latent vector, that one stack of D codes out of K, and the codes the tokens again, all at once:
 
     tokens -> causal trunk -> down -> Linear to Z -> refine -> norm -> D codes -> refine -> Linear to C -> up -> trunk -> logits
 
 1. Encoding is causal and aligned to blocks of S tokens: the codes of a prefix are those of the whole text on complete blocks,
-   otherwise no model of codes could continue a prompt. encoder_context=block keeps a latent to the tokens of its own
-   block, so that the same S tokens have the same codes wherever they stand.
+   otherwise no model of codes could continue a prompt. With encoder_context=block a latent sees the tokens of its own block
+   only, so that the same S tokens have the same codes wherever they stand; with prefix all tokens so far.
 2. Decoding is causal by blocks: position t of block j sees all positions of the blocks up to j (in a trunk of Hugging Face, those
    up to t), so text can be written as its codes arrive. Nothing else needs a mask there: what stands after the end of a text is
    in later blocks.

@@ -6,7 +6,7 @@ latents in place of the encoder states.
 
 1. Slot 0 of the memory is a learned vector, so that no position has nothing to look at; slot m > 0 is latent m - 1, which ends
    exactly at token m S - 1. Position t sees the slots with m S - 1 <= t, that is the start and floor((t + 1) / S) latents; what
-   it predicts is token t + 1, so nothing leaks. That the codebooks move only in `step()`, after the optimizer's, is part of it.
+   it predicts is token t + 1, so nothing leaks. Therefore the codebooks move only in `step()`, too, after the optimizer's.
 2. A slot stands at position m S - 1, the start therefore at -1: rotary keys are turned by it, and with learned positions a table
    of the head's own, one row a latent, says which block it was (codes should not have to).
 3. Latents are made when their block is complete, and again from the encoder states when sampling goes on after a cache: those of
@@ -15,7 +15,7 @@ latents in place of the encoder states.
    they say: the loss with all latents zeroed, and with those of the text in the row before.
 5. Commitment has no weight by default: LayerNorm bounds the latents. In an autoencoder the reconstruction holds them apart; here the
    gradient through cross-attention begins at 0, and with a weight of 0.25 their variance was 0.02% of their square after 500 steps
-   of config/latent/head_stdlib.py: those of another text did as well. Without it about half of the codes are used at step 700.
+   of config/latent/head_stdlib.py: the latents of another text served as well. Without it about half of the codes are used at step 700.
 6. What a `window` would save in sampling is not saved: caches hold all states, and keys out of sight are masked. And training
    windows begin anywhere, so a latent may hold the end of one document and the beginning of the next.
 

@@ -1,13 +1,14 @@
 """
 The latent transformer (Kaiser et al. 2018, arXiv:1803.03382): the target y becomes a sequence of codes S times shorter, a prior
-predicts the codes one by one from the text x before it, and all tokens of y are decoded from them at once.
+predicts the codes one by one from the text x before it, and all tokens of y are decoded from them at once. Autoencoder, latent
+prior and decoder, in the paper's letters:
 
     ae:  y -> residual convolutions -> self-attention -> strided convolutions -> bottleneck: codes, z_q
     lp:  [x | codes] -> causal blocks -> logits of each next code, and the states h of x
     ad:  z_q, h -> log2(S) times (residual convolution, attention to h, twice as long) -> decoder blocks -> logits of y
 
 1. The prior is one causal stack over the prefix and the codes, so it steps through a cache like any model. Code i of a target
-   that starts at position s stands at s + i, its states h serve `ad` as memory. `ae` sees y alone: that attention to x gains
+   that starts at position s stands at s + i; the prior's states h of x serve `ad` as memory. `ae` sees y alone: that attention to x gains
    nothing is a finding of arXiv:1805.11063.
 2. The decoder blocks are causal over positions that are all known at once, the upsampled vectors, so they run in parallel. In the
    first `startup_steps` they are fed true tokens, shifted right, where upsampled vectors would be: `target` all of them, as in the

@@ -2,7 +2,7 @@
 An auto-regressive prior over the codes of a frozen text autoencoder: the RQ-transformer (arXiv:2203.01941, section 3.2).
 
 Every S tokens are one stack of D codes k_1..k_D. A spatial transformer goes over the stacks, a depth transformer over the codes
-of one stack, so a text costs M + M D short steps instead of attention over M D codes:
+of one stack, so nothing attends over all M D codes:
 
     e_{m,d} = P_d E_d[k_{m,d}]                        frozen codebook vectors, one learned projection a level
     u_m = sum_d e_{m,d}                               (start, u_1 .. u_{M-1}) -> spatial -> h_1 .. h_M
@@ -16,7 +16,7 @@ of one stack, so a text costs M + M D short steps instead of attention over M D 
    its root mean square, because residuals, and so the codes of deep levels, become small.
 4. In evaluation `token` is an upper bound of the negative log-likelihood of the text: the codes z(x) are a function of the text,
    so p(x) >= p(z(x)) p(x | z(x)), and both factors are paid for: nats of the codes, and of the tokens given the codes.
-5. The paper's condition, which stands in front of the first stack, is here one learned vector: a text is continued from a prompt.
+5. In front of the first stack stands one learned vector, where the paper has a condition: a text is continued from a prompt.
 6. The autoencoder is attached, not a part: it is neither trained nor counted nor in this model's checkpoints.
 
 Shapes: B batch, T tokens, S tokens of a block, M = ceil(T / S) blocks, D levels, K codes of a level, Z latent width, C width,
