@@ -308,7 +308,7 @@ def read_config(run: Path) -> tuple[dict, str, object]:
     settings = read_json(run / "config.json")
     train, model, flags = settings.get("train"), settings.get("model"), settings.get("flags", [])
     if not (
-        isinstance(train, dict) and isinstance(train.get("model"), str) and isinstance(train.get("dataset", ""), str)
+        isinstance(train, dict) and "model" in train and isinstance(train.get("dataset", ""), str)
         and isinstance(model, dict) and isinstance(flags, list) and all(isinstance(flag, str) for flag in flags)
     ):  # fmt: skip
         raise ValueError(
