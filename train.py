@@ -228,8 +228,9 @@ def main(argv: list[str] | None = None) -> dict:
     except BaseException as error:
         runtime.stop(failed=isinstance(error, Exception))  # an interruption reaches all processes
         if isinstance(error, torch.OutOfMemoryError):
-            size = config.micro_batch_size or config.batch_size  # "auto" has come down to 1
-            less = [] if size in (1, "auto") else [f"compute fewer sequences at a time, --micro_batch_size=N or auto (it is {size})"]
+            size = config.micro_batch_size or config.batch_size
+            values = "N" if size == "auto" else "N or auto"
+            less = [] if size == 1 else [f"compute fewer sequences at a time, --micro_batch_size={values} (it is {size})"]
             less += [] if config.activation_checkpointing else ["keep less of them, --activation_checkpointing"]
             less += ["take a smaller model or block_size"]
             raise ValueError(f"{str(error).split('. ')[0].strip('. ')}; {', or '.join(less)}") from None

@@ -240,8 +240,13 @@ def test_out_of_memory_is_a_setting_to_change(tiny_data, tmp_path, monkeypatch, 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB.")
 
     monkeypatch.setattr(Trainer, "gradients", gradients)
-    code, line = complaint(train, arguments(tiny_data, tmp_path / "run", "--micro_batch_size=2"), capsys)
-    assert code == 2 and "CUDA out of memory; compute fewer sequences at a time, --micro_batch_size=N or auto (it is 2), or keep" in line
+    for flags, advice in (
+        ("--micro_batch_size=2", "; compute fewer sequences at a time, --micro_batch_size=N or auto (it is 2), or keep less of them"),
+        ("--micro_batch_size=1", "; keep less of them, --activation_checkpointing, or take a smaller model"),
+        ("--micro_batch_size=1 --activation_checkpointing", "; take a smaller model or block_size"),
+    ):
+        code, line = complaint(train, arguments(tiny_data, tmp_path / "run", "--overwrite", *flags.split()), capsys)
+        assert code == 2 and "CUDA out of memory" + advice in line
 
 
 def test_probe(tiny_data, monkeypatch):
