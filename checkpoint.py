@@ -312,7 +312,7 @@ def read_config(run: Path) -> tuple[dict, str, object]:
         and isinstance(model, dict) and isinstance(flags, list) and all(isinstance(flag, str) for flag in flags)
     ):  # fmt: skip
         raise ValueError(
-            f"{run / 'config.json'} is damaged: it lacks the settings of a run; restore it or start the run again"
+            f"{run / 'config.json'} is damaged: it lacks settings of a run, or one has a wrong type; restore it or start the run again"
         )
     name = train["model"]
     if name not in list(MODELS):
