@@ -34,7 +34,7 @@ class EvaluateConfig:
     checkpoint: Literal["last", "best"] | None = None  # which weights; none: last, or best where only these were kept
     dataset: str | None = None  # whose validation file; none: that of the run's own data set
     attention_dropout: bool = False  # leave dropout of attention weights on, as in training
-    final_eval_tokens: int | None = None  # validation tokens to predict; none: the whole file
+    final_eval_tokens: int | None = None  # tokens judged; none: all. Bits per byte use the mean length of all
     seed: int = 1337  # of attention dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products

@@ -86,8 +86,8 @@ class RoundedProduct(Product):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
         self.bias, self.scale, self.padding = bias, None, (0, 0)
         if dtype == torch.int8:  # each row in steps of 1/127 of its largest weight
-            step = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-            weight, self.scale = (weight / step[:, None]).round(), step.to(torch.bfloat16)
+            self.scale = (weight.abs().amax(dim=1).clamp(min=1e-12) / 127).to(torch.bfloat16)
+            weight = (weight / self.scale[:, None]).round()
             self.padding = (0, -weight.size(1) % 32)  # zeros: at other widths the operator reads beyond the end of a row
         self.weight = F.pad(weight, self.padding).to(dtype).contiguous()
         self.input = torch.zeros(1, self.weight.size(1), dtype=torch.bfloat16)  # of one row, padded

@@ -50,7 +50,7 @@ class TrainConfig:
     eval_interval: int = 250  # steps between evaluations; each writes the last/ checkpoint
     eval_iters: int = 20  # batches of an evaluation: the same windows every time, and in every run that evaluates as many sequences
     patience: int | None = None  # end the run after this many evaluations in a row without a lower val_loss; best/ has the lowest
-    final_eval_tokens: int | None = None  # validation tokens that the final evaluation predicts; none: the whole file
+    final_eval_tokens: int | None = None  # tokens judged at the end; none: all. Bits per byte use the mean length of all
     log_interval: int = 10  # steps between progress lines
     eval_sample_tokens: int = 0  # length of a sample printed at evaluations; 0: none
     eval_sample_prompt: str | None = None  # what that sample begins with; none: a line end, or of pairs the first question

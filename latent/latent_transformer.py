@@ -463,7 +463,7 @@ class LatentTransformer(CausalModel):
         C, S, N, P, T = config.n_embd, config.latent_factor, config.target_size, config.prefix_size, config.block_size
         J = 1 if config.task == "pairs" else T // N
         codes = J * (config.latents * config.codebook_levels - 1)
-        shares = [(self.blocks, (P + codes) / T), (self.heads, (codes + J) / T), (self.wte, J * N / T)]  # module, runs a token
+        shares = [(self.blocks, (P + codes) / T), (self.heads, J * config.latents / T), (self.wte, J * N / T)]  # module, runs a token
         shares += [(part, J * N / T) for part in (self.convolutions, self.encoder, self.decoder)]
         shares += [(layer, J * N / T / 2 ** (i + 1)) for i, layer in enumerate(self.down.layers)]
         shares += [(part, J * N / T / S) for part in (self.to_latent, self.from_latent, self.bottleneck)]
@@ -473,4 +473,6 @@ class LatentTransformer(CausalModel):
         products = 6 * sum(share * p.numel() for module, share in shares for p in module.parameters())
         ups = sum(2**i / S for i in range(len(self.up_layers)))
         keys = config.n_layer * (P + codes) ** 2 / T + J * N / T * (N + config.n_decoder_layer * (J * N + P) + ups * P)
-        return round(products + 12 * C * keys)
+        quantizers = [quantizer.config for quantizer in getattr(self.bottleneck, "quantizers", ())]  # codes are looked up forward only
+        lookups = J * N / T / S * sum(2 * q.codebook_levels * q.codebook_size * q.latent_dim for q in quantizers)
+        return round(products + 12 * C * keys + lookups)

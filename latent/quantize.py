@@ -157,10 +157,10 @@ def kmeans(x: torch.Tensor, size: int, iterations: int, generator: torch.Generat
 
 def random_codes(config: QuantizerConfig, books: int) -> torch.Tensor:
     """
-    Gaussian codes (books, K, Z) for a latent of unit variance per channel, at the length that shortens the residual most.
+    Gaussian codes (books, K, Z) for a latent of unit variance per channel, of about the length that shortens the residual most.
 
-    The best of K random directions has a cosine of about c = sqrt(2 ln K / Z) with a residual; subtracting that part leaves
-    sqrt(1 - c^2) of it, which is Shannon's bound for ln K nats. Codes of unit variance would lengthen it instead.
+    The best of K random directions has a cosine of about c = sqrt(2 ln K / Z) with a residual, where Z is large beside ln K;
+    subtracting that part leaves sqrt(1 - c^2) of it. Codes of unit variance would lengthen it instead.
     """
     cosine = min(math.sqrt(2 * math.log(config.codebook_size) / config.latent_dim), 0.9)
     lengths = cosine * torch.sqrt(torch.tensor(1 - cosine**2)) ** torch.arange(books)

@@ -15,7 +15,8 @@ of one stack, so nothing attends over all M D codes:
 3. One projection a level: with a table shared by all depths (1, 2, 3) and (3, 2, 1) would be the same context. E_d is divided by
    its root mean square, because residuals, and so the codes of deep levels, become small.
 4. In evaluation `token` is an upper bound of the negative log-likelihood of the text: the codes z(x) are a function of the text,
-   so p(x) >= p(z(x)) p(x | z(x)), and both factors are paid for: nats of the codes, and of the tokens given the codes.
+   so p(x) >= p(z(x)) p(x | z(x)), and both factors are paid for: nats of the codes, and of the tokens given the codes. It is that of
+   whole windows x_0 .. x_{T-1}; other models predict x_1 .. x_T and are given x_0.
 5. In front of the first stack stands one learned vector, where the paper has a condition: a text is continued from a prompt.
 6. The autoencoder is attached, not a part: it is neither trained nor counted nor in this model's checkpoints.
 
@@ -326,10 +327,14 @@ class RQTransformer(CausalModel):
         }
 
     def flops_per_token(self) -> int:
-        """As CausalModel counts, for a token of text: a block costs one spatial step, D depth steps, and each head once."""
+        """
+        As CausalModel counts, for a token of text: a block costs one spatial step, D depth steps, and each head once. The table of
+        the codes is not counted: it is made once for a whole batch.
+        """
         config = self.config
         C, D, M = config.n_embd, config.codebook_levels, config.blocks
-        depth = sum(p.numel() for name, p in self.named_parameters() if name.startswith(("depth.", "from_sum.")))
-        products = 6 * (self.get_num_params() + (D - 1) * depth)
+        depth, from_sum = (sum(p.numel() for n, p in self.named_parameters() if n.startswith(part)) for part in ("depth.", "from_sum."))
+        once = self.get_num_params() - self.project.numel()
+        products = 6 * (once + (D - 1) * depth + (D - 2) * from_sum)  # W is not there if D = 1
         attention = 12 * C * (config.n_spatial_layer * M + config.n_depth_layer * D * D)
         return (products + attention) // config.latent_factor

@@ -319,7 +319,10 @@ def test_codes_do_not_depend_on_the_precision(soft_labels):
 
 
 def test_flops_are_those_of_a_step():
-    """Guards the comparison at equal FLOPs, against torch's counter; codes are projected once a step, so a batch must be large."""
+    """
+    Guards the comparison at equal FLOPs, against torch's counter: W runs for all codes of a stack but the first. The table of
+    codes, made once a step, is small here beside all else.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -328,7 +331,7 @@ def test_flops_are_those_of_a_step():
     codes = random_codes(model, rows=16)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(codes, codes)[1]["total"].backward()
-    assert 0.97 < counter.get_total_flops() / (16 * 64) / model.flops_per_token() < 1.03
+    assert 0.995 < counter.get_total_flops() / (16 * 64) / model.flops_per_token() < 1.005
 
 
 def test_another_autoencoder_is_refused():
