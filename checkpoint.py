@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 
 import configurator
+import dataloader
 import tokenizer
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from errors import naming
@@ -354,16 +355,15 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, fol
     if not tensors:  # written before the first step
         return
     names = {parameter: name for name, parameter in model.named_parameters()}
-    state, index = {}, 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            prefix = names[parameter] + "/"
-            # copies, or the optimizer would go on in a map of the file, which Windows does not let anyone replace
-            found = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
-            shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-            if {key: value.shape for key, value in found.items()} != shapes:
-                raise ValueError(f"{path} is damaged: it has no whole state for {names[parameter]}; start the run again")
-            state[index], index = found, index + 1
+    state = {}
+    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        prefix = names[parameter] + "/"
+        # copies, or the optimizer would go on in a map of the file, which Windows does not let anyone replace
+        found = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
+        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        if {key: value.shape for key, value in found.items()} != shapes:
+            raise ValueError(f"{path} is damaged: it has no whole state for {names[parameter]}; start the run again")
+        state[index] = found
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -420,6 +420,14 @@ def check_tokenizers(data_folder: Path, run: str | Path) -> None:
         raise ValueError(
             f"{data_folder} has another tokenizer than {run}: its tokens mean something else; use the same data set"
         )
+
+
+def check_data(data: dataloader.TokenData, run: str | Path) -> None:
+    """Raise ValueError unless a data set has the tokenizer of a run, and is what that was trained on: text, or pairs."""
+    check_tokenizers(data.folder, run)
+    learned, given = "text" if separator(run) is None else "pairs", data.meta.get("kind", "text")
+    if given != learned:
+        raise ValueError(f"{run} was trained on {learned}, but {data.folder} is a set of {given}; give one of {learned}")
 
 
 def init_from(model: torch.nn.Module, source: Path) -> None:

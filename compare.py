@@ -7,7 +7,7 @@ One honest table from run directories, paired tests over seeds, which say what c
 
 Runs with equal settings and different seeds form a row, named after the directory without its _seed1, -seed1 or _s1. With --by_name
 they must also have that name in common, so that two versions of the code are two rows.
-Every loss is in nats per token, of bytes per byte; the validation loss is that of the last weights over the whole validation file.
+Every loss is in nats per token (of bytes: per byte); the validation loss is that of the last weights over the whole validation file.
 """
 
 import functools
@@ -319,7 +319,7 @@ def check_metrics(rows: list[Row], keys: tuple[str, ...]) -> None:
             raise ValueError(f"--metrics={key}: in no row is there a step at which all seeds logged it")
 
 
-def as_json(rows: list[Row], differences: list[Difference], metrics: tuple[str, ...] = ()) -> str:
+def as_json(rows: list[Row], differences: list[Difference], metrics: tuple[str, ...]) -> str:
     first = rows[0].runs[0].summary
     keys = ("val_loss", "train_loss", "val_bits_per_byte", "tokens_per_second")
     lines = [

@@ -184,8 +184,8 @@ def read_config_file(path: str | Path, readers: tuple[Path, ...] = ()) -> dict[s
         files = {}
         for folder in (Path("config"), Path(__file__).with_name("config")):
             files = {file.stem: file for file in sorted(folder.rglob("*.py"))} | files
-        near = difflib.get_close_matches(path.name.removesuffix(".py"), files, n=1)
-        hint = f"; did you mean {files[near[0]].as_posix()}?" if near else "; config/ holds the ones there are"
+        near = nearest(path.name.removesuffix(".py"), files)
+        hint = f"; did you mean {files[near].as_posix()}?" if near else "; config/ holds the ones there are"
         raise FileNotFoundError(f"config file {path} does not exist{hint}")
     if path.resolve() in readers:
         raise ValueError(f"{path}: this config file is its own base: {' -> '.join(p.name for p in (*readers, path))}")

@@ -79,13 +79,12 @@ def compiled(width: int, bfloat16: bool) -> ctypes.CDLL:
             # in a session of its own: Ctrl-C, which a training run survives, would end the compiler and look like a bad option
             words = [*command, *tuned, *threaded, str(SOURCE), "-o", str(new)]
             done = subprocess.run(words, capture_output=True, text=True, start_new_session=True)
-            why = done.stderr
             try:
                 library = ctypes.CDLL(str(new))
                 os.replace(new, path)  # at once: nobody sees half a file
                 return library
             except OSError as error:  # none was made, or it misses a library, such as OpenMP's
-                why = why or str(error)
+                why = done.stderr or str(error)
     raise CannotCompile(f"{shlex.join(command)} failed: {why.strip()[:300]}")
 
 

@@ -269,9 +269,9 @@ class PairData(TokenData):
             if len(separators) != len(ends) or not ((begins < separators) & (separators < ends)).all():
                 raise ValueError(f"{folder}/{split}.bin is no list of pairs; run again: {prepare_command(self.folder)}")
             self.bounds[split] = np.stack((begins, separators, ends), axis=1)
-        every = np.concatenate(list(self.bounds.values()))
-        self.longest_x, self.longest_y = ((every[:, i + 1] - every[:, i]).max() + (i == 0) for i in (0, 1))
-        longest = int((every[:, 2] - every[:, 0]).max())  # inputs: all but the end
+        begins, separators, ends = np.concatenate(list(self.bounds.values())).T
+        self.longest_x, self.longest_y = (separators - begins).max() + 1, (ends - separators).max()
+        longest = (ends - begins).max()  # inputs: all but the end
         if longest > block_size:
             raise ValueError(
                 f"{folder} has a pair of {longest} tokens before its end, but block_size={block_size}; raise block_size, or leave "

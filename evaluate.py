@@ -62,10 +62,7 @@ def evaluate(run: Path, which: str, config: EvaluateConfig, machine: runtime.Run
     model.to(machine.weight_dtype)
     name = config.dataset or checkpoint.read_config(run)[0]["dataset"]
     data = dataloader.open_data(dataloader.prepare_if_missing(name), model.config.block_size, "val")
-    checkpoint.check_tokenizers(data.folder, run)
-    learned, given = "text" if checkpoint.separator(run) is None else "pairs", data.meta.get("kind", "text")
-    if given != learned:
-        raise ValueError(f"{run} was trained on {learned}, but {name} is a set of {given}; give one of {learned}")
+    checkpoint.check_data(data, run)
     summary = checkpoint.read_json(run / "summary.json") if (run / "summary.json").exists() else {}
     if config.dataset is None and summary.get("data_hash", data.val_hash) != data.val_hash:
         print(f"note: {name} has another validation file now than when {run} was trained on it", file=sys.stderr)
@@ -81,7 +78,7 @@ def evaluate(run: Path, which: str, config: EvaluateConfig, machine: runtime.Run
     loss = (total / count).item()
     return {
         "run": str(run), "step": state["step"], "dataset": name, "data_hash": data.val_hash, "val_tokens": int(count),
-        "attention_dropout": model.config.dropout if config.attention_dropout else 0.0,
+        "attention_dropout": model.evaluation_dropout,
         "val_loss": loss, "val_bits_per_byte": loss / math.log(2) / data.bytes_per_token,
         **measured(model, data, whole_file(data, machine, config.final_eval_tokens), machine),
     }  # fmt: skip

@@ -278,7 +278,7 @@ def cached_step(model: torch.nn.Module, int8: bool = False) -> Callable:
     return step
 
 
-def decode_logits(model: torch.nn.Module, use_cache: bool, compile: str | None = None, int8: bool = False) -> Callable:
+def decode_logits(model: torch.nn.Module, use_cache: bool, compile: str | None, int8: bool) -> Callable:
     """
     A function from the tokens so far (B, n) to the next token's logits (B, V). With a cache it computes only what is new since
     its last call, and starts again with an empty cache where the context moves. `compile` names a backend of torch.compile

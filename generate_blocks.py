@@ -44,7 +44,7 @@ def token_noise(sampling: BlockSampling, samples: range, n: int, count: int, siz
 
 
 def sample_in_blocks(
-    model: torch.nn.Module, samples: list[Continuation], sampling: BlockSampling, use_cache: bool = True, first_sample: int = 0
+    model: torch.nn.Module, samples: list[Continuation], sampling: BlockSampling, use_cache: bool, first_sample: int
 ) -> Iterator[None]:
     """
     sample_together for a model over codes: at every step one spatial step, D depth steps that choose the codes of one block,
@@ -99,7 +99,7 @@ def sample_in_blocks(
 
 
 def sample_targets(
-    model: torch.nn.Module, samples: list[Continuation], sampling: BlockSampling, use_cache: bool = True, first_sample: int = 0
+    model: torch.nn.Module, samples: list[Continuation], sampling: BlockSampling, use_cache: bool, first_sample: int
 ) -> Iterator[None]:
     """
     sample_together for a latent transformer: at every step the codes of one target, one by one, and all its tokens at once. Of a

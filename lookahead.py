@@ -224,9 +224,9 @@ class Lookahead:
         noise = self.noise.rows_at(self.number, [p + offset for offset in shape.picks])
         picks = generate.pick(logits, noise, self.sampling).tolist()
 
-        runs = [agreement(picks[0], draft, picks[1 + i * length :]) for i, draft in enumerate(drafts)]
-        best = max(range(len(runs)), key=lambda i: len(runs[i]), default=0)
-        used = self.sample.accept(runs[best] if runs else picks[:1])  # fewer than offered where the text ends
+        runs = [agreement(picks[0], draft, picks[1 + i * length :]) for i, draft in enumerate(drafts)] or [picks[:1]]
+        best = max(range(len(runs)), key=lambda i: len(runs[i]))
+        used = self.sample.accept(runs[best])  # fewer than offered where the text ends
         cache.keep(held + 1, held + 1 + best * length, used - 1)
         self.drafted, self.accepted = self.drafted + len(drafts) * length, self.accepted + used - 1
 

@@ -113,8 +113,8 @@ class Recorder:
             trainer_state = {"step": trainer.step, "scaler": trainer.scaler.state_dict(), **self.state}
             checkpoint.save(self.out / "last", trainer.raw_model, trainer.optimizer, trainer_state)
 
-    def save(self, val_loss: float, codes_of_data: bool = True) -> None:
-        """After an evaluation: write best/, if the loss is the lowest so far, and last/. Patience counts none before `codes_of_data`."""
+    def save(self, val_loss: float, codes_of_data: bool) -> None:
+        """After an evaluation: write best/, if the loss is the lowest so far, and last/. Patience counts it only with codes of data."""
         self.state["evaluated"] = self.trainer.step
         self.state["no_better"] += codes_of_data
         if self.state["best_val_loss"] is None or val_loss < self.state["best_val_loss"]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import is_number
+from errors import naming
 
 # Settings that do not change what is learned, or, like the seed, are what a row's spread is taken over.
 NOT_OF_A_ROW = {
@@ -78,10 +79,12 @@ def find_runs(words: list[str]) -> list[Path]:
         for path in map(Path, matches):
             inside = sorted(file.parent for file in path.glob("*/config.json"))
             found += [path] if (path / "config.json").exists() or not inside else inside
-    folders = [path for path in dict.fromkeys(found) if path.is_dir()]
+    folders: dict[Path, Path] = {}  # of several names of one directory the first
+    for path in filter(Path.is_dir, found):
+        folders.setdefault(path.resolve(), path)
     if not folders:
         raise FileNotFoundError(f"{', '.join(map(str, found))}: not a run directory")
-    return list({path.resolve(): path for path in reversed(folders)}.values())[::-1]
+    return list(folders.values())
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
@@ -273,7 +276,5 @@ def markdown_table(header: list[str], lines: list[list[str]]) -> str:
 
 def write(path: str, text: str) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with naming(Path(path)):
         Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:  # a full disk is reported without a name
-        raise OSError(error.errno, error.strerror, path) from None

@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> list[str]:
             print(written + sample.text)
     tokens = sum(len(sample.output) for sample in samples)
     report = {
-        "run": str(run), "step": trainer["step"], "samples": len(samples), "prompt_tokens": len(prompt), "tokens": tokens,
+        "run": run, "step": trainer["step"], "samples": len(samples), "prompt_tokens": len(prompt), "tokens": tokens,
         "seconds": seconds, "tokens_per_second": tokens / seconds, "ended": [sample.reason for sample in samples],
         "texts": [sample.text for sample in samples],
         "device": str(machine.device), "dtype": str(machine.dtype).removeprefix("torch."),

@@ -33,8 +33,6 @@ def can_step(model: torch.nn.Module) -> bool:
     """Whether there is a stepper for this model on its device: none for windows and compression heads."""
     if not isinstance(model, (DecoderOnly, EncoderDecoder, RQTransformer)) or next(model.parameters()).device.type != "cpu":
         return False
-    if isinstance(model, RQTransformer):
-        return True
     return model.window == 0 and getattr(model, "compression", None) is None
 
 
@@ -130,10 +128,10 @@ class Place(NamedTuple):
 class Rotation:
     """Rotary embedding of queries, keys and values at once: kernels.rotate for the first two; values stay as they are."""
 
-    def __init__(self, block_size: int, head_width: int, like: torch.Tensor):
+    def __init__(self, block_size: int, head_width: int, dtype: torch.dtype):
         half = head_width // 2
         cos, sin = rotary_angles(torch.arange(block_size), head_width)  # (T, D // 2)
-        self.cos = torch.ones(3, 1, block_size, head_width).to(like)  # an odd head width leaves its last channel as it is
+        self.cos = torch.ones(3, 1, block_size, head_width, dtype=dtype)  # an odd head width leaves its last channel as it is
         self.sin = torch.zeros_like(self.cos)
         self.cos[:2, :, :, : 2 * half] = torch.cat((cos, cos), -1)
         self.sin[:2, :, :, : 2 * half] = torch.cat((-sin, sin), -1)
@@ -154,8 +152,7 @@ class Layers:
         half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
         self.weight_dtype = weight_dtype or (torch.bfloat16 if half else self.state_dtype)
         widths = {part.c_proj.in_features // part.n_head for part in (first, getattr(blocks[0], "cross_attn", first))}
-        like = torch.empty(0, dtype=self.state_dtype)
-        self.rotations = {width: Rotation(rotary_length, width, like) for width in (widths if rotary_length else ())}
+        self.rotations = {width: Rotation(rotary_length, width, self.state_dtype) for width in (widths if rotary_length else ())}
         self.blocks = [self.pack(block) for block in blocks]
 
     def product(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:

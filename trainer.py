@@ -321,7 +321,7 @@ class Trainer:
             if config.micro_batch_size == "auto" and machine.world_size == 1:  # several would have to repeat it together
                 while (sums := self.if_it_fits(self.gradients, self.micro_batch_size)) is None:
                     self.micro_batch_size = self.smaller(self.micro_batch_size)
-                    print(f"note: out of memory in step {self.step}: again with micro_batch_size={self.micro_batch_size}", flush=True)
+                    machine.say(f"note: out of memory in step {self.step}: again with micro_batch_size={self.micro_batch_size}")
             else:
                 sums = self.gradients(self.micro_batch_size)
             if config.grad_clip > 0 or self.is_logged(self.step + 1):
@@ -372,7 +372,7 @@ class Trainer:
         holds: summed gradients, the optimizer's moments, buffers of the exchange. Not compiled: it would be anew for every size.
         """
         copies = 1 + (0 if self.optimizer.state else 2) + (self.machine.world_size > 1)
-        reserved = [torch.empty_like(p) for p in self.raw_model.parameters() if p.requires_grad for _ in range(copies)]
+        reserved = [torch.empty_like(p) for p in self.parameters for _ in range(copies)]
         runtime.seed_everything(self.config.seed)
         x, y = self.load_micro_batch(self.step, 0, size)
         self.raw_model.train()

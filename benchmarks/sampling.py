@@ -72,7 +72,7 @@ def sampled(variants: list[Variant], tokens: int, repeats: int) -> list[Row]:
 
 
 def plainly(
-    model: torch.nn.Module, prompts: list[list[int]], sampling: generate.Sampling, texts: int = 1, **how
+    model: torch.nn.Module, prompts: list[list[int]], sampling: generate.Sampling, texts: int, **how
 ) -> Callable[[int], tuple[int, int]]:
     """The work of a Variant: so many texts of each prompt, sampled together."""
 

@@ -88,7 +88,7 @@ def their_model(path: Path, **shape) -> torch.nn.Module:
 
 
 def optimizer_steps(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, machine: runtime.Runtime, size: int, lanes: int = 1
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, machine: runtime.Runtime, size: int, lanes: int
 ) -> Callable[[int], int]:
     """Work for in_turns: so many optimizer steps on tokens (B, T + 1), `size` sequences at a time; how many tokens they learn from."""
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -63,7 +63,7 @@ def is_validation(document: str, val_fraction: float) -> bool:
     return int.from_bytes(digest, "big") < val_fraction * 2**64
 
 
-def check_numbers(val_fraction: float, max_bytes: int | None = None) -> None:
+def check_numbers(val_fraction: float, max_bytes: int | None) -> None:
     """Raise ValueError for what is not a share of the text, or not an amount of it."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: give a number between 0 and 1, e.g. 0.1")

@@ -177,7 +177,7 @@ def cut_lines(text: str, chars: int = CUT_CHARS) -> Iterator[str]:
         end = text.find("\n", start + chars - 1) + 1
         if end == 0:
             # no line end: rather a cut in the middle than a document without bound
-            end = min(start + LONGEST_CHARS, len(text)) if len(text) - start > LONGEST_CHARS else len(text)
+            end = min(start + LONGEST_CHARS, len(text))
         yield text[start:end]
         start = end
 

@@ -17,7 +17,6 @@ rotary positions that subtracts, wpe_next. For each table X, and X' its rows les
 
 import functools
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,7 @@ import configurator
 import curves
 import dataloader
 from errors import exit_on_user_error
-from runs import find_runs, group, markdown_table, read_runs, write
+from runs import find_runs, group, markdown_table, read_runs, warn, write
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
         try:
             print(f"\npictures: {', '.join(file.as_posix() for file in draw(rows, options.plot))}")
         except ImportError:
-            print("warning: no plot without matplotlib: pip install matplotlib (or --plot=none)", file=sys.stderr)
+            warn("no plot without matplotlib: pip install matplotlib (or --plot=none)")
     return rows
 
 

@@ -77,8 +77,7 @@ def quantizer_config(config) -> QuantizerConfig:
 
 def make(config) -> "VectorBottleneck | GumbelBottleneck | HashBottleneck":
     """The bottleneck that config.bottleneck names."""
-    vectors = dict.fromkeys(("vq", "rq", "dvq"), VectorBottleneck)
-    return (vectors | {"gumbel": GumbelBottleneck, "semhash": HashBottleneck})[config.bottleneck](config)
+    return {"gumbel": GumbelBottleneck, "semhash": HashBottleneck}.get(config.bottleneck, VectorBottleneck)(config)
 
 
 def masked(z_q: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

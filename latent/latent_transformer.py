@@ -422,7 +422,7 @@ class LatentTransformer(CausalModel):
             yield from ((name, p) for name, p in self.named_parameters() if name.startswith(makers))
 
     def backbone_rate(self, step: int) -> float:
-        """The factor of that rate: 0 once codes are frozen, as the prior has to learn again whatever moves them, however little."""
+        """The factor of that rate: 0 once codes are frozen. If they moved, however little, the prior would have to learn them again."""
         return 0.0 if self.frozen else 1.0
 
     def after_step(self) -> None:

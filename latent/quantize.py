@@ -76,7 +76,7 @@ class QuantizerConfig:
     def restart_steps(self) -> int:
         if self.restart_interval is not None:
             return self.restart_interval
-        return max(100, math.ceil(1 / max(1 - self.codebook_decay, 1e-9)))
+        return max(100, math.ceil(1 / (1 - self.codebook_decay)))
 
     @property
     def loss_weights(self) -> dict[str, float]:

@@ -94,7 +94,7 @@ class CausalDownsample(nn.Module):
 class ResidualConvBlock(nn.Module):
     """x + LayerNorm(conv3(relu(x))), seeing one position to each side."""
 
-    def __init__(self, width: int, bias: bool = False):
+    def __init__(self, width: int, bias: bool):
         super().__init__()
         self.conv = nn.Conv1d(width, width, 3, bias=bias)
         self.norm = nn.LayerNorm(width, bias=bias)

@@ -49,7 +49,7 @@ class Teacher:
         with open(weights, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.facts = {
-            "run": str(run),
+            "run": run,
             "step": trainer["step"],
             "weights_sha256": digest,
             "temperature": temperature,
@@ -70,13 +70,6 @@ class Teacher:
                 pass
             first += count
             yield from samples
-
-    def check_data(self, data: dataloader.TokenData, separator: int | None) -> None:
-        """Raise ValueError for a data set that the run cannot continue."""
-        checkpoint.check_tokenizers(data.folder, self.facts["run"])
-        kind, made_for = data.meta.get("kind", "text"), "text" if separator is None else "pairs"
-        if kind != made_for:
-            raise ValueError(f"--run {self.facts['run']} was trained on {made_for}, but {data.folder} is a set of {kind}")
 
     def sign(self, meta: dict) -> None:
         """Note in the meta of a data set who the teacher was."""
@@ -170,7 +163,7 @@ def main(argv: list[str] | None = None) -> dict:
     block_size = teacher.model.config.block_size
     dataset = args.dataset or checkpoint.read_config(Path(args.run))[0]["dataset"]
     data = dataloader.open_data(dataloader.prepare_if_missing(dataset), block_size)
-    teacher.check_data(data, separator)
+    checkpoint.check_data(data, args.run)
     source = f"{data.meta['source']}, as {args.run} continues it"
     if separator is not None:
         meta = write_pairs(teacher.pairs(data, args.count), teacher.tokenizer, out_dir, source, args.name, teacher.sign)
