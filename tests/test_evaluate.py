@@ -1,4 +1,4 @@
-"""evaluate.py and dev/embeddings.py against what training reported, and against tables whose numbers are known."""
+"""evaluate.py and what dev/ measures, against what training reported, and against tables whose numbers are known."""
 
 import json
 import math
@@ -14,7 +14,7 @@ import evaluate
 import runtime
 import train
 from conftest import write_tokens
-from dev import codes, embeddings
+from dev import codes, embeddings, recall
 from tiny_runs import arguments
 from trainer import summed_loss, whole_file
 
@@ -205,3 +205,37 @@ def test_embeddings_of_a_run(finished, tmp_path, capsys):
     assert json.loads((tmp_path / "e.json").read_text()) == rows and "tokens rank" in capsys.readouterr().out
     assert (tmp_path / "e.png").stat().st_size > 10_000
     assert embeddings.main([str(tmp_path / "e.json"), "--plot=none"]) == rows
+
+
+def test_matches_are_those_of_a_search():
+    """Guards the definition at the top of dev/recall.py against a search from it: the longest end, of equal ones the latest."""
+    rng = np.random.default_rng(1)
+    for letters in (1, 2, 3, 30):
+        tokens = rng.integers(0, letters, (4, 25))
+        x, y = tokens[:, :-1], tokens[:, 1:].copy()
+        y[:, ::5] = 99  # targets need not be the next inputs
+        longest, copied = recall.matches(x, y)
+        for row in range(len(x)):
+            for t in range(x.shape[1]):
+                context, found = x[row, : t + 1].tolist(), (0, 0)
+                for end in range(1, t + 1):  # of an earlier place, exclusive
+                    m = max((m for m in range(end + 1) if context[end - m : end] == context[t + 1 - m :]), default=0)
+                    found = max(found, (m, end))
+                m, end = found
+                assert (longest[row, t], copied[row, t]) == (m, m > 0 and context[end] == y[row, t])
+
+
+def test_groups_of_recall_add_up(finished, tmp_path, capsys):
+    """Guards each token in one group, and the loss of all in that of the run; names of groups beside their numbers."""
+    summary = json.loads((finished / "summary.json").read_text())
+    rows = recall.main([str(finished), "--device=cpu", "--dtype=float32", f"--json={tmp_path / 'r.json'}"])
+    [[run]] = rows.values()
+    assert sum(run["tokens"]) == summary["val_tokens"] and json.loads((tmp_path / "r.json").read_text()) == rows
+    assert sum(run["nats"]) / sum(run["tokens"]) == pytest.approx(summary["val_loss"], rel=1e-6)
+    assert f"{summary['val_loss']:.3f} |" in capsys.readouterr().out.splitlines()[-1]
+    x = np.array([[1, 2, 9, 1, 2, 8, 9, 1, 2]])
+    y = np.array([[2, 9, 1, 2, 8, 9, 1, 2, 9]])
+    assert [recall.GROUPS[g] for g in recall.groups_of(x, y)[0]] == [
+        "m = 0", "m = 0", "m = 0", "m = 1 or 2, then y", "m = 1 or 2, then another", "m = 0", "m = 1 or 2, then y",
+        "m = 1 or 2, then y", "m = 3 to 7, then another",
+    ]  # fmt: skip
