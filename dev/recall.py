@@ -11,6 +11,9 @@ another one; who copies on is right on the former. Over the tokens of a group:
     share    of all tokens
     NAME     loss, mean nats a token; mean ± standard deviation over the runs of a row. The first row has the lowest over all
     behind   share * (loss - loss of the first row): what the group adds to the difference over all tokens
+
+And whether a model copies at all: half a window of text from the validation file and the same text once more, READINGS of them, the
+loss of the first reading and of the second, in which everything but its beginning can be copied (arXiv:2209.11895, section 3).
 """
 
 import json
@@ -29,6 +32,7 @@ from errors import exit_on_user_error
 from runs import Run, find_runs, group, judged_alike, markdown_table, read_runs, write
 from trainer import whole_file
 
+READINGS = 128
 LENGTHS = (1, 3, 8)  # the groups of m begin here
 GROUPS = (
     "m = 0",
@@ -67,13 +71,33 @@ def groups_of(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.where((longest > 0) & ~copied, of_length + len(LENGTHS), of_length)
 
 
+def token_losses(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, machine: runtime.Runtime) -> np.ndarray:
+    """Nats (B, T) of the tokens y after the contexts x, both (B, T); 0 where y is -1."""
+    with machine.autocast():
+        logits = model(x.to(machine.device))[0].float()  # (B, T, V)
+    return F.cross_entropy(logits.mT, y.to(machine.device), ignore_index=-1, reduction="none").cpu().numpy()
+
+
+def read_twice(model: torch.nn.Module, data: dataloader.TokenData, machine: runtime.Runtime) -> tuple[float, float]:
+    """Mean nats of a token in the first and in the second reading of a text, without its first token."""
+    half = min(data.block_size // 2, len(data.val))
+    starts = np.linspace(0, len(data.val) - half, READINGS).astype(np.int64)
+    text = torch.from_numpy(data.val[starts[:, None] + np.arange(half)].astype(np.int64))  # (n, T / 2)
+    twice = torch.cat((text, text), dim=1)
+    parts = [token_losses(model, rows[:, :-1], rows[:, 1:], machine) for rows in twice.split(8)]
+    losses = np.concatenate(parts)  # (n, T - 1)
+    return float(losses[:, : half - 1].mean()), float(losses[:, half:].mean())
+
+
 @torch.no_grad()
-def measure(run: Run, machine: runtime.Runtime) -> dict[str, str | list]:
+def measure(run: Run, machine: runtime.Runtime) -> dict[str, str | float | list]:
     """
-    `tokens` and `nats` of each group for a run, its last weights. Raises ValueError for models that predict no next token of a text,
-    and for another validation file than that of the run.
+    `tokens` and `nats` of each group and `first` and `second` reading for a run, of its last weights, or of the best
+    where only these were kept. Raises ValueError for models that predict no next token of a text, and for another validation file
+    than that of the run.
     """
-    model = checkpoint.load_run(run.path, "last", machine.device)[0].to(machine.weight_dtype)
+    which = checkpoint.find_first(run.path, "last", "best").name.removesuffix(".old")
+    model = checkpoint.load_run(run.path, which, machine.device)[0].to(machine.weight_dtype)
     if model.reconstructs or model.writes_blocks or checkpoint.separator(run.path) is not None:
         raise ValueError(f"{run.path} predicts no next token from a text alone; leave it out")
     name = run.summary["dataset"]
@@ -84,12 +108,15 @@ def measure(run: Run, machine: runtime.Runtime) -> dict[str, str | list]:
     for x, y in whole_file(data, machine, run.summary["val_tokens"]):
         counted = (y >= 0).flatten().numpy()
         of_group = groups_of(x.numpy(), y.numpy()).ravel()[counted]
-        with machine.autocast():
-            logits = model(x.to(machine.device))[0].float().flatten(0, 1)  # (B T, V)
-        losses = F.cross_entropy(logits, y.to(machine.device).flatten(), ignore_index=-1, reduction="none").cpu().numpy()[counted]
         tokens += np.bincount(of_group, minlength=len(GROUPS))
-        nats += np.bincount(of_group, losses, minlength=len(GROUPS))
-    return {"run": str(run.path), "tokens": tokens.tolist(), "nats": nats.tolist()}
+        nats += np.bincount(of_group, token_losses(model, x, y, machine).ravel()[counted], minlength=len(GROUPS))
+    first, second = read_twice(model, data, machine)
+    return {"run": str(run.path), "tokens": tokens.tolist(), "nats": nats.tolist(), "first": first, "second": second}
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean ± standard deviation over seeds."""
+    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def table(rows: dict[str, list[dict]]) -> str:
@@ -107,8 +134,7 @@ def table(rows: dict[str, list[dict]]) -> str:
     for i, name in enumerate([*GROUPS, "all"]):
         line = [name, f"{share[i]:.1%}"]
         for label, of_runs in losses.items():
-            sd = f" ± {of_runs[:, i].std(ddof=1):.3f}" if len(of_runs) > 1 else ""
-            line.append(f"{of_runs[:, i].mean():.3f}{sd}")
+            line.append(spread(of_runs[:, i]))
             if label != next(iter(losses)):
                 line.append(f"{share[i] * (of_runs[:, i].mean() - first[i]):+.4f}")
         lines.append(line)
@@ -123,6 +149,9 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     found = group(judged_alike(read_runs(find_runs(settings.words))))
     rows = {row.label: [measure(run, machine) for run in row.runs] for row in found}
     print(table(rows))
+    for label, of_row in rows.items():
+        first, second = (spread(np.array([run[key] for run in of_row])) for key in ("first", "second"))
+        print(f"{label}: a text read twice costs {first}, then {second} nats per token")
     if config.json is not None:
         write(config.json, json.dumps(rows))
     return rows
