@@ -274,6 +274,14 @@ def test_a_run_given_twice_or_copied_counts_once(tmp_path, capsys):
     assert f"{copy} has settings and seed of {a}: skipped" in capsys.readouterr().err
 
 
+def test_runs_come_in_the_order_in_which_they_are_named(tmp_path):
+    """Guards evaluate.py's lines: a run that a second name stands for as well was moved behind those named after it."""
+    a, b, again = write_run(tmp_path / "a", 1, 3.0), write_run(tmp_path / "b", 2, 3.0), tmp_path / "c"
+    again.symlink_to(a)
+    assert compare.find_runs([str(a), str(b), str(again)]) == [a, b]
+    assert compare.find_runs([str(again), str(tmp_path / "?")]) == [again, b]
+
+
 def test_a_setting_that_is_null_is_one_that_older_runs_lack(tmp_path):
     """Guards a row that falls into two of one name because the code has learned a setting between its seeds."""
     write_run(tmp_path / "a_s1", 1, 3.0)

@@ -234,6 +234,10 @@ def test_groups_of_recall_add_up(finished, tmp_path, capsys):
     assert sum(run["tokens"]) == summary["val_tokens"] and json.loads((tmp_path / "r.json").read_text()) == rows
     assert sum(run["nats"]) / sum(run["tokens"]) == pytest.approx(summary["val_loss"], rel=1e-6)
     assert re.search(rf"\| all +\| 100.0% \| +{summary['val_loss']:.3f} \|", capsys.readouterr().out)
+    part = shutil.copytree(finished, tmp_path / "part")
+    checkpoint.write_json(part / "summary.json", summary | {"val_tokens": 320})  # --final_eval_tokens=320
+    [[run]] = recall.main([str(part), "--device=cpu", "--dtype=float32"]).values()
+    assert sum(run["tokens"]) == 320
     x = np.array([[1, 2, 9, 1, 2, 8, 9, 1, 2]])
     y = np.array([[2, 9, 1, 2, 8, 9, 1, 2, 9]])
     assert [recall.GROUPS[g] for g in recall.groups_of(x, y)[0]] == [
@@ -247,9 +251,9 @@ def test_a_model_that_copies_reads_for_nothing_the_second_time(tiny_data):
 
     class Copies(torch.nn.Module):
         def forward(self, idx):
-            """All on the token that stood half a window before the next one, and nothing known in the first half."""
+            """All on the token that stood half a window before the next one; nothing in the first half and the first of the second."""
             logits = torch.zeros(*idx.shape, 256)
-            logits[:, 16 - 1 :] = 100 * torch.nn.functional.one_hot(idx[:, : idx.size(1) - 15], 256).float()
+            logits[:, 16:] = 100 * torch.nn.functional.one_hot(idx[:, 1 : idx.size(1) - 15], 256).float()
             return logits, {}
 
     machine = runtime.Runtime(torch.device("cpu"), torch.float32, False, "")
