@@ -1,6 +1,6 @@
 """
-The validation loss of trained runs over a whole file, each token once, as the last line of train.py reports it; with --json also
-what summary.json says of codes.
+The validation loss of trained runs over a whole file, each token once, as the last line of train.py reports it (of an autoencoder
+how well it gives a text back); with --json also what summary.json says of codes.
 
     python evaluate.py results/models/baseline results/models/encdec_mse_possub
     python evaluate.py out/stdlib/baseline_s1 --dataset=my_texts        # on other text of the same tokenizer
@@ -10,7 +10,6 @@ what summary.json says of codes.
 evaluated, because it passed its probability to the attention kernel in training and evaluation alike.
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from baseline_transformer.model import DecoderOnly
 from errors import exit_on_user_error
 from model import EncoderDecoder
 from runs import find_runs
-from trainer import measured, summed_loss, whole_file
+from trainer import in_words, judge
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class EvaluateConfig:
     checkpoint: Literal["last", "best"] | None = None  # which weights; none: last, or best where only these were kept
     dataset: str | None = None  # whose validation file; none: that of the run's own data set
     attention_dropout: bool = False  # leave dropout of attention weights on, as in training
-    final_eval_tokens: int | None = None  # tokens judged; none: all. Bits per byte use the mean length of all
+    final_eval_tokens: int | None = None  # tokens judged; none: all
     seed: int = 1337  # of attention dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products
@@ -55,10 +54,8 @@ def keep_attention_dropout(model: torch.nn.Module, run: Path) -> None:
 
 
 def evaluate(run: Path, which: str, config: EvaluateConfig, machine: runtime.Runtime) -> dict:
-    """Loss in nats per token and bits per byte of one run's checkpoint. Raises ValueError for models that predict no next token."""
+    """What train.py says at its end of a model, of one run's checkpoint, and what it was judged on."""
     model, _, state = checkpoint.load_run(run, which, machine.device)
-    if model.reconstructs:
-        raise ValueError(f"{run} holds an autoencoder: it sees what it predicts, so its loss is not a language model's")
     model.to(machine.weight_dtype)
     name = config.dataset or checkpoint.read_config(run)[0]["dataset"]
     data = dataloader.open_data(dataloader.prepare_if_missing(name), model.config.block_size, "val")
@@ -74,13 +71,10 @@ def evaluate(run: Path, which: str, config: EvaluateConfig, machine: runtime.Run
     if config.attention_dropout:
         keep_attention_dropout(model, run)
         runtime.seed_everything(config.seed)
-    total, count = summed_loss(model, whole_file(data, machine, config.final_eval_tokens), machine)
-    loss = (total / count).item()
     return {
-        "run": str(run), "step": state["step"], "dataset": name, "data_hash": data.val_hash, "val_tokens": int(count),
+        "run": str(run), "step": state["step"], "dataset": name, "data_hash": data.val_hash,
         "attention_dropout": model.evaluation_dropout,
-        "val_loss": loss, "val_bits_per_byte": loss / math.log(2) / data.bytes_per_token,
-        **measured(model, data, whole_file(data, machine, config.final_eval_tokens), machine),
+        **judge(model, data, machine, config.final_eval_tokens),
     }  # fmt: skip
 
 
@@ -100,13 +94,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     found = []
     for run, folder in folders.items():
         found.append(line := evaluate(run, folder.name.removesuffix(".old"), config, machine))
-        codes = f", {line['code_bits_per_byte']:.4f} of them of codes," if "code_bits_per_byte" in line else ""
         dropped = f", attention dropout {line['attention_dropout']}" if config.attention_dropout else ""
-        print(
-            f"{line['run']}, step {line['step']}: {line['val_loss']:.4f} nats per token, {line['val_bits_per_byte']:.4f} bits per "
-            f"byte{codes} over {line['val_tokens']:,} tokens of {line['dataset']}{dropped}",
-            flush=True,
-        )
+        print(f"{line['run']}, step {line['step']}: {in_words(line)} of {line['dataset']}{dropped}", flush=True)
         if config.json is not None:  # after each run: the next one may fail
             checkpoint.write_json(Path(config.json), found)
     return found

@@ -39,6 +39,10 @@ class Tokenizer:
         """Token ids of text. Nothing in the text is special: "<|endoftext|>" is encoded as the characters it consists of."""
         return self.encode_array(text).tolist()
 
+    def byte_lengths(self) -> np.ndarray:
+        """(V,) bytes of text that each id stands for; one for the end of a document, as data/corpus.py counts them."""
+        return np.array([1 if i == self.eos else len(self.decode_bytes([i])) for i in range(self.vocab_size)])
+
     def decode(self, ids: list[int]) -> str:
         """Text of ids; bytes that are not UTF-8 (a sample may end inside a character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")

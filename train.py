@@ -38,7 +38,7 @@ import tokenizer
 from errors import exit_on_user_error
 from model import Block, DecoderBlock
 from recorder import Recorder
-from trainer import TrainConfig, Trainer, exact_pairs, learning_rate, measured, whole_file
+from trainer import TrainConfig, Trainer, exact_pairs, in_words, judge, learning_rate, measured
 
 # ----------------------------------------------------------------------------------------------------------------------
 # where a run is, and what it was given
@@ -291,11 +291,7 @@ def train(parsed: configurator.Settings, machine: runtime.Runtime, out: Path) ->
     record.finish(summary)
     if "exact_pairs" in summary:
         machine.say(f"{summary['exact_pairs']:.2%} of {summary['pairs']:,} unseen pairs answered exactly")
-    found = f"{summary['token_accuracy']:.2%} right" if model.reconstructs else f"{summary['val_bits_per_byte']:.4f} bits per byte"
-    machine.say(
-        f"done: validation {name_of_loss(model)} {summary['val_loss']:.4f} nats per token, {found} over {summary['val_tokens']:,} "
-        f"tokens; {runtime.duration(record.state['seconds'])}; {out}/summary.json"
-    )
+    machine.say(f"done: {in_words(summary)}; {runtime.duration(record.state['seconds'])}; {out}/summary.json")
     return summary
 
 
@@ -346,10 +342,12 @@ def loop(record: Recorder, write_sample: Callable[[], str] | None) -> dict | Non
 def evaluate(record: Recorder, write_sample: Callable[[], str] | None) -> dict:
     """Estimate both losses, log them, keep the checkpoints. Returns the estimates."""
     trainer, machine = record.trainer, record.machine
-    found, step, what = trainer.estimates(), trainer.step, name_of_loss(trainer.raw_model)
+    found, step = trainer.estimates(), trainer.step
+    what = "reconstruction loss" if trainer.raw_model.reconstructs else "loss"
     stop_if_not_finite(found["val_loss"], step, record.out)
     if step > 0:  # of an untrained model there is nothing to say
-        found |= measured(trainer.raw_model, trainer.data, trainer.eval_batches("val", trainer.rows_that_fit), machine)
+        batches = trainer.eval_batches("val", trainer.rows_that_fit)
+        found |= measured(trainer.raw_model, trainer.data, batches, machine, trainer.data.bytes_per_token)
     accuracy = f", accuracy {found['token_accuracy']:.2%}" if "token_accuracy" in found else ""
     machine.say(f"step {step}: train {what} {found['train_loss']:.4f}, val {what} {found['val_loss']:.4f}{accuracy}")
     record.log("eval", found)
@@ -383,10 +381,6 @@ def stop(record: Recorder, by_sigterm: bool) -> None:
     trainer.machine.barrier()  # half a minute after one process has left torchrun ends the others, writing or not
     trainer.machine.say(f"stopped at step {trainer.step}; {out}/last is saved: --resume --out_dir={shlex.quote(str(out))} goes on")
     raise SystemExit(128 + signal.SIGTERM) if by_sigterm else KeyboardInterrupt
-
-
-def name_of_loss(model: torch.nn.Module) -> str:
-    return "reconstruction loss" if model.reconstructs else "loss"
 
 
 @contextlib.contextmanager
@@ -431,13 +425,13 @@ def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
     """What summary.json says of a trained model, the loss on the whole validation file first of all."""
     config, model, data, machine = trainer.config, trainer.raw_model, trainer.data, trainer.machine
     tokens = trainer.step * trainer.sequences * data.block_size
-    # not compiled, as evaluate.py computes it, and without two more shapes to compile
-    val_loss, val_tokens = trainer.mean_loss(model, whole_file(data, machine, config.final_eval_tokens))
     summary = {
         "model": config.model, "dataset": config.dataset,
         "parameters": model.get_num_params(), "flops_per_token": model.flops_per_token(),
         "steps": trainer.step, "tokens": tokens,
-        "train_loss": estimates["train_loss"], "val_loss": val_loss, "val_tokens": val_tokens,
+        "train_loss": estimates["train_loss"],
+        # not compiled, as evaluate.py computes it, and without two more shapes to compile
+        **judge(model, data, machine, config.final_eval_tokens),
         "best_val_loss": state["best_val_loss"], "best_step": state["best_step"], "ended_early": trainer.step < config.max_iters,
         "decay_ends": state["decay_ends"],  # step at which the learning rate is lowest; several: it was resumed with another
         "seconds": state["seconds"], "tokens_per_second": tokens / max(state["train_seconds"], 1e-9),
@@ -446,11 +440,6 @@ def summarize(trainer: Trainer, state: dict, estimates: dict) -> dict:
         "torch": torch.__version__, "device": device_name(machine), "dtype": str(machine.dtype).removeprefix("torch."),
         "compiled": machine.compile, "graphs": machine.graphs, "world_size": machine.world_size, "lanes": trainer.lanes.count,
     }  # fmt: skip
-    if model.reconstructs:  # a loss that no language model's may be compared with
-        summary["reconstruction"] = True
-    else:
-        summary["val_bits_per_byte"] = val_loss / math.log(2) / data.bytes_per_token
-    summary |= measured(model, data, whole_file(data, machine, config.final_eval_tokens), machine)
     if summary.get("codes_of_data") is False and machine.is_main:
         warnings.warn(
             "the codebooks were never made of data, so codes mean nothing: k-means waits for many latents a code, and for "

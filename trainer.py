@@ -50,7 +50,7 @@ class TrainConfig:
     eval_interval: int = 250  # steps between evaluations; each writes the last/ checkpoint
     eval_iters: int = 20  # batches of an evaluation: the same windows every time, and in every run that evaluates as many sequences
     patience: int | None = None  # end the run after this many evaluations in a row without a lower val_loss; best/ has the lowest
-    final_eval_tokens: int | None = None  # tokens judged at the end; none: all. Bits per byte use the mean length of all
+    final_eval_tokens: int | None = None  # tokens judged at the end; none: all
     log_interval: int = 10  # steps between progress lines
     eval_sample_tokens: int = 0  # length of a sample printed at evaluations; 0: none
     eval_sample_prompt: str | None = None  # what that sample begins with; none: a line end, or of pairs the first question
@@ -413,14 +413,9 @@ class Trainer:
         for first in range(machine.rank * rows, len(starts), machine.world_size * rows):
             yield self.to_device(*self.data.gather(split, starts[first : first + rows]))
 
-    def mean_loss(self, model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, int]:
-        """Mean loss, nats per token, over batches (x, y) of which every process brings its share, and the number of tokens."""
-        total, count = map(self.machine.sum_over_processes, summed_loss(model, batches, self.machine))
-        return (total / count).item(), int(count)
-
     def estimates(self) -> dict[str, float]:
         """train_loss and val_loss over the evaluation windows, and what there is to say of an embedding loss."""
-        found = {f"{split}_loss": self.mean_loss(self.model, self.eval_batches(split))[0] for split in ("train", "val")}
+        found = {f"{split}_loss": mean_loss(self.model, self.eval_batches(split), self.machine)[0] for split in ("train", "val")}
         if getattr(self.raw_model, "embedding_loss", None) is not None:
             x, y = self.to_device(*self.data.gather("train", self.data.eval_starts("train", self.rows_that_fit)))
             with self.machine.autocast():
@@ -429,12 +424,12 @@ class Trainer:
 
 
 @torch.no_grad()
-def summed_loss(
+def mean_loss(
     model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], machine: runtime.Runtime
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[float, int]:
     """
-    (sum of token losses in nats, number of tokens), float64 scalars, over batches (x, y). Weighted by tokens, so how they are cut
-    into batches does not matter.
+    Mean loss, nats per token, over batches (x, y) of which every process brings its share, and the number of tokens. Weighted by
+    tokens, so how they are cut into batches does not matter.
     """
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -445,11 +440,16 @@ def summed_loss(
         tokens = (y >= 0).sum().cpu()
         total += mean.cpu().double() * tokens  # in this order: Apple GPUs have no float64
         count += tokens
-    return total, count
+    total, count = machine.sum_over_processes(total), machine.sum_over_processes(count)
+    return (total / count).item(), int(count)
 
 
 def measured(
-    model: torch.nn.Module, data: dataloader.TokenData, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], machine: runtime.Runtime
+    model: torch.nn.Module,
+    data: dataloader.TokenData,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    machine: runtime.Runtime,
+    bytes_per_target: float,
 ) -> dict[str, float | int | list]:
     """What a model says of itself on batches (x, y) of data, this process's share of them; nothing if it has nothing to say."""
     if not hasattr(model, "measure"):
@@ -464,7 +464,7 @@ def measured(
         sums = {name: sums.get(name, 0) + value for name, value in part.items()}
     found = model.summarize({name: machine.sum_over_processes(value) for name, value in sums.items()})
     of_tokens = {name: value for name, value in found.items() if name.endswith("bits_per_token")}
-    return found | {f"{name.removesuffix('token')}byte": bits / data.bytes_per_token for name, bits in of_tokens.items()}
+    return found | {f"{name.removesuffix('token')}byte": bits / bytes_per_target for name, bits in of_tokens.items()}
 
 
 def whole_file(
@@ -481,6 +481,30 @@ def whole_file(
     targets = data.meta["val"].get("target_tokens", len(data.val) - 1)
     share = min(targets, first_targets or targets) / machine.world_size
     return runtime.with_progress(windows, share, "evaluated", lambda batch: int((batch[1] >= 0).sum()))
+
+
+def judge(
+    model: torch.nn.Module, data: dataloader.TokenData, machine: runtime.Runtime, first_targets: int | None = None
+) -> dict[str, float | int | list]:
+    """
+    What summary.json and evaluate.py say of a model: its loss on the validation file or its first targets, in nats per token and
+    in bits per byte (or that it is `reconstruction`, of what the model sees), and what it says of itself.
+    """
+    loss, tokens = mean_loss(model, whole_file(data, machine, first_targets), machine)
+    length = data.bytes_per_target(first_targets)
+    kind = {"reconstruction": True} if model.reconstructs else {"val_bits_per_byte": loss / math.log(2) / length}
+    about = measured(model, data, whole_file(data, machine, first_targets), machine, length)
+    return {"val_loss": loss, "val_tokens": tokens, **kind, **about}
+
+
+def in_words(found: dict) -> str:
+    """What judge() found, but for what a model says of its codes."""
+    if found.get("reconstruction"):
+        kind, rest = "reconstruction loss", f"{found['token_accuracy']:.2%} right"
+    else:
+        kind, rest = "loss", f"{found['val_bits_per_byte']:.4f} bits per byte"
+        rest += f", {found['code_bits_per_byte']:.4f} of them of codes," if "code_bits_per_byte" in found else ""
+    return f"validation {kind} {found['val_loss']:.4f} nats per token, {rest} over {found['val_tokens']:,} tokens"
 
 
 EXACT_PAIRS = 1000  # unseen pairs to answer after training

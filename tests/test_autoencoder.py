@@ -16,6 +16,7 @@ import torch
 
 import checkpoint
 import compare
+import evaluate
 import sample
 import tokenizer
 import train
@@ -457,6 +458,11 @@ def test_learns_a_text_by_heart(by_heart, capsys):
         sample.main([str(out), "--device=cpu", "--check", "--json", "--temperature=0.3"])
     with pytest.raises(ValueError, match="run is an autoencoder"):
         compare.main([str(out), "--plot=none"])
+    [again] = evaluate.main([str(out), "--device=cpu", f"--dtype={summary['dtype']}"])
+    same = {key: summary[key] for key in again.keys() & summary.keys() if key not in ("run", "dataset")}
+    assert {key: again[key] for key in same} == same and {"reconstruction", "val_loss", "accuracy_by_depth"} <= same.keys()
+    loss, right = summary["val_loss"], summary["token_accuracy"]
+    assert f"validation reconstruction loss {loss:.4f} nats per token, {right:.2%} right over 499 tokens" in capsys.readouterr().out
 
 
 def test_codes_that_see_their_block_only_are_settled(tiny_data, tmp_path, capsys):

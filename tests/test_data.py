@@ -310,6 +310,22 @@ def wide_tokenizer():
     return tokenizers.TiktokenTokenizer("wide", encoding)
 
 
+@pytest.mark.parametrize("name", ["byte", "char", "wide"])
+def test_bytes_of_a_part_are_counted(tmp_path, name):
+    """Guards bits per byte over the first tokens of a file, whose tokens may be longer or shorter than those of all of it."""
+    tokenizer = wide_tokenizer() if name == "wide" else tokenizers.get(name, chars="".join(DOCUMENTS))
+    meta = write(tmp_path / "set", tokenizer=tokenizer)
+    data, ids = TokenData(tmp_path / "set", 16), tokens_of(tmp_path / "set", "val")
+    for count in (1, 15, 16, 17, 100, len(ids) - 1, len(ids) + 5):
+        targets = ids[1 : count + 1]
+        written = tokenizer.decode_bytes([i for i in targets if i != tokenizer.eos])
+        expected = (len(written) + targets.count(tokenizer.eos)) / len(targets)
+        assert data.bytes_per_target(count) == pytest.approx(expected, rel=1e-12)
+    first = len(tokenizer.decode_bytes(ids[:1]))
+    assert data.bytes_per_target(len(ids)) * (len(ids) - 1) == pytest.approx(meta["val"]["bytes"] - first, rel=1e-12)
+    assert data.bytes_per_target() == meta["bytes_per_token"]
+
+
 @pytest.mark.parametrize("tokenizer", [BYTE, "wide"])
 def test_what_is_written_is_what_was_read(tmp_path, monkeypatch, tokenizer):
     """Guards against lost, reordered or joined documents, wrong counts in meta.json, and ids that overflow 16 bits."""

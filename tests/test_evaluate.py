@@ -13,11 +13,13 @@ import checkpoint
 import dataloader
 import evaluate
 import runtime
+import tokenizer
 import train
 from conftest import write_tokens
+from data import corpus
 from dev import codes, embeddings, recall
 from tiny_runs import arguments
-from trainer import summed_loss, whole_file
+from trainer import mean_loss, whole_file
 
 
 @pytest.fixture(scope="module", params=["encoder_decoder", "decoder_only"])
@@ -41,6 +43,20 @@ def test_the_loss_is_that_of_training(finished, wide_data, tmp_path):
     assert best[0]["val_tokens"] == 320 and best[0]["val_loss"] != line["val_loss"] and best[0]["step"] == 3
 
 
+def test_bits_per_byte_of_a_part_are_those_of_its_bytes(tmp_path):
+    """Guards train.py and evaluate.py over the first tokens, here characters of one byte, of a text whose others have three."""
+    text = "abcdefgh" * 60 + "日本語" * 100
+    chars = tokenizer.get("char", chars=text)
+    corpus.write_sides([(False, text), (True, text)], chars, tmp_path / "set", "a test")
+    summary = train.main(arguments(tmp_path / "set", tmp_path / "run", "--final_eval_tokens=300"))
+    [line] = evaluate.main([str(tmp_path / "run"), "--device=cpu", "--dtype=float32", "--final_eval_tokens=300"])
+    for found in (summary, line):
+        assert found["val_tokens"] == 300
+        assert found["val_bits_per_byte"] == pytest.approx(found["val_loss"] / math.log(2), rel=1e-12)
+    [whole] = evaluate.main([str(tmp_path / "run"), "--device=cpu", "--dtype=float32"])
+    assert whole["val_bits_per_byte"] < whole["val_loss"] / math.log(2) / 1.5
+
+
 def test_a_short_text_can_be_evaluated(finished, tmp_path):
     """Guards the loss on a text that is shorter than the context, which once was refused for the sake of its training file."""
     text = np.frombuffer(b"import os\nimport sys", dtype=np.uint8)
@@ -58,8 +74,8 @@ def test_double_precision_is_that_of_the_weights_too(finished, tiny_data):
     [line] = evaluate.main([str(finished), "--device=cpu", "--dtype=float64", "--final_eval_tokens=320"])
     model = checkpoint.load_run(finished, "last")[0].double()
     machine = runtime.Runtime(torch.device("cpu"), torch.float64, False, "")
-    total, count = summed_loss(model, whole_file(dataloader.TokenData(tiny_data, 32), machine, 320), machine)
-    assert line["val_loss"] == pytest.approx((total / count).item(), rel=1e-13)
+    loss, _ = mean_loss(model, whole_file(dataloader.TokenData(tiny_data, 32), machine, 320), machine)
+    assert line["val_loss"] == pytest.approx(loss, rel=1e-13)
 
 
 def test_attention_dropout_is_the_only_one_left_on(finished, tiny_data):
@@ -69,12 +85,11 @@ def test_attention_dropout_is_the_only_one_left_on(finished, tiny_data):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model.eval = lambda: model  # summed_loss() calls it
+    model.eval = lambda: model  # mean_loss() calls it
     data = dataloader.open_data(tiny_data, model.config.block_size)
     runtime.seed_everything(5)
     machine = runtime.start("cpu", "float32", "off")
-    total, count = summed_loss(model, whole_file(data, machine), machine)
-    assert line["val_loss"] == (total / count).item()
+    assert line["val_loss"] == mean_loss(model, whole_file(data, machine), machine)[0]
     [plain] = evaluate.main([str(finished), "--device=cpu", "--dtype=float32"])
     assert line["val_loss"] != plain["val_loss"] and line["attention_dropout"] == 0.3
 

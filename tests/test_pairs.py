@@ -83,6 +83,7 @@ def test_windows_of_pairs(tmp_path):
     counts = [int((y >= 0).sum()) for _, y in data.full_windows("val", 1)]
     for first, pairs in ((sum(counts[:3]), 3), (sum(counts[:3]) - 1, 2), (1, 1)):  # whole pairs, one at least
         assert len(list(data.full_windows("val", 1, first_targets=first))) == pairs
+    assert data.bytes_per_target(50) == 1.0
     meta["val"]["target_bytes"] *= 2
     (tmp_path / "set" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     assert dataloader.open_data(tmp_path / "set", 48).bytes_per_token == 2.0, "of answers alone"

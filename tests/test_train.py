@@ -26,7 +26,7 @@ from data.pairs import prepare as pairs
 from errors import exit_on_user_error
 from runs import read_runs
 from tiny_runs import REFERENCE, SHORT, arguments, call_at, complaint, crash, records, run, same, snapshot, weights
-from trainer import TrainConfig, Trainer, learning_rate, make_optimizer, summed_loss, whole_file
+from trainer import TrainConfig, Trainer, learning_rate, make_optimizer, mean_loss, whole_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # learning
@@ -139,8 +139,8 @@ def test_full_loss_is_exact_at_any_batch_size(tiny_data, name, monkeypatch):
     losses = []
     for rows in (1, 7, 64):
         monkeypatch.setattr("trainer.FULL_EVAL_TOKENS", rows * 32)
-        total, count = summed_loss(model, whole_file(data, machine), machine)
-        losses.append((total / count).item())
+        loss, count = mean_loss(model, whole_file(data, machine), machine)
+        losses.append(loss)
         assert count == 3000
     assert np.ptp(losses) < 1e-9
     val, slow = torch.from_numpy(np.array(data.val, dtype=np.int64)), 0.0
@@ -153,8 +153,8 @@ def test_full_loss_is_exact_at_any_batch_size(tiny_data, name, monkeypatch):
     part = -sum(log_p[i, val[i + 1]] for i in range(100))
     for rows in (1, 3):
         monkeypatch.setattr("trainer.FULL_EVAL_TOKENS", rows * 32)
-        total, count = summed_loss(model, whole_file(data, machine, first_targets=100), machine)
-        assert count == 100 and abs(total - part) < 1e-9
+        loss, count = mean_loss(model, whole_file(data, machine, first_targets=100), machine)
+        assert count == 100 and abs(loss - part / 100) < 1e-11
 
 
 def test_summary_does_not_depend_on_batch_size(tiny_data, tmp_path):
@@ -194,7 +194,7 @@ def test_estimates_use_the_same_windows_every_time(tiny_data, micro_batch_size, 
     trainer = Trainer(config, model, data, runtime.start("cpu", "float64", "off"))
     x, y = data.gather("val", data.eval_starts("val", 6))
     assert [len(batch) for batch, _ in trainer.eval_batches("val")] == sizes
-    assert abs(trainer.mean_loss(model, trainer.eval_batches("val"))[0] - model(x, y)[1]["token"].item()) < 1e-12
+    assert abs(mean_loss(model, trainer.eval_batches("val"), trainer.machine)[0] - model(x, y)[1]["token"].item()) < 1e-12
 
 
 def test_what_an_evaluation_reports_takes_no_more_memory_than_a_micro_batch(tiny_data, monkeypatch):
