@@ -13,7 +13,8 @@ another one; who copies on is right on the former. Over the tokens of a group:
     behind   share * (loss - loss of the first row): what the group adds to the difference over all tokens
 
 And whether a model copies at all: half a window of text from the validation file and the same text once more, READINGS of them, the
-loss of the first reading and of the second, in which everything but its beginning can be copied (arXiv:2209.11895, section 3).
+loss of the first reading and of the second, in which everything but its beginning can be copied (arXiv:2209.11895, section 3). With
+--layers also both losses without each attention layer, whose output is replaced by 0: which layers does copying need?
 """
 
 import json
@@ -29,6 +30,7 @@ import configurator
 import dataloader
 import runtime
 from errors import exit_on_user_error
+from model import CrossAttention, SelfAttention
 from runs import Run, find_runs, group, judged_alike, markdown_table, read_runs, write
 from trainer import whole_file
 
@@ -45,6 +47,7 @@ GROUPS = (
 class RecallConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"  # of matrix products
+    layers: bool = False  # read a text twice without each attention layer, too
     json: str | None = None  # also write the numbers to this file
 
     def __post_init__(self):
@@ -89,12 +92,23 @@ def read_twice(model: torch.nn.Module, data: dataloader.TokenData, machine: runt
     return float(losses[:, : half - 1].mean()), float(losses[:, half:].mean())
 
 
+def read_without(model: torch.nn.Module, data: dataloader.TokenData, machine: runtime.Runtime) -> dict[str, tuple[float, float]]:
+    """read_twice without each attention layer, by its name."""
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, (SelfAttention, CrossAttention)):
+            hook = layer.register_forward_hook(lambda layer, inputs, output: torch.zeros_like(output))
+            found[name] = read_twice(model, data, machine)
+            hook.remove()
+    return found
+
+
 @torch.no_grad()
-def measure(run: Run, machine: runtime.Runtime) -> dict[str, str | float | list]:
+def measure(run: Run, machine: runtime.Runtime, layers: bool) -> dict[str, str | float | list | dict]:
     """
     `tokens` and `nats` of each group and `first` and `second` reading for a run, of its last weights, or of the best
-    where only these were kept. Raises ValueError for models that predict no next token of a text, and for another validation file
-    than that of the run.
+    where only these were kept; with `layers` also both readings `without` each. Raises ValueError for models that predict no next
+    token of a text, and for another validation file than that of the run.
     """
     which = checkpoint.find_first(run.path, "last", "best").name.removesuffix(".old")
     model = checkpoint.load_run(run.path, which, machine.device)[0].to(machine.weight_dtype)
@@ -111,7 +125,8 @@ def measure(run: Run, machine: runtime.Runtime) -> dict[str, str | float | list]
         tokens += np.bincount(of_group, minlength=len(GROUPS))
         nats += np.bincount(of_group, token_losses(model, x, y, machine).ravel()[counted], minlength=len(GROUPS))
     first, second = read_twice(model, data, machine)
-    return {"run": str(run.path), "tokens": tokens.tolist(), "nats": nats.tolist(), "first": first, "second": second}
+    found = {"run": str(run.path), "tokens": tokens.tolist(), "nats": nats.tolist(), "first": first, "second": second}
+    return found | ({"without": read_without(model, data, machine)} if layers else {})
 
 
 def spread(values: np.ndarray) -> str:
@@ -147,11 +162,14 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     config: RecallConfig = settings.sections[0]
     machine = runtime.start(config.device, config.dtype, "off")
     found = group(judged_alike(read_runs(find_runs(settings.words))))
-    rows = {row.label: [measure(run, machine) for run in row.runs] for row in found}
+    rows = {row.label: [measure(run, machine, config.layers) for run in row.runs] for row in found}
     print(table(rows))
     for label, of_row in rows.items():
-        first, second = (spread(np.array([run[key] for run in of_row])) for key in ("first", "second"))
-        print(f"{label}: a text read twice costs {first}, then {second} nats per token")
+        readings = {"": [(run["first"], run["second"]) for run in of_row]}
+        readings |= {f" without {name}": [run["without"][name] for run in of_row] for name in of_row[0].get("without", ())}
+        for without, pairs in readings.items():
+            first, second = map(spread, np.array(pairs).T)
+            print(f"{label}{without}: a text read twice costs {first}, then {second} nats per token")
     if config.json is not None:
         write(config.json, json.dumps(rows))
     return rows

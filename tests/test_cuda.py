@@ -1,4 +1,7 @@
-"""What only an NVIDIA GPU can show; skipped elsewhere. TRITON_INTERPRET=1 tries the kernels alone on a CPU that has Triton."""
+"""
+What only an NVIDIA GPU can show; skipped elsewhere. TRITON_INTERPRET=1 tries the kernels alone on a CPU that has Triton (3.6: with
+NumPy below 2.4).
+"""
 
 import os
 

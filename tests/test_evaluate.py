@@ -261,6 +261,27 @@ def test_groups_of_recall_add_up(finished, tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_a_layer_left_out_writes_nothing(finished, tiny_data, capsys):
+    """Guards recall --layers: each attention layer alone, the same as with its last weights 0, and all there again afterwards."""
+    words = [str(finished), "--device=cpu", "--dtype=float64"]
+    [[run]] = recall.main([*words, "--layers"]).values()
+    printed = capsys.readouterr().out
+    model = checkpoint.load_run(finished, "last")[0].double()
+    layers = {name.removesuffix(".c_proj"): layer for name, layer in model.named_modules() if name.endswith("attn.c_proj")}
+    assert run["without"].keys() == layers.keys() and len(layers) == model.n_layer_cache
+    data, machine = dataloader.TokenData(tiny_data, 32), runtime.Runtime(torch.device("cpu"), torch.float64, False, "")
+    for name, layer in layers.items():
+        before = layer.weight.data.clone()
+        layer.weight.data.zero_()
+        with torch.no_grad():
+            assert run["without"][name] == pytest.approx(recall.read_twice(model, data, machine), rel=1e-6)
+        layer.weight.data.copy_(before)
+        assert f" without {name}: a text read twice costs {run['without'][name][0]:.3f}, then" in printed
+        assert run["without"][name] != pytest.approx((run["first"], run["second"]), rel=1e-6)
+    [[again]] = recall.main(words).values()
+    assert {key: run[key] for key in again} == again
+
+
 def test_a_model_that_copies_reads_for_nothing_the_second_time(tiny_data):
     """Guards which losses are those of the second reading, and that they are of the same tokens as those of the first."""
 
