@@ -228,7 +228,7 @@ class TokenData:
 
     def bytes_per_target(self, first_targets: int | None = None) -> float:
         """Mean length in bytes of the targets of val, all or the first, that full_windows gives: see bytes_per_token."""
-        if first_targets is None:
+        if first_targets is None or first_targets >= self.meta["val"].get("target_tokens", len(self.val) - 1):
             return self.bytes_per_token
         lengths, total, count = tokenizer.load(self.folder).byte_lengths(), 0, 0
         for _, y in self.full_windows("val", max(1, SCAN_TOKENS // 16 // self.block_size), first_targets=first_targets):

@@ -204,7 +204,10 @@ def check_same_data(runs: list[Run]) -> None:
                 f"{run.summary['val_tokens']:,}: evaluate both with the same --final_eval_tokens (--resume does only that)"
             )
         if not math.isclose(bits_per_nat(run), bits_per_nat(first), rel_tol=1e-6):
-            raise ValueError(f"{first.path} and {run.path} count different bytes per token: their tokenizers differ")
+            raise ValueError(
+                f"{first.path} and {run.path} count different bytes per token: their tokenizers differ, or one is older and took the "
+                "mean of its whole file under --final_eval_tokens (--resume evaluates it again)"
+            )
 
 
 def bits_per_nat(run: Run) -> float:
