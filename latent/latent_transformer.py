@@ -156,6 +156,7 @@ class LatentTransformer(CausalModel):
         )
         self.ln_f = nn.LayerNorm(C, bias=config.bias)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # optimizer steps so far
+        self.was_frozen = False  # see `frozen`
         self.initialize([self.encoder, self.blocks, self.decoder])
 
     def context(self, positions: torch.Tensor, mask: torch.Tensor | None, keys: torch.Tensor | None = None) -> Context:
@@ -412,8 +413,13 @@ class LatentTransformer(CausalModel):
 
     @property
     def frozen(self) -> bool:
-        """Whether the codes of a text will never change again."""
-        return 0 < self.config.freeze_codes_after <= self.steps and bool(self.bottleneck.ready)
+        """
+        Whether the codes of a text will never change again. Compiled, a step would be cut into pieces where it asks the device, so it
+        takes what was found last: by `after_step` and, before each step, for `backbone_rate`.
+        """
+        if not torch.compiler.is_compiling():
+            self.was_frozen = bool(0 < self.config.freeze_codes_after <= self.steps and self.bottleneck.ready)
+        return self.was_frozen
 
     def named_backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What gets a learning rate of its own: all that makes the codes, if they are to be frozen after some steps; else nothing."""

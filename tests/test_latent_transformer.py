@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ import evaluate
 import generate
 import generate_blocks
 import sample
+import tokenizer
 import train
 from data.pairs import prepare
 from generate import BlockSampling, Continuation, Sampling
@@ -505,6 +507,27 @@ def test_frozen_codebooks_stay():
     assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
 
 
+@pytest.mark.parametrize("options", [{}, {"freeze_codes_after": 2, "quantize_after": 1}], ids=["learning", "frozen"])
+def test_compiles_without_graph_breaks(options):
+    """Guards compile=on: one graph of a training step before codes are frozen and one after, with the plain losses and gradients."""
+    found = []
+    for backend in (None, "aot_eager"):
+        model, steps = make_model(**OPTIONS[4], **options).train(), []
+        call = model if backend is None else torch.compile(model, fullgraph=True, backend=backend)
+        for step in range(4):
+            assert model.backbone_rate(step) == (step < 2 or not options)
+            model.zero_grad()
+            losses = call(*rows(model))[1]
+            losses["total"].backward()
+            steps.append([losses["token"].detach(), *(p.grad.clone() for p in model.parameters())])
+            model.after_step()
+        found.append(steps)
+        assert all(p.grad.any() != bool(options) for p in model.to_latent.parameters())
+    for plain, compiled in zip(*found):
+        for a, b in zip(plain, compiled, strict=True):
+            assert (a - b).norm() <= 1e-9 * (1 + a.norm())
+
+
 def test_gradients_reach_every_parameter():
     """
     Guards wiring: after the warm-up reconstruction trains encoder and decoder, the code loss the prior, and no part is idle, for
@@ -646,7 +669,10 @@ def test_continues_text(wide_data, tmp_path, capsys):
     more = (
         "--block_size=32 --target_size=8 --latent_factor=4 --startup_steps=3 --quantize_after=3 --max_iters=6 --eval_interval=3"
     )
-    summary = run(wide_data, out, *more.split(), "--final_eval_tokens=300")
+    data = shutil.copytree(wide_data, tmp_path / "data")
+    chars = "".join(map(chr, range(256, 512)))  # two bytes each
+    tokenizer.save(tokenizer.get("char", chars=chars), data)
+    summary = run(data, out, *more.split(), "--final_eval_tokens=300")
     assert summary["val_bits_per_byte"] == pytest.approx(summary["val_loss"] / math.log(2) / 2, rel=1e-12)
     assert abs(summary["code_bits_per_byte"] + summary["token_bits_per_byte"] - summary["val_bits_per_byte"]) < 1e-4
     assert summary["end_bits_per_byte"] == 0.0
@@ -656,7 +682,7 @@ def test_continues_text(wide_data, tmp_path, capsys):
     assert {key: again[key] for key in same} == {key: summary[key] for key in same} and len(same) > 8
     assert f" bits per byte, {again['code_bits_per_byte']:.4f} of them of codes, over 300 tokens" in capsys.readouterr().out
     (text,) = sample.main(
-        [str(out), "--prompt=def ", "--max_new_tokens=50", "--device=cpu", "--check", "--temperature=0.9", "--eos=0"]
+        [str(out), f"--prompt={chars[:4]}", "--max_new_tokens=50", "--device=cpu", "--check", "--temperature=0.9", "--eos=0"]
     )
     assert text
     last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if '"train"' in line][-1]
