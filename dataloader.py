@@ -23,8 +23,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-import tokenizer
-
 DATA = Path(__file__).resolve().parent / "data"
 # prepared without network, hence on first use and unasked
 OFFLINE_SETS = {"stdlib": "data/stdlib/prepare.py", "numbers": "data/pairs/prepare.py --numbers"}
@@ -225,16 +223,6 @@ class TokenData:
             assert size == row.nbytes, f"{split}.bin ends within the window at {start}: it changed after the start of the run"
         windows = torch.from_numpy(windows.astype(np.int64))
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-    def bytes_per_target(self, first_targets: int | None = None) -> float:
-        """Mean length in bytes of the targets of val, all or the first, that full_windows gives: see bytes_per_token."""
-        if first_targets is None or first_targets >= self.meta["val"].get("target_tokens", len(self.val) - 1):
-            return self.bytes_per_token
-        lengths, total, count = tokenizer.load(self.folder).byte_lengths(), 0, 0
-        for _, y in self.full_windows("val", max(1, SCAN_TOKENS // 16 // self.block_size), first_targets=first_targets):
-            targets = y[y >= 0].numpy()
-            total, count = total + int(lengths[targets].sum()), count + len(targets)
-        return total / count
 
     def full_windows(
         self, split: str, rows: int, rank: int = 0, world: int = 1, first_targets: int | None = None

@@ -25,7 +25,7 @@ from baseline_transformer.model import DecoderOnly
 from errors import exit_on_user_error
 from model import EncoderDecoder
 from runs import find_runs
-from trainer import in_words, judge
+from validation import in_words, judge
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def keep_attention_dropout(model: torch.nn.Module, run: Path) -> None:
 
 
 def evaluate(run: Path, which: str, config: EvaluateConfig, machine: runtime.Runtime) -> dict:
-    """What train.py says at its end of a model, of one run's checkpoint, and what it was judged on."""
+    """What judge() finds of a run's checkpoint, and on what. Raises ValueError for data, or dropout, that is not for this model."""
     model, _, state = checkpoint.load_run(run, which, machine.device)
     model.to(machine.weight_dtype)
     name = config.dataset or checkpoint.read_config(run)[0]["dataset"]

@@ -172,13 +172,15 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> t
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     most = CHUNK.get(x.device.type, 2**26)
-    rows = max(1, most // weight.size(0))
-    if x.dtype == torch.float16:  # a chunk's part of the weight's gradient is a sum over its tokens, infinite above 65,504
-        rows = min(rows, 2**14)
     if len(x) <= max(1, (FEW if triton_runs(x) else most) // weight.size(0)):
         return F.cross_entropy(at_least_float32(F.linear(x, weight)), targets, ignore_index=-1)
     if not torch.is_grad_enabled():  # else it would compute the gradients of a parameter that nobody asks for
         x, weight = x.detach(), weight.detach()
+    rows = max(1, most // weight.size(0))
+    # A chunk's part of the weight's gradient is a sum over its tokens, in float16 infinite above 65,504: with 2**14 of them only
+    # where a channel of the states is nearly 4 on average.
+    if x.dtype == torch.float16:
+        rows = min(rows, 2**14)
     return ChunkedHeadLoss.apply(x, weight, targets, rows) / (targets >= 0).sum()
 
 

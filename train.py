@@ -38,7 +38,8 @@ import tokenizer
 from errors import exit_on_user_error
 from model import Block, DecoderBlock
 from recorder import Recorder
-from trainer import TrainConfig, Trainer, exact_pairs, in_words, judge, learning_rate, measured
+from trainer import TrainConfig, Trainer, learning_rate
+from validation import bytes_per_target, exact_pairs, in_words, judge, measured
 
 # ----------------------------------------------------------------------------------------------------------------------
 # where a run is, and what it was given
@@ -179,6 +180,7 @@ def check_inputs(config: TrainConfig, model: torch.nn.Module, data: dataloader.T
             raise ValueError(f"init_from={config.init_from} was stopped before its codebooks were made of data; train it longer")
     if hasattr(model, "check"):
         model.check(data, config.max_iters)
+    bytes_per_target(data, config.final_eval_tokens)  # asked again after training: tiktoken, should it be missing, is missed now
     inputs = {"dataset": data.folder, "init_from": None if config.resume else config.init_from}
     inputs |= {key: getattr(model.config, key, None) for key in ("autoencoder", "backbone")}
     for key, folder in inputs.items():

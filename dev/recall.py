@@ -32,7 +32,7 @@ import runtime
 from errors import exit_on_user_error
 from model import CrossAttention, SelfAttention
 from runs import Run, find_runs, group, judged_alike, markdown_table, read_runs, write
-from trainer import whole_file
+from validation import whole_file
 
 READINGS = 128
 LENGTHS = (1, 3, 8)  # the groups of m begin here
@@ -97,7 +97,7 @@ def read_without(model: torch.nn.Module, data: dataloader.TokenData, machine: ru
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, (SelfAttention, CrossAttention)):
-            hook = layer.register_forward_hook(lambda layer, inputs, output: torch.zeros_like(output))
+            hook = layer.register_forward_hook(lambda _layer, _inputs, output: torch.zeros_like(output))
             found[name] = read_twice(model, data, machine)
             hook.remove()
     return found
@@ -106,9 +106,9 @@ def read_without(model: torch.nn.Module, data: dataloader.TokenData, machine: ru
 @torch.no_grad()
 def measure(run: Run, machine: runtime.Runtime, layers: bool) -> dict[str, str | float | list | dict]:
     """
-    `tokens` and `nats` of each group and `first` and `second` reading for a run, of its last weights, or of the best
-    where only these were kept; with `layers` also both readings `without` each. Raises ValueError for models that predict no next
-    token of a text, and for another validation file than that of the run.
+    `tokens` and `nats` of each group and `first` and `second` reading for a run, of its last weights, or of the best where only
+    these were kept; with `layers` also both readings `without` each attention layer. Raises ValueError for models that predict no
+    next token of a text, and for another validation file than that of the run.
     """
     which = checkpoint.find_first(run.path, "last", "best").name.removesuffix(".old")
     model = checkpoint.load_run(run.path, which, machine.device)[0].to(machine.weight_dtype)

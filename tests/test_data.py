@@ -28,6 +28,7 @@ from data.stdlib import prepare as stdlib
 from data.text import prepare as text_set
 from data.wikipedia import prepare as wikipedia
 from dataloader import TokenData
+from validation import bytes_per_target
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [f"Title {i}\n\nnaïve café 日本語 🙂 number {i * i}\n" + "line\n" * (i % 7) + "the end" for i in range(60)]
@@ -320,11 +321,11 @@ def test_bytes_of_a_part_are_counted(tmp_path, name):
         targets = ids[1 : count + 1]
         written = tokenizer.decode_bytes([i for i in targets if i != tokenizer.eos])
         expected = (len(written) + targets.count(tokenizer.eos)) / len(targets)
-        assert data.bytes_per_target(count) == pytest.approx(expected, rel=1e-12)
+        assert bytes_per_target(data, count) == pytest.approx(expected, rel=1e-12)
     ends = [len(tokenizer.decode_bytes([i])) if i != tokenizer.eos else 1 for i in (ids[0], ids[-1])]
-    assert data.bytes_per_target(len(ids) - 2) * (len(ids) - 2) == pytest.approx(meta["val"]["bytes"] - sum(ends), rel=1e-12)
+    assert bytes_per_target(data, len(ids) - 2) * (len(ids) - 2) == pytest.approx(meta["val"]["bytes"] - sum(ends), rel=1e-12)
     for everything in (None, len(ids) - 1, len(ids) + 5):  # the same number, or compare.py would take them for different tokenizers
-        assert data.bytes_per_target(everything) == meta["bytes_per_token"]
+        assert bytes_per_target(data, everything) == meta["bytes_per_token"]
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE, "wide"])

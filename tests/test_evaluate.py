@@ -19,7 +19,7 @@ from conftest import write_tokens
 from data import corpus
 from dev import codes, embeddings, recall
 from tiny_runs import arguments
-from trainer import mean_loss, whole_file
+from validation import mean_loss, whole_file
 
 
 @pytest.fixture(scope="module", params=["encoder_decoder", "decoder_only"])

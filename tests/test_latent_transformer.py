@@ -20,7 +20,7 @@ import train
 from data.pairs import prepare
 from generate import BlockSampling, Continuation, Sampling
 from latent.latent_transformer import LatentTransformer, LatentTransformerConfig
-from trainer import exact_pairs
+from validation import exact_pairs
 
 TINY = dict(
     vocab_size=19, block_size=24, target_size=8, latent_factor=4, n_layer=2, n_decoder_layer=1, n_head=2, n_embd=12,

@@ -15,7 +15,7 @@ import tokenizer as tokenizers
 from conftest import crash_behind_meta
 from data import corpus
 from data.pairs import prepare
-from trainer import exact_pairs
+from validation import bytes_per_target, exact_pairs
 
 
 def write(folder, name: str, text: str):
@@ -83,7 +83,7 @@ def test_windows_of_pairs(tmp_path):
     counts = [int((y >= 0).sum()) for _, y in data.full_windows("val", 1)]
     for first, pairs in ((sum(counts[:3]), 3), (sum(counts[:3]) - 1, 2), (1, 1)):  # whole pairs, one at least
         assert len(list(data.full_windows("val", 1, first_targets=first))) == pairs
-    assert data.bytes_per_target(50) == 1.0
+    assert bytes_per_target(data, 50) == 1.0
     meta["val"]["target_bytes"] *= 2
     (tmp_path / "set" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     assert dataloader.open_data(tmp_path / "set", 48).bytes_per_token == 2.0, "of answers alone"

@@ -20,7 +20,8 @@ import tokenizer
 import train
 from conftest import make_model
 from tiny_runs import REFERENCE, arguments, command, complaint, records, run, snapshot, weights
-from trainer import TrainConfig, Trainer, whole_file
+from trainer import TrainConfig, Trainer
+from validation import whole_file
 
 WATCHED = """
 import atexit, pathlib, runpy, sys
@@ -111,7 +112,7 @@ def test_what_auto_means(monkeypatch):
 def test_long_work_says_how_far_it_is(tiny_data, monkeypatch, capsys):
     """Guards minutes of silence, and wrong shares: of two processes, of sizes that differ, of a part of the file."""
     monkeypatch.setattr(runtime, "PROGRESS_SECONDS", 0.0)
-    monkeypatch.setattr("trainer.FULL_EVAL_TOKENS", 10 * 32)
+    monkeypatch.setattr("validation.FULL_EVAL_TOKENS", 10 * 32)
     data, lines = dataloader.TokenData(tiny_data, 32), []
     for rank, world, first in ((0, 1, None), (0, 2, None), (1, 2, None), (0, 1, 640)):
         machine = runtime.Runtime(torch.device("cpu"), torch.float32, False, "", rank, world)

@@ -26,7 +26,8 @@ from data.pairs import prepare as pairs
 from errors import exit_on_user_error
 from runs import read_runs
 from tiny_runs import REFERENCE, SHORT, arguments, call_at, complaint, crash, records, run, same, snapshot, weights
-from trainer import TrainConfig, Trainer, learning_rate, make_optimizer, mean_loss, whole_file
+from trainer import TrainConfig, Trainer, learning_rate, make_optimizer
+from validation import mean_loss, whole_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # learning
@@ -138,7 +139,7 @@ def test_full_loss_is_exact_at_any_batch_size(tiny_data, name, monkeypatch):
     machine = runtime.start("cpu", "float64", "off")
     losses = []
     for rows in (1, 7, 64):
-        monkeypatch.setattr("trainer.FULL_EVAL_TOKENS", rows * 32)
+        monkeypatch.setattr("validation.FULL_EVAL_TOKENS", rows * 32)
         loss, count = mean_loss(model, whole_file(data, machine), machine)
         losses.append(loss)
         assert count == 3000
@@ -152,7 +153,7 @@ def test_full_loss_is_exact_at_any_batch_size(tiny_data, name, monkeypatch):
     log_p = torch.cat([model(val[None, i : i + 32])[0].log_softmax(-1)[0] for i in (0, 32, 64, 96)])
     part = -sum(log_p[i, val[i + 1]] for i in range(100))
     for rows in (1, 3):
-        monkeypatch.setattr("trainer.FULL_EVAL_TOKENS", rows * 32)
+        monkeypatch.setattr("validation.FULL_EVAL_TOKENS", rows * 32)
         loss, count = mean_loss(model, whole_file(data, machine, first_targets=100), machine)
         assert count == 100 and abs(loss - part / 100) < 1e-11
 
