@@ -57,6 +57,16 @@ def test_bits_per_byte_of_a_part_are_those_of_its_bytes(tmp_path):
     assert whole["val_bits_per_byte"] < whole["val_loss"] / math.log(2) / 1.5
 
 
+def test_a_tokenizer_that_is_not_here_is_missed_before_training(tiny_data, tmp_path):
+    """Guards hours of training that end without a loss: bits per byte of a part of the file need its tokenizer, those of all do not."""
+    folder = shutil.copytree(tiny_data, tmp_path / "set")
+    (folder / "tokenizer.json").write_text('{"name": "of another machine"}')
+    with pytest.raises(ValueError, match="tokenizer"):
+        train.main(arguments(folder, tmp_path / "run", "--final_eval_tokens=300"))
+    assert not (tmp_path / "run").exists()
+    assert train.main(arguments(folder, tmp_path / "run"))["val_tokens"] == 3000
+
+
 def test_a_short_text_can_be_evaluated(finished, tmp_path):
     """Guards the loss on a text that is shorter than the context, which once was refused for the sake of its training file."""
     text = np.frombuffer(b"import os\nimport sys", dtype=np.uint8)
