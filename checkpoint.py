@@ -387,7 +387,7 @@ def load_run(run: str | Path, which: str = "best", device: str | torch.device = 
             f"{run / tokenizer.FILE_NAME} has {text.vocab_size} tokens, but the model {config.vocab_size}: it is of another run"
         )
     load_weights(model, folder)
-    if hasattr(config, "autoencoder"):
+    if getattr(config, "autoencoder", None) is not None:
         model.attach(load_autoencoder(run / "autoencoder"))
     return model.to(device).eval(), text, trainer
 

@@ -55,7 +55,8 @@ class CodeStepper:
         self.spatial, self.depth = Layers(model.spatial.blocks, config.blocks), Layers(model.depth.blocks, 0)
         self.from_sum = None if model.from_sum is None else self.depth.linear(model.from_sum)
         self.heads = [(Norm(norm), Product(linear.weight, linear.bias)) for norm, linear in model.heads]
-        self.write = BlockWriter(model.autoencoder) if model.autoencoder.trunk is None else None
+        packed = model.autoencoder is not None and model.autoencoder.trunk is None
+        self.write = BlockWriter(model.autoencoder) if packed else None
 
     def embed(self, codes: list[int]) -> torch.Tensor:
         """Sum (1, C) of the vectors of the first codes of a stack."""

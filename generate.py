@@ -254,7 +254,7 @@ def prepare_for_decoding(model: torch.nn.Module) -> None:
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False  # of convolutions, which that does not reach
-    for parameter in model.parameters() if getattr(model, "autoencoder", None) is None else ():
+    for parameter in model.parameters() if not hasattr(model, "attach") else ():
         if parameter.dim() == 2 and parameter.device.type == "cpu":
             parameter.data = parameter.data.t().contiguous().t()
 

@@ -48,49 +48,55 @@ def sample_in_blocks(
 ) -> Iterator[None]:
     """
     sample_together for a model over codes: at every step one spatial step, D depth steps that choose the codes of one block,
-    and its S tokens at once from the autoencoder's decoder.
+    and its S tokens at once from the autoencoder's decoder. Where codes are the tokens there is none: they are chosen already.
 
-    A prompt is filled up to whole blocks in front (see filler), because new text begins with a new block. When the context is
-    full, the text of its last M // 2 blocks is encoded anew as the beginning of the next one; between that, codes are kept as
-    they were chosen. Without the cache the spatial states are computed again for every block, the depth steps for every code.
+    A prompt is filled up to whole blocks in front (see filler), because new text begins with a new block; where codes are the
+    tokens it may end inside a block, of which only the rest is chosen. When the context is full, the text of its last M // 2 blocks
+    is encoded anew as the beginning of the next one; between that, codes are kept as they were chosen. Without the cache the
+    spatial states are computed again for every block, the depth steps for every code.
     """
-    config, device = model.config, model.vectors.device
+    config, learned, device = model.config, model.autoencoder is not None, model.start.device
     S, M, D = config.latent_factor, config.blocks, config.codebook_levels
     levels, numbers = sampling.for_levels(D), range(first_sample, first_sample + len(samples))
-    idx = torch.tensor([[filler(sample)] * (-len(sample.tokens) % S) + sample.tokens for sample in samples], device=device)
+    fill = -len(samples[0].tokens) % S if learned else 0
+    idx = torch.tensor([[filler(sample)] * fill + sample.tokens for sample in samples], device=device)
     table, codes = model.table(), None
     step = CodeStepper(model, table) if use_cache and len(samples) == 1 and can_step(model) else None
     while not all(sample.finished for sample in samples):
-        n = idx.size(1) // S  # blocks of text, hence the number of the next one
+        n = idx.size(1) // S  # blocks of text, hence the number of the next one; a part of that may be there
         if codes is None or codes.size(1) == M:
             kept = n if n < M else M // 2
             codes = torch.empty(len(samples), 0, D, dtype=torch.int64, device=device)
             if kept > 0:
-                codes = model.encode(idx[:, -kept * S :].contiguous(), None)[0]
+                codes = model.encode(idx[:, (n - kept) * S : n * S].contiguous(), None)[0]
             spatial, depth = model.spatial.make_cache(), model.depth.make_cache()
-            decoder = model.autoencoder.make_decoder_cache()
+            decoder = model.autoencoder.make_decoder_cache() if learned else None
         if step is not None and spatial.length == codes.size(1) > 0:
             h = step.state(codes[0, -1].tolist(), spatial)
         else:
             h = model.states(codes, table, spatial if use_cache else None)[:, -1]
-        stack = codes.new_empty(len(samples), 0)  # (B, d)
+        stack = idx[:, n * S :]  # (B, d), the codes of this block so far
+        given = stack.size(1)
         drawn = code_noise(levels, numbers, n, D, config.codebook_size)
         depth.truncate(0)
-        for d, level in enumerate(levels):
-            if step is not None:
+        for d in range(given, D):
+            if step is not None and depth.length == d:
                 logits = step.logits(h, stack[0].tolist(), depth)  # (1, K)
             else:
                 logits = model.code_logits(h, stack, table, depth if use_cache else None)[:, -1]  # (B, K)
-            stack = torch.cat((stack, pick(logits, drawn[d], level)[:, None]), dim=1)
+            stack = torch.cat((stack, pick(logits, drawn[d], levels[d])[:, None]), dim=1)
         codes = torch.cat((codes, stack[:, None]), dim=1)  # (B, blocks in the context, D)
-        known = decoder.length // S  # blocks in it
-        if step is not None and step.write is not None and known + 1 == codes.size(1):
-            logits = step.write(stack[0].tolist(), decoder)  # (S, V)
+        if not learned:
+            chosen = stack[:, given:]
         else:
-            logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)
-            logits = logits[:, -S:].flatten(0, 1)  # (B S, V)
-        drawn = token_noise(sampling, numbers, n, S, config.vocab_size)
-        chosen = pick(logits, drawn, sampling.tokens).unflatten(0, (-1, S))
+            known = decoder.length // S  # blocks in it
+            if step is not None and step.write is not None and known + 1 == codes.size(1):
+                logits = step.write(stack[0].tolist(), decoder)  # (S, V)
+            else:
+                logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)
+                logits = logits[:, -S:].flatten(0, 1)  # (B S, V)
+            drawn = token_noise(sampling, numbers, n, S, config.vocab_size)
+            chosen = pick(logits, drawn, sampling.tokens).unflatten(0, (-1, S))
         for sample, tokens in zip(samples, chosen.tolist()):
             if not sample.finished:
                 sample.accept(tokens)

@@ -37,7 +37,7 @@ class Recorder:
     def begin(self, settings: dict, codes_run: Path | None) -> None:
         """
         Make the run directory, or go on with the one there, and settle what a run decides only once. `settings` become
-        config.json. codes_run, for a model over codes, is the autoencoder's run directory, where the codes of the data are kept.
+        config.json. codes_run, for a model over learned codes, is the autoencoder's run directory, where the codes of the data are kept.
         Raises FileExistsError, FileNotFoundError or ValueError for what is wrong with the directory, ValueError for wandb; the
         directory is then as it was.
         """
@@ -46,7 +46,7 @@ class Recorder:
         machine.barrier()  # everybody has read before anybody writes
         if machine.is_main and not resumed:
             checkpoint.check_free(out, config.overwrite)
-        if hasattr(model, "training_data"):  # may take long, so that it comes before there is a run to resume
+        if codes_run is not None:  # may take long, so that it comes before there is a run to resume
             trainer.train_data = model.training_data(trainer.data, codes_run / "codes")
         if machine.is_main and config.wandb != "off":  # before anything is deleted: it may fail
             self.wandb = open_wandb(config, settings, out, (resumed or {}).get("wandb_id"))

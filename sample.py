@@ -115,6 +115,8 @@ class SampleConfig:
         if model.writes_blocks:
             if self.lookahead is not None:
                 raise ValueError("lookahead drafts single tokens, but this model writes blocks of them; use lookahead=none")
+            if self.token_temperature > 0 and getattr(model, "autoencoder", model) is None:
+                raise ValueError("token_temperature is of tokens behind codes, but here the codes are the tokens; use temperature")
             return generate.BlockSampling(levels, generate.Sampling(self.token_temperature, seed=self.seed))
         if len(levels) > 1 or self.token_temperature > 0:
             raise ValueError(

@@ -119,7 +119,7 @@ def find_autoencoder(config: TrainConfig, model_config, out: Path, machine: runt
     holds the stored codes of the data. Else (None, None). A resumed run loads its own copy, because the decoder of the original may
     have been trained further; the stored codes stay with the original as long as its codebooks are the same.
     """
-    if not hasattr(model_config, "autoencoder"):
+    if getattr(model_config, "autoencoder", None) is None:
         return None, None
     original, copy = Path(model_config.autoencoder), out / "autoencoder"
     if not (config.resume and copy.is_dir()):

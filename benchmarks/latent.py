@@ -56,10 +56,12 @@ def latent_models(config: LatentBench) -> list[tuple[str, torch.nn.Module, list[
         else:
             for S in (4, 8):
                 autoencoder = checkpoint.build("autoencoder", checkpoint.CONFIGS["autoencoder"](latent_factor=S))
-                shape = checkpoint.CONFIGS["rq_transformer"]().fitted_to(autoencoder)
-                model = checkpoint.build("rq_transformer", shape)
+                shape = checkpoint.CONFIGS["rq_transformer"]
+                model = checkpoint.build("rq_transformer", shape().fitted_to(autoencoder))
                 model.attach(autoencoder)
                 found.append((f"RQ-transformer, S={S}", model, prompt, None))
+                model = checkpoint.build("rq_transformer", shape(autoencoder=None, latent_factor=S))
+                found.append((f"the same, codes are the tokens, S={S}", model, prompt, None))
     if len({end for *_, end in found}) > 1:
         raise ValueError(f"run={config.run}, baseline={config.baseline}: only one is on pairs; give two runs on the same data")
     return found

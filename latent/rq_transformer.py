@@ -19,6 +19,9 @@ of one stack, so nothing attends over all M D codes:
    whole windows x_0 .. x_{T-1}; other models predict x_1 .. x_T and are given x_0.
 5. In front of the first stack stands one learned vector, where the paper has a condition: a text is continued from a prompt.
 6. The autoencoder is attached, not a part: it is neither trained nor counted nor in this model's checkpoints.
+7. Without one the codes of a block are its tokens: D = S, K = V, E_d is the identity, so that P_d is a table of embeddings, and
+   `token` is no bound but the nats of the text themselves. That is a MegaByte (arXiv:2305.07185) with the depth transformer as its
+   local model, and what learned codes have to be compared with.
 
 Shapes: B batch, T tokens, S tokens of a block, M = ceil(T / S) blocks, D levels, K codes of a level, Z latent width, C width,
 N stacks of any texts, V vocabulary.
@@ -42,7 +45,7 @@ from kernels import Dropout, head_logits
 from latent.autoencoder import Autoencoder
 from latent.codes import CodeData
 from latent.quantize import full_float32
-from model import Block, Cache, CausalModel, check_fields, require
+from model import Block, Cache, CausalModel, check_fields, require, warn_ignored
 
 FROM_AUTOENCODER = ("vocab_size", "block_size", "latent_factor", "latent_dim", "codebook_size", "codebook_levels")
 
@@ -61,7 +64,7 @@ def uncompiled(method: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class RQTransformerConfig:
-    autoencoder: str = "out/latent/rqvae_stdlib"  # run directory of the frozen autoencoder whose codes are predicted
+    autoencoder: str | None = "out/latent/rqvae_stdlib"  # run of the frozen autoencoder of the codes; none: codes are the tokens
     codebook_hash: str = ""  # sha256 of its codebooks; filled in when a run starts, and refused when it differs later
     n_spatial_layer: int = 5  # blocks over the stacks of codes, one step for S tokens
     n_depth_layer: int = 1  # blocks over the codes of a stack, D steps for S tokens
@@ -71,7 +74,7 @@ class RQTransformerConfig:
     dropout: float = 0.0  # on embeddings, attention weights and residual branches, in training only
     soft_labels: float = 0.0  # temperature of stochastic soft targets, see soft_codes; 0 = the codes themselves, stored once
     code_offsets: int = 1  # stored copies of the training text, each cut into windows at other places
-    # the autoencoder's: taken from it when a run starts
+    # the autoencoder's: taken from it when a run starts; without one K = V and D = S, and there is no Z
     vocab_size: int = 256  # number of token ids
     block_size: int = 256  # longest context, tokens
     latent_factor: int = 4  # tokens S of a block
@@ -80,6 +83,10 @@ class RQTransformerConfig:
     codebook_levels: int = 4  # levels D
 
     def __post_init__(self):
+        if self.autoencoder is None:
+            warn_ignored(self, ("soft_labels", "code_offsets", "latent_dim"), "autoencoder=none, so codes are the tokens")
+            for key, value in (("soft_labels", 0.0), ("codebook_size", self.vocab_size), ("codebook_levels", self.latent_factor)):
+                object.__setattr__(self, key, value)  # frozen for all others
         check_fields(self, "n_spatial_layer", "n_depth_layer", "n_head", "n_embd", "code_offsets", *FROM_AUTOENCODER)
         require(self.soft_labels >= 0.0, f"soft_labels={self.soft_labels}: a temperature is needed, or 0 for hard labels")
         require(
@@ -161,8 +168,8 @@ class RQTransformer(CausalModel):
     def __init__(self, config: RQTransformerConfig):
         super().__init__()
         self.config, self.side_by_side = config, config.soft_labels == 0.0
-        C, D, K, Z = config.n_embd, config.codebook_levels, config.codebook_size, config.latent_dim
-        self.project = nn.Parameter(torch.empty(D, Z, C))  # P
+        C, D, K, learned = config.n_embd, config.codebook_levels, config.codebook_size, config.autoencoder is not None
+        self.project = nn.Parameter(torch.empty(D, config.latent_dim if learned else K, C))  # P
         self.start = nn.Parameter(torch.empty(C))  # in front of the first stack
         self.spatial = Stack(config, config.n_spatial_layer, config.blocks, "rope")
         self.from_sum = nn.Linear(C, C, bias=config.bias) if D > 1 else None  # W
@@ -172,7 +179,8 @@ class RQTransformer(CausalModel):
             nn.Sequential(nn.LayerNorm(C, bias=config.bias), nn.Linear(C, K, bias=config.bias)) for _ in range(D)
         )
         self.dropout = Dropout(config.dropout)
-        self.register_buffer("vectors", torch.zeros(D, K, Z), persistent=False)  # E of the autoencoder that is attached
+        vectors = torch.zeros(D, K, config.latent_dim) if learned else None  # E of the autoencoder that is attached
+        self.register_buffer("vectors", vectors, persistent=False)
         self.autoencoder: Autoencoder | None = None
         self.initialize([self.spatial.blocks, self.depth.blocks])
         for parameter in (self.project, self.start, self.wpe_depth):
@@ -185,9 +193,9 @@ class RQTransformer(CausalModel):
     def attach(self, autoencoder: Autoencoder) -> None:
         """Make this the autoencoder whose codes are predicted, frozen. Raises ValueError if it has other codebooks."""
         check_hash(self.config.codebook_hash, autoencoder)
-        books = torch.stack(autoencoder.quantizer.vectors()).to(self.vectors)
+        autoencoder.to(self.vectors).eval().requires_grad_(False)  # first: its copy in the run, of which a resumed one makes E, is so
+        books = torch.stack(autoencoder.quantizer.vectors())
         self.vectors.copy_(books / books.pow(2).mean((1, 2), keepdim=True).sqrt())
-        autoencoder.to(self.vectors).eval().requires_grad_(False)
         object.__setattr__(self, "autoencoder", autoencoder)  # nn.Module would make it a submodule
 
     def _apply(self, fn, recurse: bool = True):
@@ -195,9 +203,20 @@ class RQTransformer(CausalModel):
             self.autoencoder._apply(fn)
         return super()._apply(fn, recurse)
 
-    @uncompiled
     def encode(self, idx: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Text (B, T), mask True = real -> codes (B, M, D), and their soft targets (B, M, D, K) in training, if there are any."""
+        """
+        Text (B, T), mask True = real -> codes (B, M, D), -1 where there is no text, and in training their soft targets
+        (B, M, D, K), if there are any.
+        """
+        if self.autoencoder is not None:
+            return self.learned_codes(idx, mask)
+        assert self.vectors is None, "no autoencoder has been attached"
+        tokens, S = idx if mask is None else torch.where(mask, idx, -1), self.config.latent_factor
+        return F.pad(tokens, (0, -tokens.size(1) % S), value=-1).unflatten(1, (-1, S)), None  # (B, T) -> (B, M S) -> (B, M, S)
+
+    @uncompiled
+    def learned_codes(self, idx: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`encode` where an autoencoder does it."""
         with torch.no_grad(), full_float32(idx.device):  # codes must not depend on the precision
             if not self.training or self.config.soft_labels == 0.0:
                 return self.autoencoder.encode(idx, mask), None
@@ -217,7 +236,7 @@ class RQTransformer(CausalModel):
 
     def table(self) -> torch.Tensor:
         """What each code adds to the context, its projected codebook vector: (D, K, C). Once per forward pass, or per text."""
-        return torch.bmm(self.vectors, self.project)
+        return self.project if self.vectors is None else torch.bmm(self.vectors, self.project)
 
     def embed(self, codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """
@@ -268,19 +287,19 @@ class RQTransformer(CausalModel):
 
     def sums(self, idx: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         """
-        Of codes idx (B, M, D), or of text idx (B, T) where targets (B, T) >= 0: `code_nats` (D,), `stacks`, `tokens` and, in
-        evaluation of text, `token_nats`. A block that is partly text counts with all its codes.
+        Of codes idx (B, M, D), or of text idx (B, T) where targets (B, T) >= 0: `code_nats` and `codes` (D,), `tokens` and, in
+        evaluation of text with an autoencoder, `token_nats`. A block that is partly text counts with all codes that it has.
         """
         text, counted = idx.dim() == 2, targets >= 0
         codes, soft = self.encode(idx, counted) if text else (idx, None)
-        logits, stacks = self.logits(codes), (codes[..., 0] >= 0).sum()
+        logits, count = self.logits(codes), (codes >= 0).sum((0, 1))
         if soft is None:
             nats = F.cross_entropy(logits.flatten(0, -2), codes.flatten(), ignore_index=-1, reduction="none").view(codes.shape)
         else:
             nats = torch.where(codes >= 0, -(soft * logits.log_softmax(-1)).sum(-1), 0.0)
-        sums = {"code_nats": nats.sum((0, 1)), "stacks": stacks}
-        sums["tokens"] = counted.sum() if text else stacks * self.config.latent_factor
-        if text and not self.training:
+        sums = {"code_nats": nats.sum((0, 1)), "codes": count}
+        sums["tokens"] = counted.sum() if text else count[0] * self.config.latent_factor
+        if text and not self.training and self.autoencoder is not None:
             sums["token_nats"] = torch.where(counted, self.token_nats(codes, idx), 0.0).sum()
         return sums
 
@@ -290,14 +309,14 @@ class RQTransformer(CausalModel):
         """
         Codes idx (B, M, D), -1 where a block has no text, or text idx (B, T) -> logits (B, M, D, K) and no losses. With targets
         of idx's shape, which only say what counts (>= 0, all of it in front), no logits but the losses by name: `code` and `total`
-        (to minimise), nats per code, and `token`, nats per token: of the codes alone for codes and in training, else of
-        codes and tokens together.
+        (to minimise), nats per code, and `token`, nats per token: of the codes alone for codes and in training, or where they are
+        the tokens, else of codes and tokens together.
         """
         if targets is None:
             return self.logits(self.encode(idx, None)[0] if idx.dim() == 2 else idx), {}
         sums = self.sums(idx, targets)
         nats = sums["code_nats"].sum()
-        code = nats / (sums["stacks"] * self.config.codebook_levels)
+        code = nats / sums["codes"].sum()
         return None, {"token": (nats + sums.get("token_nats", 0.0)) / sums["tokens"], "code": code, "total": code}
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -317,14 +336,14 @@ class RQTransformer(CausalModel):
 
     def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, float | list[float]]:
         """
-        `code_bits_per_token` and `token_bits_per_token`, which add up to the bound, and `code_loss`, nats per code of each level.
+        `code_loss`, nats per code of each level, and with an autoencoder `code_bits_per_token` and `token_bits_per_token`, which add
+        up to the bound.
         """
-        bits = math.log(2) * sums["tokens"]
-        return {
-            "code_bits_per_token": (sums["code_nats"].sum() / bits).item(),
-            "token_bits_per_token": (sums["token_nats"] / bits).item(),
-            "code_loss": (sums["code_nats"] / sums["stacks"]).tolist(),
-        }
+        found = {"code_loss": (sums["code_nats"] / sums["codes"].clamp(min=1)).tolist()}
+        if "token_nats" in sums:
+            nats = {"code": sums["code_nats"].sum(), "token": sums["token_nats"]}
+            found |= {f"{name}_bits_per_token": (of / (math.log(2) * sums["tokens"])).item() for name, of in nats.items()}
+        return found
 
     def flops_per_token(self) -> int:
         """

@@ -67,9 +67,9 @@ def test_bench_latent(tmp_path, capsys):
     """Guards the comparison: blocks and single tokens of the same number of texts, each beside the baseline of its batch size."""
     rows = bench.main(["latent", "--tokens=16", "--repeats=1", "--batch=3", "--device=cpu", "--threads=1"])
     *table, line = capsys.readouterr().out.splitlines()
-    assert json.loads(line)["rows"] == rows and sum(line.startswith("| ") for line in table) == 6 + 2
-    assert [row["batch"] for row in rows] == [1, 3] * 3
-    assert [row["tokens_per_step"] for row in rows] == [1, 1, 4, 4, 8, 8]
+    assert json.loads(line)["rows"] == rows and sum(line.startswith("| ") for line in table) == 10 + 2
+    assert [row["batch"] for row in rows] == [1, 3] * 5
+    assert [row["tokens_per_step"] for row in rows] == [1, 1, 4, 4, 4, 4, 8, 8, 8, 8]
     for row in rows:
         assert row["ratio"] == row["tokens_per_second"] / rows[row["batch"] == 3]["tokens_per_second"]
     run = write_run(tmp_path / "run", "decoder_only")

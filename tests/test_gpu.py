@@ -27,6 +27,7 @@ RUNS = {
     "semhash": f"{LATENT_TRANSFORMER} --latent_factor=4 --latent_dim=8 --bottleneck=semhash",
     "autoencoder": f"--model=autoencoder {STACKS} {CODES} --quantize_after=1",
     "rq_transformer": "--model=rq_transformer --n_spatial_layer=1 --n_depth_layer=1",
+    "codes are the tokens": "--model=rq_transformer --autoencoder=none --n_spatial_layer=1 --n_depth_layer=1",
 }
 
 

@@ -1,5 +1,6 @@
 """The prior over codes: one code path for training and steps, what it may see, the bound, sampling, and whole runs."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 import bench
 import checkpoint
+import evaluate
 import generate
 import generate_blocks
 import sample
@@ -36,6 +38,7 @@ AUTOENCODER = dict(
     n_encoder_layer=1, n_decoder_layer=1, n_head=2, n_embd=12,
 )  # fmt: skip
 PRIOR = dict(n_spatial_layer=2, n_depth_layer=2, n_head=2, n_embd=12)
+TOKENS = {"prior": {"autoencoder": None}}  # codes are the tokens
 
 
 def disturb(module: torch.nn.Module) -> None:
@@ -54,12 +57,19 @@ def make_autoencoder(seed: int = 0, **options) -> Autoencoder:
 
 
 def make_prior(seed: int = 0, prior: dict | None = None, **options) -> RQTransformer:
-    """A tiny prior with its tiny autoencoder, in float64."""
-    autoencoder = make_autoencoder(seed, **options)
-    config = RQTransformerConfig(**(PRIOR | (prior or {}))).fitted_to(autoencoder)
+    """A tiny prior with its tiny autoencoder, or without one, in float64."""
+    if prior is not None and prior.get("autoencoder", "") is None:
+        sizes = {key: AUTOENCODER[key] for key in ("vocab_size", "block_size", "latent_factor")}
+        autoencoder, config = None, RQTransformerConfig(**(PRIOR | sizes | prior | options))
+        torch.manual_seed(seed)
+    else:
+        autoencoder = make_autoencoder(seed, **options)
+        config = RQTransformerConfig(**(PRIOR | (prior or {}))).fitted_to(autoencoder)
     model = RQTransformer(config)
     disturb(model)
-    model.double().eval().attach(autoencoder)
+    model.double().eval()
+    if autoencoder is not None:
+        model.attach(autoencoder)
     return model
 
 
@@ -72,7 +82,7 @@ def random_codes(model: RQTransformer, rows: int = 2, seed: int = 1) -> torch.Te
 # what the model computes
 
 
-@pytest.mark.parametrize("options", [{}, {"codebook_levels": 1}, {"shared_codebook": True}, {"latent_factor": 8}])
+@pytest.mark.parametrize("options", [{}, {"codebook_levels": 1}, {"shared_codebook": True}, {"latent_factor": 8}, TOKENS])
 @pytest.mark.parametrize("prefill", [0, 1, 3])
 def test_steps_equal_teacher_forcing(options, prefill):
     """
@@ -95,7 +105,8 @@ def test_steps_equal_teacher_forcing(options, prefill):
 
 
 @pytest.mark.parametrize(
-    "options, prior", [({}, {}), ({"codebook_levels": 1}, {"bias": True}), ({"shared_codebook": True}, {"n_head": 4})]
+    "options, prior",
+    [({}, {}), ({"codebook_levels": 1}, {"bias": True}), ({"shared_codebook": True}, {"n_head": 4}), ({}, {"autoencoder": None})],
 )
 def test_a_code_stepper_takes_the_models_own_steps(options, prior):
     """Guards the matrix-vector path of sampling one text: logits at every position and depth, behind prefills of 1 and 3 stacks."""
@@ -145,9 +156,10 @@ def test_a_block_writer_takes_the_decoders_own_steps(options):
             assert cache.length == codes.size(1) * model.config.latent_factor
 
 
-def test_codes_are_predicted_in_raster_order():
+@pytest.mark.parametrize("options", [{}, TOKENS])
+def test_codes_are_predicted_in_raster_order(options):
     """Guards causality: another code (m, d) changes the logits of (m, d + 1), or of the next stack, and none up to (m, d)."""
-    model = make_prior()
+    model = make_prior(**options)
     codes = random_codes(model)
     M, D, K = model.config.blocks, model.config.codebook_levels, model.config.codebook_size
     with torch.no_grad():
@@ -255,6 +267,31 @@ def test_the_bound_is_what_a_slow_loop_finds(real):
     assert said["code_loss"] == pytest.approx((nats_codes / stacks).tolist(), rel=1e-5)
 
 
+@pytest.mark.parametrize("real", [24, 22, 9, 1])
+@pytest.mark.parametrize("training", [False, True])
+def test_where_codes_are_the_tokens_their_nats_are_those_of_the_text(real, training):
+    """
+    Guards the likelihood, which is no bound then: the sum over single tokens of what the model says of them behind those before,
+    computed anew for each, in texts that end inside a block as well.
+    """
+    model = make_prior(**TOKENS).train(training)
+    S, x = model.config.latent_factor, torch.randint(31, (2, 24), generator=torch.Generator().manual_seed(2))
+    y = torch.full_like(x, 5)
+    y[1, real:] = -1
+    nats = torch.zeros(S, dtype=torch.float64)
+    with torch.no_grad():
+        for text in (x[:1], x[1:, :real]):
+            for t in range(text.size(1)):
+                seen = F.pad(text[:, :t], (0, (t // S + 1) * S - t))  # zeros stand where nothing may look
+                nats[t % S] -= model.logits(seen.unflatten(1, (-1, S)))[0, t // S, t % S].log_softmax(-1)[text[0, t]]
+    losses = model(x, y)[1]
+    assert all(abs(losses[name] - nats.sum() / (24 + real)) < 1e-10 for name in ("token", "code", "total"))
+    said = model.eval().summarize(model.measure(x, y))
+    assert said.keys() == {"code_loss"}
+    counts = torch.tensor([len(range(d, 24, S)) + len(range(d, real, S)) for d in range(S)])
+    assert said["code_loss"] == pytest.approx((nats / counts).tolist())
+
+
 def test_soft_codes_are_draws_and_their_distribution():
     """Guards Lee's targets: Q is softmax(-distance^2 / tau) of the residual of what was *drawn*; tau -> 0 gives the hard codes."""
     model = make_prior()
@@ -279,7 +316,7 @@ def test_soft_labels_are_for_training_only():
     assert model(x, y)[1]["token"] == model(x, y)[1]["token"]
     model.train()
     losses = [model(x, y)[1] for _ in range(2)]
-    assert losses[0]["total"] != losses[1]["total"] and model.sums(x, y)["stacks"] == 6 + 6 + 3
+    assert losses[0]["total"] != losses[1]["total"] and model.sums(x, y)["codes"].tolist() == 3 * [6 + 6 + 3]
     assert abs(losses[0]["token"] * (10 + 24 + 24) - losses[0]["code"] * 15 * 3) < 1e-9
     losses[0]["total"].backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -318,7 +355,8 @@ def test_codes_do_not_depend_on_the_precision(soft_labels):
     assert used == [("highest", False)], "on a GPU products and convolutions would be TF32"
 
 
-def test_flops_are_those_of_a_step():
+@pytest.mark.parametrize("options", [{"latent_dim": 4, "codebook_size": 16}, TOKENS | {"vocab_size": 16}])
+def test_flops_are_those_of_a_step(options):
     """
     Guards the comparison at equal FLOPs, against torch's counter: W runs for all codes of a stack but the first. The table of
     codes, made once a step, is small here beside all else.
@@ -326,8 +364,8 @@ def test_flops_are_those_of_a_step():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    sizes = {"block_size": 64, "codebook_size": 16, "latent_dim": 4}
-    model = make_prior(prior={"n_embd": 48, "n_spatial_layer": 3}, **sizes).double().train()  # its attention is torch's
+    prior = {"n_embd": 48, "n_spatial_layer": 3} | options.get("prior", {})
+    model = make_prior(**(options | {"prior": prior}), block_size=64).train()  # in float64 its attention is torch's
     codes = random_codes(model, rows=16)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(codes, codes)[1]["total"].backward()
@@ -345,6 +383,17 @@ def test_another_autoencoder_is_refused():
         dataclasses.replace(model.config).fitted_to(other, {"codebook_hash": model.config.codebook_hash})
     with pytest.raises(ValueError, match="latent_factor=8, but the autoencoder .* has 4: set --latent_factor=4"):
         model.config.fitted_to(other, {"latent_factor": 8})
+
+
+def test_codebook_vectors_are_those_of_the_copy():
+    """Guards a run that is resumed, bit for bit: its copy of a float64 autoencoder is float32, like the run, and E is a product."""
+    autoencoder = make_autoencoder(codebook_kind="simvq")
+    disturb(autoencoder)  # by what float32 does not hold
+    config = RQTransformerConfig(**PRIOR).fitted_to(autoencoder)
+    models, kept = [RQTransformer(config) for _ in range(2)], copy.deepcopy(autoencoder).float().double()
+    for model, loaded in zip(models, (autoencoder, kept)):
+        model.attach(loaded)
+    assert models[0].vectors.dtype == torch.float32 and torch.equal(models[0].vectors, models[1].vectors)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -396,8 +445,28 @@ def test_greedy_sampling_is_the_argmax_of_teacher_forcing(length, use_cache):
     assert torch.equal(logits.argmax(-1), codes[:, -1])
 
 
+@pytest.mark.parametrize("length", [1, 3, 4, 9, 20, 23, 24])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_where_codes_are_the_tokens_each_is_the_argmax_behind_those_before(length, use_cache):
+    """Guards prompts that end inside a block, whose rest is chosen behind them, alone and in a batch, and contexts that are full."""
+    model = make_prior(seed=length, **TOKENS)
+    S, M = model.config.latent_factor, model.config.blocks
+    text = torch.randint(31, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    samples = continued(model, [text, text[::-1]], 50, GREEDY, use_cache=use_cache)
+    assert samples[0].output == continued(model, [text], 50, GREEDY, use_cache=use_cache)[0].output
+    first = 0
+    with torch.no_grad():
+        for _ in range(50):
+            if len(text) - first == M * S:
+                first += M // 2 * S
+            seen = torch.tensor([text[first:] + [0] * (S - len(text) % S)]).unflatten(1, (-1, S))
+            text = [*text, model.logits(seen)[0, -1, len(text) % S].argmax().item()]
+    assert samples[0].output == text[length:] and len(set(text[length:])) > 2
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"latent_factor": 8}, {"block_size": 4}, {"latent_factor": 1, "codebook_kind": "simvq"}]
+    "options",
+    [{}, {"latent_factor": 8}, {"block_size": 4}, {"latent_factor": 1, "codebook_kind": "simvq"}, TOKENS | {"latent_factor": 3}],
 )
 def test_texts_do_not_depend_on_batch_or_cache(options):
     """Guards the noise and the caches: sample i is the same text in a batch, alone, and computed without caches."""
@@ -500,6 +569,14 @@ def test_bad_settings(options, message):
         RQTransformerConfig(**options)
 
 
+def test_settings_of_an_autoencoder_that_is_not_there():
+    """Guards a comparison of soft labels, or of offsets, with nothing; and a vocabulary that comes from the data set afterwards."""
+    with pytest.warns(UserWarning, match="soft_labels, code_offsets without effect: autoencoder=none"):
+        config = RQTransformerConfig(autoencoder=None, soft_labels=0.5, code_offsets=3, latent_factor=8)
+    assert (config.soft_labels, config.codebook_size, config.codebook_levels) == (0.0, 256, 8)
+    assert dataclasses.replace(config, vocab_size=300).codebook_size == 300
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # whole runs
 
@@ -545,6 +622,25 @@ def test_resumed_equals_unbroken(own_autoencoder, tiny_data, tmp_path, more):
     assert not any("autoencoder" in key for key in a)
     assert summary["val_bits_per_byte"] == pytest.approx(summary["code_bits_per_byte"] + summary["token_bits_per_byte"])
     assert len(summary["code_loss"]) == 2 and all(loss < 3 for loss in summary["code_loss"])
+
+
+def test_a_run_whose_codes_are_the_tokens(tiny_data, tmp_path, capsys):
+    """Guards what needs no autoencoder: training, resuming bit for bit, evaluate.py, and samples of a prompt that ends in a block."""
+    more = ["--autoencoder=none", "--latent_factor=8", "--block_size=32", "--lr_decay_iters=6", "--dropout=0.1", "--eval_sample_tokens=9"]
+    summary = run("rq_transformer", tiny_data, tmp_path / "a", *more)
+    run("rq_transformer", tiny_data, tmp_path / "b", *more, "--max_iters=3")
+    run("rq_transformer", tiny_data, tmp_path / "b", *more, "--resume")
+    a, b = (safetensors.torch.load_file(tmp_path / name / "last" / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert "code_bits_per_byte" not in summary and not (tmp_path / "a" / "autoencoder").exists()
+    (found,) = evaluate.main([str(tmp_path / "a"), "--dtype=float32", "--final_eval_tokens=400"])
+    assert found["val_loss"] == pytest.approx(summary["val_loss"], abs=1e-6)
+    assert "validation loss" in (said := capsys.readouterr().out) and "of codes" not in said
+    words = [str(tmp_path / "a"), "--prompt=def f", "--max_new_tokens=70", "--device=cpu"]
+    together = sample.main([*words, "--num_samples=2", "--check"])
+    assert sample.main([*words, "--stream", "--cache=false", "--check"]) == together[:1]
+    with pytest.raises(ValueError, match="token_temperature is of tokens behind codes, but here the codes are the tokens"):
+        sample.main([*words, "--token_temperature=0.5"])
 
 
 def test_learns_codes_by_heart(tmp_path):
