@@ -281,9 +281,11 @@ def test_where_codes_are_the_tokens_their_nats_are_those_of_the_text(real, train
     nats = torch.zeros(S, dtype=torch.float64)
     with torch.no_grad():
         for text in (x[:1], x[1:, :real]):
+            alone = model(text, text)[1]["token"] * text.size(1) + nats.sum()
             for t in range(text.size(1)):
                 seen = F.pad(text[:, :t], (0, (t // S + 1) * S - t))  # zeros stand where nothing may look
                 nats[t % S] -= model.logits(seen.unflatten(1, (-1, S)))[0, t // S, t % S].log_softmax(-1)[text[0, t]]
+            assert abs(alone - nats.sum()) < 1e-10
     losses = model(x, y)[1]
     assert all(abs(losses[name] - nats.sum() / (24 + real)) < 1e-10 for name in ("token", "code", "total"))
     said = model.eval().summarize(model.measure(x, y))
@@ -462,6 +464,14 @@ def test_where_codes_are_the_tokens_each_is_the_argmax_behind_those_before(lengt
             seen = torch.tensor([text[first:] + [0] * (S - len(text) % S)]).unflatten(1, (-1, S))
             text = [*text, model.logits(seen)[0, -1, len(text) % S].argmax().item()]
     assert samples[0].output == text[length:] and len(set(text[length:])) > 2
+
+
+def test_where_codes_are_the_tokens_a_text_goes_on_as_it_would_have():
+    """Guards the noise and the settings of levels in a block that the prompt begins: they are of the place in the block."""
+    model, sampling = make_prior(**TOKENS), BlockSampling(tuple(Sampling(0.5 + d, 3 + d, seed=3) for d in range(4)))
+    text = [3, 1, *continued(model, [[3, 1]], 16, sampling)[0].output]
+    for length in range(3, 12):
+        assert continued(model, [text[:length]], 18 - length, sampling)[0].output == text[length:], length
 
 
 @pytest.mark.parametrize(
