@@ -20,8 +20,8 @@ of one stack, so nothing attends over all M D codes:
 5. In front of the first stack stands one learned vector, where the paper has a condition: a text is continued from a prompt.
 6. The autoencoder is attached, not a part: it is neither trained nor counted nor in this model's checkpoints.
 7. Without one the codes of a block are its tokens: D = S, K = V, E_d is the identity, so that P_d is a table of embeddings, and
-   `token` is no bound but the nats of the text themselves. That is a MegaByte (arXiv:2305.07185) with the depth transformer as its
-   local model, and what learned codes have to be compared with.
+   `token` is no bound but the nats of the text themselves. That is much like MegaByte (arXiv:2305.07185), whose local model is the
+   depth transformer here, and what learned codes have to be compared with.
 
 Shapes: B batch, T tokens, S tokens of a block, M = ceil(T / S) blocks, D levels, K codes of a level, Z latent width, C width,
 N stacks of any texts, V vocabulary.
