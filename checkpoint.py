@@ -45,8 +45,8 @@ except ImportError:  # Windows
 # A model is called as model(idx, targets) -> (logits, losses by name, `total` among them). What else training and evaluation ask of it,
 # the methods only where it has them (latent/ gives their shapes):
 #   side_by_side, reconstructs, writes_blocks     its kind (model.py, CausalModel)
-#   fitted_to (of its config), attach             it works on the codes of a frozen autoencoder, the run config.autoencoder
-#   training_data                                 what a step draws from, if not text
+#   fitted_to (of its config), attach             it works on the codes of a frozen autoencoder, the run config.autoencoder, if any
+#   training_data                                 what a step draws from then, if not text
 #   check                                         raises ValueError for data or a number of steps that it cannot be trained on, or warns
 #   named_backbone_parameters, backbone_rate      parameters with a learning rate of their own, and their share of the common one
 #   after_step, steps                             statistics that are collected once a step; steps so far, for its own schedules
