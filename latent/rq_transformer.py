@@ -13,15 +13,16 @@ of one stack, so nothing attends over all M D codes:
 2. Both transformers are blocks of model.py, the spatial one with rotary positions; the levels have theirs in p. `states` and
    `code_logits` take all codes so far and compute what their cache does not hold yet: training, prefill and steps are one path.
 3. One projection a level: with a table shared by all depths (1, 2, 3) and (3, 2, 1) would be the same context. E_d is divided by
-   its root mean square, because residuals, and so the codes of deep levels, become small.
+   its root mean square, because residuals, and so the codes of deep levels, become small. With `code_vectors` = learned E_d is the
+   identity, so that P_d is a table of embeddings: more parameters, no more arithmetic, and a lower loss (results/REPORT.md, section 7).
 4. In evaluation `token` is an upper bound of the negative log-likelihood of the text: the codes z(x) are a function of the text,
    so p(x) >= p(z(x)) p(x | z(x)), and both factors are paid for: nats of the codes, and of the tokens given the codes. It is that of
    whole windows x_0 .. x_{T-1}; other models predict x_1 .. x_T and are given x_0.
 5. In front of the first stack stands one learned vector, where the paper has a condition: a text is continued from a prompt.
 6. The autoencoder is attached, not a part: it is neither trained nor counted nor in this model's checkpoints.
-7. Without one the codes of a block are its tokens: D = S, K = V, E_d is the identity, so that P_d is a table of embeddings, and
-   `token` is no bound but the nats of the text themselves. That is much like MegaByte (arXiv:2305.07185), whose local model is the
-   depth transformer here, and what learned codes have to be compared with.
+7. Without one the codes of a block are its tokens: D = S, K = V, learned vectors, and `token` is no bound but the nats of the text
+   themselves. That is much like MegaByte (arXiv:2305.07185), whose local model is the depth transformer here, and what learned codes
+   have to be compared with.
 
 Shapes: B batch, T tokens, S tokens of a block, M = ceil(T / S) blocks, D levels, K codes of a level, Z latent width, C width,
 N stacks of any texts, V vocabulary.
@@ -72,6 +73,7 @@ class RQTransformerConfig:
     n_embd: int = 108  # width C of both
     bias: bool = False  # biases in linear layers and LayerNorms
     dropout: float = 0.0  # on embeddings, attention weights and residual branches, in training only
+    code_vectors: Literal["codebook", "learned"] = "codebook"  # what is read of a code: its frozen vector, projected, or one of its own
     soft_labels: float = 0.0  # temperature of stochastic soft targets, see soft_codes; 0 = the codes themselves, stored once
     code_offsets: int = 1  # stored copies of the training text, each cut into windows at other places
     # the autoencoder's: taken from it when a run starts; without one K = V and D = S, and there is no Z
@@ -85,7 +87,8 @@ class RQTransformerConfig:
     def __post_init__(self):
         if self.autoencoder is None:
             warn_ignored(self, ("soft_labels", "code_offsets", "latent_dim"), "autoencoder=none, so codes are the tokens")
-            for key, value in (("soft_labels", 0.0), ("codebook_size", self.vocab_size), ("codebook_levels", self.latent_factor)):
+            own = {"codebook_size": self.vocab_size, "codebook_levels": self.latent_factor, "code_vectors": "learned", "soft_labels": 0.0}
+            for key, value in own.items():
                 object.__setattr__(self, key, value)  # frozen for all others
         check_fields(self, "n_spatial_layer", "n_depth_layer", "n_head", "n_embd", "code_offsets", *FROM_AUTOENCODER)
         require(self.soft_labels >= 0.0, f"soft_labels={self.soft_labels}: a temperature is needed, or 0 for hard labels")
@@ -168,8 +171,8 @@ class RQTransformer(CausalModel):
     def __init__(self, config: RQTransformerConfig):
         super().__init__()
         self.config, self.side_by_side = config, config.soft_labels == 0.0
-        C, D, K, learned = config.n_embd, config.codebook_levels, config.codebook_size, config.autoencoder is not None
-        self.project = nn.Parameter(torch.empty(D, config.latent_dim if learned else K, C))  # P
+        C, D, K, learned = config.n_embd, config.codebook_levels, config.codebook_size, config.code_vectors == "learned"
+        self.project = nn.Parameter(torch.empty(D, K if learned else config.latent_dim, C))  # P
         self.start = nn.Parameter(torch.empty(C))  # in front of the first stack
         self.spatial = Stack(config, config.n_spatial_layer, config.blocks, "rope")
         self.from_sum = nn.Linear(C, C, bias=config.bias) if D > 1 else None  # W
@@ -179,7 +182,7 @@ class RQTransformer(CausalModel):
             nn.Sequential(nn.LayerNorm(C, bias=config.bias), nn.Linear(C, K, bias=config.bias)) for _ in range(D)
         )
         self.dropout = Dropout(config.dropout)
-        vectors = torch.zeros(D, K, config.latent_dim) if learned else None  # E of the autoencoder that is attached
+        vectors = None if learned else torch.zeros(D, K, config.latent_dim)  # E of the autoencoder that is attached
         self.register_buffer("vectors", vectors, persistent=False)
         self.autoencoder: Autoencoder | None = None
         self.initialize([self.spatial.blocks, self.depth.blocks])
@@ -193,9 +196,10 @@ class RQTransformer(CausalModel):
     def attach(self, autoencoder: Autoencoder) -> None:
         """Make this the autoencoder whose codes are predicted, frozen. Raises ValueError if it has other codebooks."""
         check_hash(self.config.codebook_hash, autoencoder)
-        autoencoder.to(self.vectors).eval().requires_grad_(False)  # first: its copy in the run, of which a resumed one makes E, is so
-        books = torch.stack(autoencoder.quantizer.vectors())
-        self.vectors.copy_(books / books.pow(2).mean((1, 2), keepdim=True).sqrt())
+        autoencoder.to(self.start).eval().requires_grad_(False)  # first: its copy in the run, of which a resumed one makes E, is so
+        if self.vectors is not None:
+            books = torch.stack(autoencoder.quantizer.vectors())
+            self.vectors.copy_(books / books.pow(2).mean((1, 2), keepdim=True).sqrt())
         object.__setattr__(self, "autoencoder", autoencoder)  # nn.Module would make it a submodule
 
     def _apply(self, fn, recurse: bool = True):
@@ -210,7 +214,7 @@ class RQTransformer(CausalModel):
         """
         if self.autoencoder is not None:
             return self.learned_codes(idx, mask)
-        assert self.vectors is None, "no autoencoder has been attached"
+        assert self.config.autoencoder is None, "no autoencoder has been attached"
         tokens, S = idx if mask is None else torch.where(mask, idx, -1), self.config.latent_factor
         return F.pad(tokens, (0, -tokens.size(1) % S), value=-1).unflatten(1, (-1, S)), None  # (B, T) -> (B, M S) -> (B, M, S)
 
@@ -235,7 +239,7 @@ class RQTransformer(CausalModel):
     # codes to logits
 
     def table(self) -> torch.Tensor:
-        """What each code adds to the context, its projected codebook vector: (D, K, C). Once per forward pass, or per text."""
+        """What a code adds to the context, (D, K, C): its projected codebook vector, or its own. Once per forward pass, or per text."""
         return self.project if self.vectors is None else torch.bmm(self.vectors, self.project)
 
     def embed(self, codes: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,7 @@ AUTOENCODER = dict(
 )  # fmt: skip
 PRIOR = dict(n_spatial_layer=2, n_depth_layer=2, n_head=2, n_embd=12)
 TOKENS = {"prior": {"autoencoder": None}}  # codes are the tokens
+LEARNED = {"prior": {"code_vectors": "learned"}}
 
 
 def disturb(module: torch.nn.Module) -> None:
@@ -82,7 +83,7 @@ def random_codes(model: RQTransformer, rows: int = 2, seed: int = 1) -> torch.Te
 # what the model computes
 
 
-@pytest.mark.parametrize("options", [{}, {"codebook_levels": 1}, {"shared_codebook": True}, {"latent_factor": 8}, TOKENS])
+@pytest.mark.parametrize("options", [{}, {"codebook_levels": 1}, {"shared_codebook": True}, {"latent_factor": 8}, TOKENS, LEARNED])
 @pytest.mark.parametrize("prefill", [0, 1, 3])
 def test_steps_equal_teacher_forcing(options, prefill):
     """
@@ -106,7 +107,13 @@ def test_steps_equal_teacher_forcing(options, prefill):
 
 @pytest.mark.parametrize(
     "options, prior",
-    [({}, {}), ({"codebook_levels": 1}, {"bias": True}), ({"shared_codebook": True}, {"n_head": 4}), ({}, {"autoencoder": None})],
+    [
+        ({}, {}),
+        ({"codebook_levels": 1}, {"bias": True}),
+        ({"shared_codebook": True}, {"n_head": 4}),
+        ({}, {"code_vectors": "learned"}),
+        ({}, {"autoencoder": None}),
+    ],
 )
 def test_a_code_stepper_takes_the_models_own_steps(options, prior):
     """Guards the matrix-vector path of sampling one text: logits at every position and depth, behind prefills of 1 and 3 stacks."""
@@ -156,7 +163,7 @@ def test_a_block_writer_takes_the_decoders_own_steps(options):
             assert cache.length == codes.size(1) * model.config.latent_factor
 
 
-@pytest.mark.parametrize("options", [{}, TOKENS])
+@pytest.mark.parametrize("options", [{}, TOKENS, LEARNED])
 def test_codes_are_predicted_in_raster_order(options):
     """Guards causality: another code (m, d) changes the logits of (m, d + 1), or of the next stack, and none up to (m, d)."""
     model = make_prior(**options)
@@ -219,6 +226,27 @@ def test_depth_transformer_written_out():
             x = block(x, causal)
         expected = torch.stack([model.heads[d](x[:, d]) for d in range(3)], dim=1).unflatten(0, (2, -1))
         assert (expected - model(codes)[0]).abs().max() < 1e-10
+
+
+def test_learned_vectors_can_be_those_of_the_codebook():
+    """Guards the table that takes their place, and its gradient: with their values, losses and all other gradients are the same."""
+    model, learned = make_prior(), make_prior(**LEARNED)
+    missing = learned.load_state_dict({name: value for name, value in model.state_dict().items() if name != "project"}, strict=False)
+    assert missing.missing_keys == ["project"] and learned.vectors is None and learned.autoencoder is not None
+    with torch.no_grad():
+        learned.project.copy_(model.table())
+    x = torch.randint(31, (2, 24), generator=torch.Generator().manual_seed(1))
+    for training in (False, True):
+        losses = [one.train(training)(x, x)[1] for one in (model, learned)]
+        assert losses[0].keys() == losses[1].keys() and all(abs(losses[0][key] - losses[1][key]) < 1e-10 for key in losses[0])
+        for one, loss in zip((model, learned), losses):
+            one.zero_grad()
+            loss["total"].backward()
+        for (name, a), b in zip(model.named_parameters(), learned.parameters()):
+            expected = a.grad if name != "project" else None
+            assert expected is None or (expected - b.grad).abs().max() < 1e-10, name
+        through = torch.bmm(model.vectors.mT, learned.project.grad)  # the chain rule, by hand
+        assert (through - model.project.grad).abs().max() < 1e-10
 
 
 def test_empty_blocks_do_not_count():
@@ -357,7 +385,10 @@ def test_codes_do_not_depend_on_the_precision(soft_labels):
     assert used == [("highest", False)], "on a GPU products and convolutions would be TF32"
 
 
-@pytest.mark.parametrize("options", [{"latent_dim": 4, "codebook_size": 16}, TOKENS | {"vocab_size": 16}])
+@pytest.mark.parametrize(
+    "options",
+    [{"latent_dim": 4, "codebook_size": 16}, {"codebook_size": 64, "prior": {"code_vectors": "learned"}}, TOKENS | {"vocab_size": 16}],
+)
 def test_flops_are_those_of_a_step(options):
     """
     Guards the comparison at equal FLOPs, against torch's counter: W runs for all codes of a stack but the first. The table of
@@ -616,7 +647,9 @@ def own_autoencoder(autoencoder_run, tmp_path) -> Path:
     return Path(shutil.copytree(autoencoder_run, tmp_path / "autoencoder"))
 
 
-@pytest.mark.parametrize("more", [["--dropout=0.1", "--code_offsets=2"], ["--soft_labels=0.5"]], ids=["stored", "soft"])
+@pytest.mark.parametrize(
+    "more", [["--dropout=0.1", "--code_offsets=2", "--code_vectors=learned"], ["--soft_labels=0.5"]], ids=["stored", "soft"]
+)
 def test_resumed_equals_unbroken(own_autoencoder, tiny_data, tmp_path, more):
     """
     Guards resuming, bit for bit: the order of stored codes, dropout, and the draws of soft labels are functions of the step. Where

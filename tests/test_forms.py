@@ -1,0 +1,74 @@
+"""Forms of the codes of a block: each says what the bytes say, and reading them shows nothing of what is to be written."""
+
+import itertools
+
+import pytest
+import torch
+from test_rq_transformer import disturb, run
+
+from dev import forms
+from latent.rq_transformer import RQTransformer, RQTransformerConfig
+
+CONFIG = RQTransformerConfig(autoencoder=None, n_spatial_layer=1, n_depth_layer=1, n_head=2, n_embd=16, block_size=32)
+
+
+@pytest.fixture(scope="module")
+def autoencoder_run(tiny_data, tmp_path_factory) -> str:
+    out = tmp_path_factory.mktemp("runs") / "autoencoder"
+    run("autoencoder", tiny_data, out, "--encoder_context=block")
+    return str(out)
+
+
+def build(read: str, write: str) -> forms.FormTransformer:
+    forms.FormTransformer.names = (read, write)
+    torch.manual_seed(0)
+    model = forms.FormTransformer(CONFIG)
+    disturb(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", forms.FORMS)
+def test_a_form_can_be_inverted(name):
+    """Guards nats of codes that say less than the bytes: two blocks never have the same codes, and codes are bytes."""
+    torch.manual_seed(0)
+    near = torch.tensor(list(itertools.product((0, 1, 2, 127, 128, 255), repeat=4)))
+    blocks = torch.cat((near, torch.randint(256, (50_000, 4)))).unique(dim=0)
+    codes = forms.Form(name, 4)(blocks)[:, 0]
+    assert codes.min() >= 0 and codes.max() <= 255
+    assert len(codes.unique(dim=0)) == len(blocks)
+    assert torch.equal(codes, blocks) == (name == "bytes")
+
+
+def test_bytes_are_the_model_without_an_autoencoder():
+    """Guards the control: reading and writing bytes is the model of config/latent/rq_transformer_bytes.py, bit for bit."""
+    model = build("bytes", "bytes")
+    plain = RQTransformer(CONFIG).eval()
+    plain.load_state_dict(model.state_dict())
+    idx = torch.randint(256, (3, 32), generator=torch.Generator().manual_seed(1))
+    targets = idx.clone()
+    targets[1, 20:] = -1
+    assert model(idx, targets)[1]["token"].item() == plain(idx, targets)[1]["token"].item()
+
+
+@pytest.mark.parametrize(("read", "write"), [("mix", "mix"), ("bytes", "pairs"), ("pairs", "chain"), ("run", "bytes"), ("bytes", "run")])
+def test_what_is_read_is_the_past(read, write, autoencoder_run):
+    """Guards a leak: a byte changes logits of its own block only behind the first code that it changes, and of later blocks all."""
+    model = build(*(autoencoder_run if name == "run" else name for name in (read, write)))
+    idx = torch.randint(256, (1, 32), generator=torch.Generator().manual_seed(1))
+    other = idx.clone()
+    other[0, 13] += 1  # of block 3
+    codes, others = (model.encode(x, None)[0] for x in (idx, other))
+    assert torch.equal(codes[:, :3], others[:, :3]) and torch.equal(codes[:, 4:], others[:, 4:])
+    assert model.read.name == model.write.name or not torch.equal(codes, model.seen)
+    a, b = (model(x)[0] for x in (idx, other))  # (1, M, D, K)
+    first = int((codes[0, 3] != others[0, 3]).int().argmax()) if not torch.equal(codes, others) else codes.size(-1)
+    assert torch.equal(a[:, :3], b[:, :3]) and torch.equal(a[:, 3, : first + 1], b[:, 3, : first + 1])
+    if read != "run":  # whose codes may be the same
+        assert (a[:, 4:] != b[:, 4:]).any(-1).all()
+
+
+def test_codes_that_know_other_blocks_are_refused(tiny_data, tmp_path):
+    """Guards nats of a byte given codes that have seen it: only an autoencoder that sees its block alone is a form."""
+    run("autoencoder", tiny_data, tmp_path / "prefix", "--encoder_context=prefix")
+    with pytest.raises(ValueError, match="needs encoder_context=block and latent_factor=4"):
+        forms.Form(str(tmp_path / "prefix"), 4)
