@@ -148,6 +148,8 @@ def check_free(out: Path, overwrite: bool) -> None:
     found = [path.name for path in parts_of_run(out) if path.exists()]
     if found and "config.json" not in found:  # perhaps other runs, or a data set
         raise FileExistsError(f"{out} is no run, but has {', '.join(found)}, which a run would replace; --out_dir=... writes elsewhere")
+    if not found and (inside := sorted(out.glob("*/config.json"))):
+        raise FileExistsError(f"{out} is no run, but holds runs ({inside[0].parent.name}, ...); give --out_dir={out}/NAME")
     if not overwrite:
         resume = "--resume continues it, " if any((out / name).is_dir() for name in ("last", "last.old")) else ""
         raise FileExistsError(f"{out} exists; {resume}--overwrite starts it again, --out_dir=... writes elsewhere")
@@ -184,6 +186,7 @@ def first_flags(run: Path) -> set[str]:
 TRAINER = {  # what a trainer.json says, and of which type
     "step": int, "scaler": dict, "data_hash": str, "best_val_loss": float | int | None, "no_better": int, "evaluated": int | None,
     "seconds": float | int, "train_seconds": float | int, "micro_batch_size": int | None, "lanes": int, "decay_ends": list,
+    "dtype": str | None,
 }  # fmt: skip
 
 
@@ -287,6 +290,8 @@ def find(run: Path, which: str) -> Path:
     if not (run / "config.json").exists():
         inside = [path.parent.name for path in sorted(run.glob("*/config.json"))]
         found = f"; there are {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''} in it" if inside else ""
+        if (run.parent / "config.json").exists():  # one of its folders
+            found = f"; give {run.parent}, with --checkpoint={run.name}"
         raise FileNotFoundError(f"{run} is not a run directory: it has no config.json{found}")
     for folder in (run / which, run / f"{which}.old"):  # .old: a crash struck between the two renames of save()
         if (folder / "trainer.json").exists() and (folder / "model.safetensors").exists():

@@ -119,7 +119,7 @@ def ending(run: Run) -> Ending | None:
 class Difference(NamedTuple):
     run: str
     reference: str
-    seeds: int  # that both rows have
+    seeds: int  # that both rows have; 0: not paired
     mean: float  # nats per token; positive: worse than the reference
     low: float | None  # 95 % interval
     high: float | None
@@ -127,19 +127,24 @@ class Difference(NamedTuple):
     verdict: str
 
 
-def paired_difference(row: Row, reference: Row) -> Difference:
-    """Paired t-test of the validation losses over the seeds that both rows have."""
+def difference(row: Row, reference: Row) -> Difference:
+    """
+    Paired t-test of the validation losses over the seeds that both rows have. Where they have none in common, Student's test of two
+    samples, which holds losses of both to scatter alike, so that one new run can be held against several.
+    """
     a, b = ({run.summary["seed"]: run.summary["val_loss"] for run in r.runs} for r in (row, reference))
     d = np.array([a[seed] - b[seed] for seed in a if seed in b])
-    n = len(d)
-    if n < 2:
-        mean = float(d[0]) if n else row.mean("val_loss") - reference.mean("val_loss")
-        verdict = "one seed: cannot tell" if n else "no seed in common: cannot tell"
-        return Difference(row.label, reference.label, n, mean, None, None, None, verdict)
-    mean, error = float(d.mean()), float(d.std(ddof=1)) / math.sqrt(n)
-    p = t_two_sided(mean / error, n - 1) if error else float(mean == 0)
-    margin = half_interval(d)
-    verdict = "clear of the noise" if p < 0.05 else "inside the noise"
+    n, nu = len(d), len(d) - 1 if len(d) else len(a) + len(b) - 2
+    mean = float(d.mean()) if n else row.mean("val_loss") - reference.mean("val_loss")
+    if nu < 1:
+        return Difference(row.label, reference.label, n, mean, None, None, None, "one seed: cannot tell")
+    if n:
+        error = float(d.std(ddof=1)) / math.sqrt(n)
+    else:
+        squares = sum(float(np.var(list(losses.values()))) * len(losses) for losses in (a, b))
+        error = math.sqrt(squares / nu * (1 / len(a) + 1 / len(b)))
+    p, margin = t_two_sided(mean / error, nu) if error else float(mean == 0), t_critical(nu) * error
+    verdict = ("clear of" if p < 0.05 else "inside") + " the noise" + (", not paired: no seed in common" if n == 0 else "")
     return Difference(row.label, reference.label, n, mean, mean - margin, mean + margin, p, verdict)
 
 
@@ -184,7 +189,7 @@ def table(rows: list[Row], metrics: tuple[str, ...] = ()) -> str:
                 row.label,
                 f"{first['parameters']:,}",
                 count(first["flops_per_token"]),
-                count(first["tokens"]),
+                count(row.mean("tokens")),
                 str(len(row.runs)),
                 f"{row.mean('train_loss'):.4f}",
                 with_sd(row.values("val_loss")),
@@ -266,7 +271,8 @@ def endings_text(rows: list[Row]) -> str:
 def differences_text(differences: list[Difference]) -> str:
     lines = [f"Differences in validation loss from `{differences[0].reference}`, paired by seed, two-sided t-test:", ""]
     for d in differences:
-        tested = f" (95 % interval {d.low:+.4f} to {d.high:+.4f}, {d.seeds} seeds, p = {d.p:.2g})" if d.p is not None else ""
+        seeds = f"{d.seeds} seeds, " if d.seeds else ""
+        tested = f" (95 % interval {d.low:+.4f} to {d.high:+.4f}, {seeds}p = {d.p:.2g})" if d.p is not None else ""
         lines.append(f"- `{d.run}`: {d.mean:+.4f}{tested}: {d.verdict}")
     if (tests := sum(d.p is not None for d in differences)) > 1:
         lines += ["", f"{tests} comparisons at p < 0.05 each; p is not corrected for their number."]
@@ -321,11 +327,11 @@ def check_metrics(rows: list[Row], keys: tuple[str, ...]) -> None:
 
 def as_json(rows: list[Row], differences: list[Difference], metrics: tuple[str, ...]) -> str:
     first = rows[0].runs[0].summary
-    keys = ("val_loss", "train_loss", "val_bits_per_byte", "tokens_per_second")
+    keys = ("tokens", "val_loss", "train_loss", "val_bits_per_byte", "tokens_per_second")
     lines = [
         {
             "run": row.label,
-            **{key: row.runs[0].summary.get(key) for key in ("model", "parameters", "flops_per_token", "tokens")},
+            **{key: row.runs[0].summary.get(key) for key in ("model", "parameters", "flops_per_token")},
             "seeds": [run.summary["seed"] for run in row.runs],
             "paths": [str(run.path) for run in row.runs],
             "commits": [run.summary["commit"] for run in row.runs],
@@ -356,7 +362,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     if name not in labels:
         raise ValueError(f"--reference={name}: no such row; {choice_text(name, labels)} was expected")
     reference = rows[labels.index(name)]
-    differences = [paired_difference(row, reference) for row in rows if row is not reference]
+    differences = [difference(row, reference) for row in rows if row is not reference]
     metrics = options.metrics or ()
     if options.plot is None and len(in_summaries(rows, metrics)) < len(metrics):
         raise ValueError("--metrics says what to draw to --plot, which is none: give it a path")

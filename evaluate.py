@@ -82,8 +82,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     settings = configurator.configure(argv, [EvaluateConfig], positional="RUN ...", description=__doc__)
     config: EvaluateConfig = settings.sections[0]
     machine = runtime.start(config.device, config.dtype, "off")
-    if machine.world_size > 1:
-        raise ValueError(f"evaluate.py is one process, not {machine.world_size}: start it without torchrun")
     print(machine.reasons.split("; compile")[0])
     if config.json is not None:
         if Path(config.json).is_dir():

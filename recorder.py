@@ -24,11 +24,11 @@ class Recorder:
     def __init__(self, trainer: Trainer, out: Path):
         self.trainer, self.config, self.machine, self.out = trainer, trainer.config, trainer.machine, out
         self.tokens_per_step = trainer.sequences * trainer.data.block_size  # of pairs padding counts: it is computed, too
-        self.wandb = None
+        self.wandb, self.dtype = None, str(trainer.machine.dtype).removeprefix("torch.")
         self.state = {
             "best_val_loss": None, "best_step": 0, "no_better": 0, "evaluated": None, "seconds": 0.0,
             "train_seconds": 0.0, "wandb_id": None, "data_hash": trainer.data.both_hash, "micro_batch_size": None, "lanes": 1,
-            "decay_ends": [],
+            "decay_ends": [], "dtype": None,
         }  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ class Recorder:
                 checkpoint.copy_autoencoder(codes_run, out, model.autoencoder)
         if self.wandb:  # a run that goes on without wandb keeps the id for later
             self.state["wandb_id"] = self.wandb.id
-        self.state["lanes"] = trainer.lanes.count
+        self.state["lanes"], self.state["dtype"] = trainer.lanes.count, self.dtype
         if config.micro_batch_size == "auto":
             if self.state["micro_batch_size"] is not None:  # what the run found before it was stopped: then it goes on bit for bit
                 trainer.micro_batch_size = self.state["micro_batch_size"]
@@ -83,6 +83,8 @@ class Recorder:
         if self.config.lanes is None and not trainer.no_lanes_because():  # whatever the number of threads is now
             trainer.lanes = runtime.Lanes(self.state["lanes"])
         self.machine.say(f"resuming {out} at step {trainer.step}")
+        if (was := self.state["dtype"]) not in (None, self.dtype):
+            self.machine.say(f"note: until here it was trained in {was}, from now on in {self.dtype}, which is this machine's choice")
 
     # ------------------------------------------------------------------------------------------------------------------
     # while it trains

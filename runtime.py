@@ -96,14 +96,16 @@ class Runtime:
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
-def start(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> Runtime:
+def start(device: str = "auto", dtype: str = "auto", compile: str = "auto", several: bool = False) -> Runtime:
     """
-    Decide device, dtype and compilation ("auto" or the user's word) and join the other processes if torchrun started any.
-    Raises ValueError for a device or dtype that this machine does not have.
+    Decide device, dtype and compilation ("auto" or the user's word) and, if there may be `several`, join the other processes that
+    torchrun started. Raises ValueError for a device or dtype that this machine does not have, or processes that must not be.
     """
     rank, local_rank, world_size = (
         int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
+    if world_size > 1 and not several:  # the others may not even be there: a cluster's job has the variable set as well
+        raise ValueError(f"WORLD_SIZE={world_size}: only train.py runs in several processes; start this without torchrun, or unset it")
     chosen, why_device = choose_device(device, local_rank, world_size)
     chosen_dtype, why_dtype = choose_dtype(dtype, chosen)
     graphs = compile == "graphs"

@@ -165,13 +165,15 @@ def encode_prompt(written: str, text: tokenizer.Tokenizer, separator: int | None
 
 def look_ahead(run: lookahead.Lookahead, auto: bool) -> Iterator[None]:
     """Continue the text of `run`, with the setting that it has or, if `auto`, with the fastest."""
+    chosen = ""
     for said in lookahead.tune(run) if auto else ():
-        if said:
-            print(said, file=sys.stderr)
+        chosen = said
         yield
     while not run.sample.finished:
         run.step()
         yield
+    if chosen:  # said only now: the text may be streamed
+        print(chosen, file=sys.stderr)
 
 
 def first_difference(samples: list[generate.Continuation], others: list[generate.Continuation]) -> tuple[int, int] | None:
@@ -259,7 +261,7 @@ def main(argv: list[str] | None = None) -> list[str]:
         "texts": [sample.text for sample in samples],
         "device": str(machine.device), "dtype": str(machine.dtype).removeprefix("torch."),
     }  # fmt: skip
-    line = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s"
+    line = f"{run}, step {trainer['step']}: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s"
     if ahead is not None:
         report |= {
             "lookahead": str(ahead.setting or "plain"), "steps": ahead.steps, "drafted": ahead.drafted, "accepted": ahead.accepted,

@@ -201,6 +201,8 @@ def make_sampler(config: TrainConfig, model: torch.nn.Module, data: dataloader.T
         prompt = next(data.questions("val", 1))[0] if pairs else text.encode("\n")
     else:
         prompt = tokenizer.encode_question(text, written, data.separator) if pairs else text.encode(written)
+    if not prompt:
+        raise ValueError("eval_sample_prompt is empty: a sample needs a token to begin with; leave the setting out for a line end")
     generate.check_prompts(model, [prompt])
     return lambda: text.decode(
         generate.generate(model, [prompt], config.eval_sample_tokens, sampling, text.eos, tokenizer=text)[0]
@@ -222,7 +224,7 @@ def main(argv: list[str] | None = None) -> dict:
         stored=settings_of_run,
     )
     config = parsed.sections[0]
-    machine = runtime.start(config.device, config.dtype, config.compile)
+    machine = runtime.start(config.device, config.dtype, config.compile, several=True)
     try:
         out = run_dir(config, parsed.config_file)
         with checkpoint.alone_in(out) if machine.is_main else contextlib.nullcontext():
@@ -413,9 +415,8 @@ def interruptible():
 def stop_if_not_finite(loss: float, step: int, out: Path) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"the loss became {loss} at step {step}; "
-            + (f"{out}/last holds the last good checkpoint; " if (out / "last").is_dir() else "")
-            + "try a lower learning_rate, grad_clip=1.0, or another dtype"
+            f"the loss became {loss} by step {step}; start again with a lower learning_rate, grad_clip=1.0, or another dtype"
+            + (f", or so from the best weights until here, with --init_from={out} --out_dir=..." if (out / "best").is_dir() else "")
         )
 
 

@@ -46,7 +46,7 @@ class TrainConfig:
     beta2: float = 0.95  # decay of AdamW's second moment
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
     # evaluation and logging
-    eval_interval: int = 250  # steps between evaluations; each writes the last/ checkpoint
+    eval_interval: int = 250  # steps between evaluations; each writes last/, and best/ where the loss is lowest, the first at step 0
     eval_iters: int = 20  # batches of an evaluation: the same windows every time, and in every run that evaluates as many sequences
     patience: int | None = None  # end the run after this many evaluations in a row without a lower val_loss; best/ has the lowest
     final_eval_tokens: int | None = None  # tokens judged at the end; none: all

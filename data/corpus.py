@@ -24,7 +24,7 @@ from typing import BinaryIO
 import numpy as np
 
 import tokenizer as tokenizers
-from data.sources import FEW_PIECES, cut_lines, read_documents, take_bytes
+from data.sources import FEW_PIECES, SEPARATOR, cut_lines, read_documents, take_bytes
 from errors import naming
 from tokenizer import Tokenizer, to_utf8
 
@@ -187,7 +187,7 @@ def _encode(
         raise ValueError("there is no text to prepare: what was given is empty")
     for name, side in sides.items():
         if side.documents == 0:
-            advice = "give more of them, or a --val_fraction nearer to 0.5" if count > 1 else "give more text"
+            advice = "give more of them, or a --val_fraction nearer to 0.5" if count > 1 else "give more text, or a larger --max_bytes"
             raise ValueError(f"no document fell on the {name} side, of {count} in all; {advice}")
     return sides
 
@@ -332,8 +332,12 @@ def folder_for(name: str | None, out_dir: Path | None) -> Path:
 
 
 def read_inputs(args: argparse.Namespace) -> Iterator[str]:
-    separator, alone = tokenizers.unescaped(args.separator), len(args.input) == 1
-    return chain.from_iterable(read_documents(path, separator, args.text_key, alone) for path in args.input)
+    """The documents of all inputs. Raises ValueError, at their end, if a separator of the user's stands nowhere."""
+    separator, alone, separated = tokenizers.unescaped(args.separator), len(args.input) == 1, False
+    for path in args.input:
+        separated |= yield from read_documents(path, separator, args.text_key, alone)
+    if not separated and separator != SEPARATOR:
+        raise ValueError(f"the separator {args.separator!r} stands nowhere in the text; give another, or leave --separator out")
 
 
 def make_tokenizer(name: str, documents: Callable[[], Iterable[str]]) -> Tokenizer:

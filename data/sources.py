@@ -10,7 +10,7 @@ import json
 import logging
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -25,12 +25,15 @@ READ_BYTES = 1 << 20  # per read of a plain or compressed file
 FEW_PIECES = 50  # a corpus of a single document is cut into about this many
 
 
-def read_documents(path: str | Path, separator: str = SEPARATOR, text_key: str = "text", alone: bool = False) -> Iterator[str]:
+def read_documents(
+    path: str | Path, separator: str = SEPARATOR, text_key: str = "text", alone: bool = False
+) -> Generator[str, None, bool]:
     """Documents of a file, or of all files of a folder (recursively, sorted by path, hidden ones left out).
 
     By name: .jsonl and .parquet have a document a row, in column `text_key` ("title,text": both, an empty line between);
     everything else is UTF-8 text with `separator` between documents. Text and .jsonl may be packed as .gz, .xz or .zst.
-    A text file that is `alone` the whole corpus is cut into FEW_PIECES at least where it has no separators.
+    A text file that is `alone` the whole corpus is cut into FEW_PIECES at least where it has no separators. Returns, when all are
+    read, whether anything named its documents: a separator, or rows.
     Raises FileNotFoundError for a missing path, ValueError (file and place) for what cannot be read, links to folders among it.
     """
     path = Path(path)
@@ -43,9 +46,10 @@ def read_documents(path: str | Path, separator: str = SEPARATOR, text_key: str =
             raise ValueError(f"{link} is a link to {what}")
         if not files:
             raise FileNotFoundError(f"{path} is a folder without files; give a text file or a folder with some")
+        separated = False
         for file in files:
-            yield from read_documents(file, separator, text_key)
-        return
+            separated |= yield from read_documents(file, separator, text_key)
+        return separated
     if not path.is_file():
         why = "is neither a file nor a folder; write what it gives to a file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {why}; give a text file or a folder with some")
@@ -55,8 +59,11 @@ def read_documents(path: str | Path, separator: str = SEPARATOR, text_key: str =
         yield from _read_parquet(path, text_key)
     elif kind == ".jsonl":
         yield from _read_jsonl(path, text_key)
+    elif kind == ".json":
+        raise ValueError(f"{path}: .json is not read; write a .jsonl, a document a row, or call it .txt if it is to be read as text")
     else:
-        yield from split_documents(read_text(path), separator, FEW_PIECES if alone else 1)
+        return (yield from split_documents(read_text(path), separator, FEW_PIECES if alone else 1))
+    return True
 
 
 def _open(path: Path) -> BinaryIO:
@@ -146,10 +153,10 @@ def read_text(path: Path) -> Iterator[str]:
         yield newlines.decode(text, final=not data)
 
 
-def split_documents(pieces: Iterable[str], separator: str = SEPARATOR, least: int = 1) -> Iterator[str]:
+def split_documents(pieces: Iterable[str], separator: str = SEPARATOR, least: int = 1) -> Generator[str, None, bool]:
     """
     Documents of a text that arrives in pieces; where there is no separator, documents of about 64 K characters, and of fewer where
-    these would not be `least` ones.
+    these would not be `least` ones. Returns whether there was one.
     """
     if not separator:
         raise ValueError("the separator is empty; give the text that stands between two documents")
@@ -168,6 +175,7 @@ def split_documents(pieces: Iterable[str], separator: str = SEPARATOR, least: in
         yield from cut_lines(rest, min(CUT_CHARS, max(1, len(rest) // least)))
     elif rest:
         yield rest
+    return separated
 
 
 def cut_lines(text: str, chars: int = CUT_CHARS) -> Iterator[str]:

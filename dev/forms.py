@@ -102,6 +102,9 @@ class FormTransformer(RQTransformer):
 
 
 def main(argv: list[str]) -> None:
+    if "--help" in argv[:2]:
+        print(__doc__)
+        return
     if len(argv) < 3:
         raise ValueError("usage: python -m dev.forms READ WRITE CONFIG [--key=value ...], as the top of dev/forms.py says")
     FormTransformer.names = (argv[0], argv[1])

@@ -187,7 +187,7 @@ def test_paired_p_is_uniform_when_there_is_no_difference(tmp_path):
             compare.Row(name, [compare.Run(tmp_path, {}, {"seed": s, "val_loss": shared[s] + own[s]}, []) for s in range(4)])
             for name, own in zip("ab", noise, strict=True)
         ]
-        result = compare.paired_difference(*rows)
+        result = compare.difference(*rows)
         called += result.verdict == "clear of the noise"
         covered += result.low <= 0 <= result.high
     assert called / total == pytest.approx(0.05, abs=0.015) and covered == total - called
@@ -201,7 +201,7 @@ def test_paired_difference_uses_common_seeds_only(tmp_path):
         if b:
             write_run(tmp_path / f"b_seed{seed}", seed, b, model={"n_layer": 2})
     rows = rows_of(tmp_path)
-    result = compare.paired_difference(rows["b"], rows["a"])
+    result = compare.difference(rows["b"], rows["a"])
     d = [0.10, 0.08]
     error = statistics.stdev(d) / math.sqrt(2)
     assert result.seeds == 2 and result.mean == pytest.approx(statistics.mean(d))
@@ -216,8 +216,33 @@ def test_one_seed_cannot_tell(tmp_path, capsys):
     write_run(tmp_path / "c", 2, 3.6, model={"n_layer": 3})
     compare.main([str(tmp_path / "*"), "--plot=none"])
     text = capsys.readouterr().out
-    assert "- `b`: +0.1000: one seed: cannot tell" in text and "- `c`: +0.2000: no seed in common: cannot tell" in text
+    assert "- `b`: +0.1000: one seed: cannot tell" in text and "- `c`: +0.2000: one seed: cannot tell" in text
     assert "nan" not in text and " ± 0" not in text and "clear of" not in text
+
+
+def test_one_new_run_beside_several(tmp_path, capsys):
+    """
+    Guards the user who ran a config with a seed of their own: held against three runs of other seeds, a loss is out of the ordinary
+    as often as it should be, by Student's test of two samples, written out here.
+    """
+    for seed, loss in ((1, 3.40), (2, 3.44), (3, 3.42)):
+        write_run(tmp_path / f"a_s{seed}", seed, loss)
+    for name, loss, verdict in (("near", 3.50, "inside"), ("far", 3.70, "clear of")):
+        write_run(tmp_path / "new" / name, 1337, loss, model={"n_layer": len(name)})
+        rows = rows_of(*tmp_path.glob("a_s*"), tmp_path / "new" / name)
+        result = compare.difference(rows[name], rows["a"])
+        error = 0.02 * math.sqrt(1 + 1 / 3)  # one deviation of 3 runs serves both; t of 2 degrees of freedom is 4.3027
+        assert (result.low, result.high) == pytest.approx((loss - 3.42 - 4.3027 * error, loss - 3.42 + 4.3027 * error), abs=1e-5)
+        assert result.seeds == 0 and result.verdict == f"{verdict} the noise, not paired: no seed in common"
+    compare.main([str(tmp_path / "a_s*"), str(tmp_path / "new" / "far"), "--plot=none"])
+    assert "- `far`: +0.2800 (95 % interval +0.1806 to +0.3794, p = 0.0067): clear of the noise, not" in capsys.readouterr().out
+    random, called = np.random.default_rng(0), 0
+    for _ in range(2000):
+        losses = random.normal(3.4, 0.01, 5)
+        a, b = (compare.Row(name, [compare.Run(tmp_path, {}, {"seed": s, "val_loss": losses[s]}, []) for s in seeds])
+                for name, seeds in (("a", (0, 1, 2)), ("b", (3, 4))))  # fmt: skip
+        called += compare.difference(b, a).p < 0.05
+    assert called / 2000 == pytest.approx(0.05, abs=0.015)
 
 
 def test_only_tests_are_counted(tmp_path, capsys):
@@ -235,7 +260,7 @@ def test_equal_losses_are_not_a_finding(tmp_path):
         for name, more in (("a", 0.0), ("b", 0.0), ("c", 0.5)):
             write_run(tmp_path / f"{name}_s{seed}", seed, 3.0 + more, model={"name": name})
     rows = rows_of(tmp_path)
-    same, other = (compare.paired_difference(rows[name], rows["a"]) for name in "bc")
+    same, other = (compare.difference(rows[name], rows["a"]) for name in "bc")
     assert (same.p, same.verdict, other.p, other.verdict) == (1.0, "inside the noise", 0.0, "clear of the noise")
 
 

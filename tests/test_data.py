@@ -690,6 +690,21 @@ def test_own_text(tmp_path, monkeypatch):
     assert meta["train"]["documents"] + meta["val"]["documents"] == len(DOCUMENTS)
 
 
+def test_what_would_silently_be_another_text(tmp_path):
+    """Guards a separator with a typo, which would be trained on, and .json, whose brackets would; a part of the files may lack one."""
+    for name, text in (("a", "one<|end|>two"), ("b", "three\n"), ("c", "four\n")):
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    words = ["--val_fraction", "0.5", "--out_dir", str(tmp_path / "set"), "--input"]
+    with pytest.raises(ValueError, match=r"the separator '<\|END\|>' stands nowhere in the text; give another, or leave"):
+        text_set.main([*words, *(str(tmp_path / f"{name}.txt") for name in "abc"), "--separator", "<|END|>"])
+    assert not (tmp_path / "set").exists()
+    text_set.main([*words, str(tmp_path), "--separator", "<|end|>"])
+    assert sorted(documents_of(tmp_path / "set", "train") + documents_of(tmp_path / "set", "val")) == ["four", "one", "three", "two"]
+    (tmp_path / "d.json.gz").touch()
+    with pytest.raises(ValueError, match=r"d.json.gz: .json is not read; write a .jsonl"):
+        text_set.main([*words, str(tmp_path / "d.json.gz")])
+
+
 @pytest.mark.parametrize("script", [text_set, fineweb, wikipedia])
 def test_limit_of_bytes(tmp_path, script):
     """Guards against a limit that is ignored, and against a vocabulary with characters from behind it."""

@@ -13,12 +13,13 @@ import checkpoint
 import dataloader
 import evaluate
 import runtime
+import sample
 import tokenizer
 import train
 from conftest import write_tokens
 from data import corpus
 from dev import codes, embeddings, recall
-from tiny_runs import arguments
+from tiny_runs import arguments, complaint
 from validation import mean_loss, whole_file
 
 
@@ -138,6 +139,18 @@ def test_a_run_that_fails_costs_no_other(finished, tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         evaluate.main([str(finished), str(damaged), *words])
     assert [line["run"] for line in json.loads(json_file.read_text())] == [str(finished)]
+
+
+@pytest.mark.parametrize("script", [evaluate, sample])
+def test_one_process(script, finished, monkeypatch, capsys):
+    """Guards a command that waits for hours, without a word, for processes that a cluster's job speaks of, or prints a text twice."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert complaint(script, [str(finished)], capsys) == (
+        2, "error: WORLD_SIZE=2: only train.py runs in several processes; start this without torchrun, or unset it"
+    )  # fmt: skip
+    monkeypatch.delenv("WORLD_SIZE")
+    code, line = complaint(script, [str(finished / "last")], capsys)
+    assert code == 1 and line.endswith(f"it has no config.json; give {finished}, with --checkpoint=last")
 
 
 def test_what_is_not_as_in_training_is_noted(finished, tiny_data, tmp_path, capsys):

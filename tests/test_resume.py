@@ -125,8 +125,10 @@ def test_a_run_resumed_with_another_schedule_says_so(tiny_data, tmp_path, capsys
     run(tiny_data, old, "--max_iters=4")
     state = checkpoint.read_json(path)
     del state["decay_ends"]  # as it was before it was noted
-    path.write_text(json.dumps(state))
+    assert state["dtype"] == "float32" and "until here it was trained in" not in capsys.readouterr().out
+    path.write_text(json.dumps(state | {"dtype": "bfloat16"}))  # by a CPU that has it, under dtype=auto
     assert run(tiny_data, old, "--max_iters=4", "--resume")["decay_ends"] == [4], "no step was made under another schedule"
+    assert "until here it was trained in bfloat16, from now on in float32" in capsys.readouterr().out
     assert run(tiny_data, old, "--resume")["decay_ends"] == [4, 6]
 
 
@@ -199,7 +201,7 @@ def test_terminated_run_continues(tiny_data, tmp_path, monkeypatch, reference):
 def test_interrupting_a_diverged_run_keeps_the_last_good_checkpoint(tiny_data, tmp_path, monkeypatch):
     """Guards last/ against weights that are no numbers, where Ctrl-C comes before the next log line would have noticed."""
     call_at(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(FloatingPointError, match="last good checkpoint"):
+    with pytest.raises(FloatingPointError, match="the loss became nan by step 4; start again"):
         run(tiny_data, tmp_path, "--learning_rate=1e30", "--warmup_iters=0", "--eval_interval=1000", "--log_interval=1000", "--overwrite")
     assert all(torch.isfinite(w).all() for w in weights(tmp_path).values())
 

@@ -464,6 +464,8 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
     for words in ([], ["--overwrite"]):
         code, line = complaint(train, arguments(tiny_data, tmp_path / "runs", *words), capsys)
         assert code == 1 and "is no run, but has best" in line and snapshot(tmp_path / "runs" / "best") == snapshot(reference)
+        code, line = complaint(train, [*arguments(tiny_data, tmp_path), *words], capsys)  # it would hide them from compare.py
+        assert code == 1 and "is no run, but holds runs" in line and not (tmp_path / "config.json").exists()
     (out / "notes.txt").write_text("mine")
     run(tiny_data, out, "--overwrite")
     assert (out / "notes.txt").read_text() == "mine" and not same(weights(out), weights(reference))
@@ -495,8 +497,9 @@ def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny_data, tmp_p
     code, line = complaint(
         train, arguments(tiny_data, out, "--learning_rate=1e30", "--max_iters=30", "--warmup_iters=0", seldom), capsys
     )
-    assert code == 1 and "last good checkpoint" in line and "step 30" not in line
-    assert all(torch.isfinite(w).all() for w in weights(out).values())
+    assert code == 1 and f"--init_from={out} --out_dir=..." in line and "step 30" not in line
+    assert all(torch.isfinite(w).all() for which in ("last", "best") for w in weights(out, which).values())
+    run(tiny_data, tmp_path / "again", f"--init_from={out}")  # as it says
 
 
 def test_bad_run_directories_for_sampling(tmp_path, capsys, reference):
