@@ -15,22 +15,31 @@ inverted: what WRITE costs are the nats of the bytes themselves.
     RUN          the codes of the autoencoder of a run directory, which must see its block only; its tokens' nats come on top
 
 Two forms have two tables of embeddings; codes of a run have a learned table, too, not the codebook's vectors.
+
+    python -m dev.forms count WRITE ...
+
+says what the last code of a block costs a table that knows only the codes before it: how often each code stood behind them, over all
+blocks of 4 bytes of the standard library's training text, wherever they begin. Where that is little, it is no matter of what is known.
 """
 
 import copy
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
 import checkpoint
+import dataloader
 import train
 from errors import exit_on_user_error
 from latent.quantize import full_float32
 from latent.rq_transformer import RQTransformer
 
 SEED = 0  # of the random matrix and permutation
+SMOOTH = 0.1  # times that all codes together are taken to have been seen behind anything
 FORMS = ("bytes", "backwards", "chain", "mix", "pairs")
 
 
@@ -64,7 +73,7 @@ class Form:
             case "backwards":
                 return blocks.flip(-1)
             case "chain":
-                return (blocks + nn.functional.pad(blocks[..., :-1], (1, 0))) % 256
+                return (blocks + F.pad(blocks[..., :-1], (1, 0))) % 256
             case "mix":
                 return blocks @ self.matrix.T % 256
             case "pairs":
@@ -101,9 +110,29 @@ class FormTransformer(RQTransformer):
         return self.code_logits(h.flatten(0, 1), codes.flatten(0, 1)[:, :-1], table).unflatten(0, codes.shape[:2])
 
 
+def count_last(name: str, S: int = 4) -> float:
+    """Nats of the last code of a block of the validation text, of the table described at the top."""
+    form = Form(name, S)
+    data = dataloader.open_data(dataloader.prepare_if_missing("stdlib"), 256, "val")
+    train = np.fromfile(data.folder / "train.bin", dtype=np.uint16)
+    blocks, times = np.unique(np.lib.stride_tricks.sliding_window_view(train, S), axis=0, return_counts=True)
+    blocks = np.concatenate((blocks, data.val[: len(data.val) // S * S].reshape(-1, S))).astype(np.int64)
+    padded = F.pad(torch.from_numpy(blocks).flatten(), (0, -blocks.size % 256))  # an autoencoder takes windows of 256 bytes
+    codes = torch.cat([form(rows) for rows in padded.view(-1, 256).split(64)]).flatten(0, 1)[: len(blocks)].numpy()  # (N, D)
+    _, before = np.unique(codes[:, :-1], axis=0, return_inverse=True)  # what stood before, numbered
+    _, all_of = np.unique(codes, axis=0, return_inverse=True)
+    n = len(times)  # the others are those of the validation text
+    stood, followed = (np.bincount(of[:n], times, of.max() + 1)[of[n:]] for of in (before, all_of))
+    return float(-np.log((followed + SMOOTH / form.K) / (stood + SMOOTH)).mean())
+
+
 def main(argv: list[str]) -> None:
-    if "--help" in argv[:2]:
+    if not argv or "--help" in argv[:2]:
         print(__doc__)
+        return
+    if argv[0] == "count":
+        for name in argv[1:]:
+            print(f"{name}: {count_last(name):.3f} nats for the last code of a block")
         return
     if len(argv) < 3:
         raise ValueError("usage: python -m dev.forms READ WRITE CONFIG [--key=value ...], as the top of dev/forms.py says")

@@ -1,4 +1,4 @@
-"""Prior over the codes of rqvae_stdlib_8.py, about 1.1 M parameters: a spatial step and 4 depth steps for 8 bytes."""
+"""Prior over the codes of rqvae_stdlib_8.py, 1,297,692 parameters: a spatial step and 4 depth steps for 8 bytes."""
 
 base = "rq_transformer_stdlib.py"
 autoencoder = "out/latent/rqvae_stdlib_8"
