@@ -327,11 +327,12 @@ def check_metrics(rows: list[Row], keys: tuple[str, ...]) -> None:
 
 def as_json(rows: list[Row], differences: list[Difference], metrics: tuple[str, ...]) -> str:
     first = rows[0].runs[0].summary
-    keys = ("tokens", "val_loss", "train_loss", "val_bits_per_byte", "tokens_per_second")
+    keys = ("val_loss", "train_loss", "val_bits_per_byte", "tokens_per_second")
     lines = [
         {
             "run": row.label,
             **{key: row.runs[0].summary.get(key) for key in ("model", "parameters", "flops_per_token")},
+            "tokens": row.mean("tokens"),
             "seeds": [run.summary["seed"] for run in row.runs],
             "paths": [str(run.path) for run in row.runs],
             "commits": [run.summary["commit"] for run in row.runs],

@@ -110,10 +110,10 @@ class FormTransformer(RQTransformer):
         return self.code_logits(h.flatten(0, 1), codes.flatten(0, 1)[:, :-1], table).unflatten(0, codes.shape[:2])
 
 
-def count_last(name: str, S: int = 4) -> float:
+def count_last(name: str, dataset: str = "stdlib", S: int = 4) -> float:
     """Nats of the last code of a block of the validation text, of the table described at the top."""
     form = Form(name, S)
-    data = dataloader.open_data(dataloader.prepare_if_missing("stdlib"), 256, "val")
+    data = dataloader.open_data(dataloader.prepare_if_missing(dataset), 256, "val")
     train = np.fromfile(data.folder / "train.bin", dtype=np.uint16)
     blocks, times = np.unique(np.lib.stride_tricks.sliding_window_view(train, S), axis=0, return_counts=True)
     blocks = np.concatenate((blocks, data.val[: len(data.val) // S * S].reshape(-1, S))).astype(np.int64)

@@ -397,6 +397,16 @@ def test_table_numbers_equal_a_slow_computation(tmp_path, capsys):
     assert text.count("clear of the noise") + text.count("inside the noise") == 7 and "p is not corrected" in text
 
 
+def test_tokens_of_a_row_are_those_of_all_its_seeds(tmp_path, capsys):
+    """Guards runs that `patience` ended early, of which a row had the tokens of the first."""
+    for seed, tokens in ((1, 2_000_000), (2, 4_000_000)):
+        write_run(tmp_path / f"a_s{seed}", seed, 3.0, summary={"tokens": tokens})
+    compare.main([str(tmp_path / "*"), "--plot=none", f"--json={tmp_path / 'table.json'}"])
+    [line] = table_after(text := capsys.readouterr().out, "run")[2:]
+    assert line[3] == "3.00 M" and "The runs differ in training tokens." in text
+    assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["tokens"] == 3_000_000
+
+
 def test_bits_of_codes_stand_beside_the_bound_that_holds_them(tmp_path, capsys):
     """Guards models over codes, whose loss is two: a column of its own, of the right rows, and none where no run has codes."""
     for seed, bits in ((1, 3.0), (2, 3.5)):

@@ -9,6 +9,7 @@ import lzma
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -698,6 +699,8 @@ def test_what_would_silently_be_another_text(tmp_path):
     with pytest.raises(ValueError, match=r"the separator '<\|END\|>' stands nowhere in the text; give another, or leave"):
         text_set.main([*words, *(str(tmp_path / f"{name}.txt") for name in "abc"), "--separator", "<|END|>"])
     assert not (tmp_path / "set").exists()
+    text_set.main([*words, *(str(tmp_path / f"{name}.txt") for name in "abc"), "--separator", "<|end|>"])
+    shutil.rmtree(tmp_path / "set")
     text_set.main([*words, str(tmp_path), "--separator", "<|end|>"])
     assert sorted(documents_of(tmp_path / "set", "train") + documents_of(tmp_path / "set", "val")) == ["four", "one", "three", "two"]
     (tmp_path / "d.json.gz").touch()

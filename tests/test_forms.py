@@ -1,7 +1,11 @@
 """Forms of the codes of a block: each says what the bytes say, and reading them shows nothing of what is to be written."""
 
+import functools
 import itertools
+import math
+from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
 import torch
 from test_rq_transformer import disturb, run
@@ -65,6 +69,24 @@ def test_what_is_read_is_the_past(read, write, autoencoder_run):
     assert torch.equal(a[:, :3], b[:, :3]) and torch.equal(a[:, 3, : first + 1], b[:, 3, : first + 1])
     if read != "run":  # whose codes may be the same
         assert (a[:, 4:] != b[:, 4:]).any(-1).all()
+
+
+@pytest.mark.parametrize("name", ["bytes", "mix"])
+def test_a_table_of_last_codes(name, tiny_data):
+    """Guards the count of what follows three codes: all blocks of the training text, wherever they begin, and no other."""
+    train, val = ([int(x) for x in np.fromfile(tiny_data / f"{split}.bin", dtype=np.uint16)] for split in ("train", "val"))
+    form, counts = forms.Form(name, 4), defaultdict(Counter)
+    code = lambda block: tuple(form(torch.tensor([block]))[0, 0].tolist())  # noqa: E731
+    of = functools.cache(lambda *block: code(block))
+    for i in range(len(train) - 3):
+        *before, last = of(*train[i : i + 4])
+        counts[tuple(before)][last] += 1
+    nats = []
+    for i in range(0, len(val) - 3, 4):
+        *before, last = of(*val[i : i + 4])
+        stood = counts[tuple(before)]
+        nats.append(-math.log((stood[last] + 0.1 / 256) / (stood.total() + 0.1)))
+    assert forms.count_last(name, str(tiny_data)) == pytest.approx(sum(nats) / len(nats), rel=1e-9)
 
 
 def test_codes_that_know_other_blocks_are_refused(tiny_data, tmp_path):

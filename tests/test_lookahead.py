@@ -1,5 +1,6 @@
 """Lookahead decoding against plain decoding: the same text, whatever is guessed; and the mask, the cache, the coupling."""
 
+import contextlib
 import gc
 import json
 import random
@@ -575,6 +576,17 @@ def test_no_collection_goes_through_what_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(Lookahead, "step", lambda self: (frozen.append(gc.get_freeze_count()), step(self))[1])
     sample.main([run, "--device=cpu", "--prompt=ab", "--max_new_tokens=8", "--lookahead=auto"])
     assert min(frozen) > 10_000 and gc.get_freeze_count() == 0, "all that is loaded, while it samples; and nothing afterwards"
+
+
+def test_the_choice_is_said_behind_the_text(tmp_path, capfd):
+    """Guards a line about lookahead=auto in the middle of a text that is streamed."""
+    run = str(write_run(tmp_path / "run"))
+    [text] = sample.main([run, "--device=cpu", "--prompt=ab", "--max_new_tokens=90", "--lookahead=auto", "--stream"])
+    said = capfd.readouterr()
+    assert text in said.out and said.err.count("lookahead=auto: ") == 1
+    with open(tmp_path / "both", "w") as both, contextlib.redirect_stdout(both), contextlib.redirect_stderr(both):
+        sample.main([run, "--device=cpu", "--prompt=ab", "--max_new_tokens=90", "--lookahead=auto", "--stream"])
+    assert text in (tmp_path / "both").read_text().partition("lookahead=auto: ")[0]
 
 
 def test_auto_prefers_what_is_faster(monkeypatch):

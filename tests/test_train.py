@@ -427,6 +427,7 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
             patch.setitem(sys.modules, "wandb", None)
             code, line = complaint(train, arguments(tiny_data, out, *REFERENCE, "--overwrite", *late.split()), capsys)
         assert code == 2 and snapshot(out) == before, late
+        assert (late != sample_of) or "eval_sample_prompt is empty" in line
     code, line = complaint(train, arguments(tiny_data, out, *REFERENCE, "--overwrite", f"--init_from={out}"), capsys)
     assert code == 2 and "what the run reads as its init_from" in line and snapshot(out) == before
     (tmp_path / "set").mkdir()
