@@ -175,40 +175,28 @@ def in_summaries(rows: list[Row], keys: tuple[str, ...]) -> list[str]:
 
 def table(rows: list[Row], metrics: tuple[str, ...] = ()) -> str:
     """Markdown; with a column for each of the metrics that summaries have as a number."""
-    header = [
-        "run", "parameters", "FLOPs/token", "tokens", "seeds", "train loss", "validation loss", "bits per byte", "tokens/s",
-        "peak memory", "commit",
-    ]  # fmt: skip
+    shown, coded = in_summaries(rows, metrics), any(CODES in run.summary for row in rows for run in row.runs)
     lines = []
     for row in rows:
         first = row.runs[0].summary
-        peaks = [run.summary.get("peak_memory_bytes") for run in row.runs]
-        memory = max(filter(is_number, peaks), default=0)
-        lines.append(
-            [
-                row.label,
-                f"{first['parameters']:,}",
-                count(first["flops_per_token"]),
-                count(row.mean("tokens")),
-                str(len(row.runs)),
-                f"{row.mean('train_loss'):.4f}",
-                with_sd(row.values("val_loss")),
-                f"{row.mean('val_bits_per_byte'):.4f}",
-                count(row.mean("tokens_per_second")),
-                f"{memory / 2**30:.2f} GiB" if memory else "–",
-                " ".join(sorted({short_commit(run) for run in row.runs})),
-            ]
-        )
-    if any(CODES in run.summary for row in rows for run in row.runs):  # the rest of the bits: of tokens given their codes
-        at = header.index("bits per byte") + 1
-        header.insert(at, "of codes")
-        for row, line in zip(rows, lines, strict=True):
-            line.insert(at, f"{row.mean(CODES):.4f}" if all(CODES in run.summary for run in row.runs) else "–")
-    for key in in_summaries(rows, metrics):
-        header.append(key)
-        for row, line in zip(rows, lines, strict=True):
-            line.append(with_sd(row.values(key)) if in_summaries([row], (key,)) else "–")
-    return markdown_table(header, lines)
+        memory = max(filter(is_number, (run.summary.get("peak_memory_bytes") for run in row.runs)), default=0)
+        of_codes = f"{row.mean(CODES):.4f}" if all(CODES in run.summary for run in row.runs) else "–"
+        lines.append([
+            ("run", row.label),
+            ("parameters", f"{first['parameters']:,}"),
+            ("FLOPs/token", count(first["flops_per_token"])),
+            ("tokens", count(row.mean("tokens"))),
+            ("seeds", str(len(row.runs))),
+            ("train loss", f"{row.mean('train_loss'):.4f}"),
+            ("validation loss", with_sd(row.values("val_loss"))),
+            ("bits per byte", f"{row.mean('val_bits_per_byte'):.4f}"),
+            *([("of codes", of_codes)] if coded else []),  # the rest of the bits: of tokens given their codes
+            ("tokens/s", count(row.mean("tokens_per_second"))),
+            ("peak memory", f"{memory / 2**30:.2f} GiB" if memory else "–"),
+            ("commit", " ".join(sorted({short_commit(run) for run in row.runs}))),
+            *((key, with_sd(row.values(key)) if in_summaries([row], (key,)) else "–") for key in shown),
+        ])  # fmt: skip
+    return markdown_table([name for name, _ in lines[0]], [[cell for _, cell in line] for line in lines])
 
 
 APART = 0.05  # models of the published table, meant to be of one size, differ by 4 %

@@ -296,7 +296,8 @@ def decode_logits(model: torch.nn.Module, use_cache: bool, compile: str | None, 
             return model(idx[:, context_start(n, block_size) :])[0][:, -1]
         if cache is None or start != context_start(n, block_size):
             start, cached, cache = context_start(n, block_size), 0, model.make_cache(static=compile is not None)
-        new, cached = idx[:, start + cached :].clone(memory_format=torch.contiguous_format), n - start  # strides: compile
+        # a copy, because torch.compile compiles again for other strides
+        new, cached = idx[:, start + cached :].clone(memory_format=torch.contiguous_format), n - start
         if compile is None:
             return step(new, cache)
         return (compiled if new.size(1) == 1 else model)(new, cache=cache)[0][:, -1]

@@ -23,6 +23,7 @@ blocks of 4 bytes of the standard library's training text, wherever they begin. 
 """
 
 import copy
+import runpy
 import sys
 from pathlib import Path
 
@@ -33,7 +34,6 @@ from torch.nn import functional as F
 
 import checkpoint
 import dataloader
-import train
 from errors import exit_on_user_error
 from latent.quantize import full_float32
 from latent.rq_transformer import RQTransformer
@@ -139,7 +139,8 @@ def main(argv: list[str]) -> None:
     FormTransformer.names = (argv[0], argv[1])
     config, _ = checkpoint.MODELS["rq_transformer"]
     checkpoint.MODELS["rq_transformer"] = (config, FormTransformer)
-    train.main(argv[2:])
+    sys.argv = ["train.py", *argv[2:]]
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "train.py"), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ class RQTransformer(CausalModel):
     def attach(self, autoencoder: Autoencoder) -> None:
         """Make this the autoencoder whose codes are predicted, frozen. Raises ValueError if it has other codebooks."""
         check_hash(self.config.codebook_hash, autoencoder)
-        autoencoder.to(self.start).eval().requires_grad_(False)  # first: its copy in the run, of which a resumed one makes E, is so
+        autoencoder.to(self.start).eval().requires_grad_(False)  # before E is made: a resumed run has only its copy, in this precision
         if self.vectors is not None:
             books = torch.stack(autoencoder.quantizer.vectors())
             self.vectors.copy_(books / books.pow(2).mean((1, 2), keepdim=True).sqrt())
