@@ -2,7 +2,7 @@
 
 base = "rq_transformer_stdlib.py"
 autoencoder = "out/latent/rqvae_stdlib_8"
-code_vectors = "codebook"  # with fewer codes a byte a table of its own is a little worse: results/REPORT.md, section 7
+code_vectors = "codebook"  # with fewer codes a byte a table of its own brings nothing: results/REPORT.md, section 7
 n_spatial_layer = 4
 n_embd = 116
 max_iters = 10000  # of half the stacks
