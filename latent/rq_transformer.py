@@ -14,7 +14,8 @@ of one stack, so nothing attends over all M D codes:
    `code_logits` take all codes so far and compute what their cache does not hold yet: training, prefill and steps are one path.
 3. One projection a level: with a table shared by all depths (1, 2, 3) and (3, 2, 1) would be the same context. E_d is divided by
    its root mean square, because residuals, and so the codes of deep levels, become small. With `code_vectors` = learned E_d is the
-   identity, so that P_d is a table of embeddings: more parameters, no more arithmetic, and a lower loss (results/REPORT.md, section 7).
+   identity, so that P_d is a table of embeddings: more parameters, no more arithmetic, and where there is a code for each token a lower
+   loss, where there are fewer no lower one (results/REPORT.md, section 7).
 4. In evaluation `token` is an upper bound of the negative log-likelihood of the text: the codes z(x) are a function of the text,
    so p(x) >= p(z(x)) p(x | z(x)), and both factors are paid for: nats of the codes, and of the tokens given the codes. It is that of
    whole windows x_0 .. x_{T-1}; other models predict x_1 .. x_T and are given x_0.
