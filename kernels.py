@@ -6,7 +6,10 @@ on a CPU in C++ in cpu_kernels.py.
 Shapes: B batch, T tokens of this call, S keys, C width, H heads, D head width, V vocabulary.
 """
 
+import contextlib
+import functools
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn as nn
@@ -23,6 +26,35 @@ except ImportError:  # no Triton
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Losses and statistics are computed in float32 under bfloat16 autocast, and in float64 in float64 tests."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def uncompiled(method: Callable) -> Callable:
+    """torch.compiler.disable for a method, which imports the compiler, a second of time, only where something is compiled."""
+    # private in torch, so it may go away: this imports it when first called, torch.compiler.disable at once
+    disabled = getattr(torch, "_disable_dynamo", torch.compiler.disable)(method)
+
+    @functools.wraps(method)
+    def call(*given):
+        return (disabled if torch.compiler.is_compiling() else method)(*given)
+
+    return call
+
+
+@contextlib.contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """
+    Inside, neither autocast nor TF32, whose 10 bits of mantissa would make codes depend on the machine: products and convolutions in
+    float32 are what they say. Not for what torch.compile sees, see `uncompiled`.
+    """
+    of_products, of_convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(of_products)
+        torch.backends.cudnn.allow_tf32 = of_convolutions
 
 
 def running_sum(x: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ class Recorder:
         self.state = {
             "best_val_loss": None, "best_step": 0, "no_better": 0, "evaluated": None, "seconds": 0.0,
             "train_seconds": 0.0, "wandb_id": None, "data_hash": trainer.data.both_hash, "micro_batch_size": None, "lanes": 1,
-            "decay_ends": [], "dtype": None,
+            "decay_ends": [], "dtype": None, "best_has_codes": None,
         }  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -119,8 +119,9 @@ class Recorder:
         """After an evaluation: write best/, if the loss is the lowest so far, and last/. Patience counts it only with codes of data."""
         self.state["evaluated"] = self.trainer.step
         self.state["no_better"] += codes_of_data
-        if self.state["best_val_loss"] is None or val_loss < self.state["best_val_loss"]:
-            self.state.update(best_val_loss=val_loss, best_step=self.trainer.step, no_better=0)
+        worth_nothing = codes_of_data and self.state["best_has_codes"] is False  # however low its loss
+        if self.state["best_val_loss"] is None or val_loss < self.state["best_val_loss"] or worth_nothing:
+            self.state.update(best_val_loss=val_loss, best_step=self.trainer.step, best_has_codes=codes_of_data, no_better=0)
             if self.machine.is_main:
                 checkpoint.save(self.out / "best", self.trainer.raw_model, None, {"step": self.trainer.step, **self.state})
         self.save_last()

@@ -109,8 +109,13 @@ class SampleConfig:
             raise ValueError(f"values for the levels of codes: {lengths}; give as many of each, or one for all levels")
         return tuple(generate.Sampling(*values, self.seed) for values in zip(*columns))
 
-    def how(self, model: torch.nn.Module) -> generate.Sampling | generate.BlockSampling:
-        """How this model chooses. Raises ValueError for settings that are of another kind of model."""
+    def how(self, model: torch.nn.Module) -> generate.Sampling | generate.BlockSampling | None:
+        """How this model chooses, if it does. Raises ValueError for settings that are of another kind of model."""
+        if model.reconstructs:
+            keys = vars(self).keys() - {"prompt", "checkpoint", "device", "dtype"}
+            if given := sorted(key for key in keys if getattr(self, key) != getattr(SampleConfig, key)):
+                raise ValueError(f"{', '.join(given)}: an autoencoder gives its prompt back and nothing else; leave them out")
+            return None
         levels = self.samplings()
         if model.writes_blocks:
             if self.lookahead is not None:
@@ -218,9 +223,6 @@ def main(argv: list[str] | None = None) -> list[str]:
     if separator is not None and hasattr(model, "bottleneck") and separator in prompt[:-1]:
         raise ValueError("the prompt goes on behind the end of its question, but a latent transformer answers whole questions only")
     if model.reconstructs:
-        keys = vars(config).keys() - {"prompt", "checkpoint", "device", "dtype"}
-        if given := sorted(key for key in keys if getattr(config, key) != getattr(SampleConfig, key)):
-            raise ValueError(f"{', '.join(given)}: {run} is an autoencoder, which gives its prompt back and nothing else; leave them out")
         return [reconstruct(model, text, prompt, machine)]
 
     def start(write=None) -> list[generate.Continuation]:

@@ -250,7 +250,7 @@ class Memory:
     def __init__(self, decoder: torch.nn.ModuleList, layers: Layers):
         folded = [self.fold(block.ln_cross_kv, block.cross_attn.c_kv) for block in decoder]
         bias = None if folded[0][1] is None else torch.cat([b for _, b in folded])
-        self.product = layers.product(torch.cat([w for w, _ in folded]), bias)  # (n 2C, C)
+        self.product = layers.product(torch.cat([w for w, _ in folded]), bias)  # (2 C layers, C)
         self.layers, self.n_head = layers, decoder[0].cross_attn.n_head
 
     def fold(self, norm: torch.nn.LayerNorm, linear: torch.nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -35,7 +35,6 @@ from torch.nn import functional as F
 import checkpoint
 import dataloader
 from errors import exit_on_user_error
-from latent.quantize import full_float32
 from latent.rq_transformer import RQTransformer
 
 SEED = 0  # of the random matrix and permutation
@@ -66,8 +65,7 @@ class Form:
     def __call__(self, idx: torch.Tensor) -> torch.Tensor:
         """Bytes (B, M S) -> codes (B, M, D)."""
         if self.name not in FORMS:
-            with torch.no_grad(), full_float32(idx.device):
-                return self.autoencoder.encode(idx)
+            return self.autoencoder.encode(idx)
         blocks = idx.unflatten(1, (-1, self.D))  # (B, M S) -> (B, M, S)
         match self.name:
             case "backwards":

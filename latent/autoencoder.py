@@ -17,7 +17,6 @@ V vocabulary.
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,9 +24,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import Dropout, head_logits, head_loss
+from kernels import Dropout, full_float32, head_logits, head_loss, uncompiled
 from latent.huggingface import PretrainedCache, PretrainedTrunk
-from latent.quantize import QuantizerConfig, ResidualQuantizer, code_counts, code_usage
+from latent.quantize import QuantizerConfig, ResidualQuantizer, code_counts, code_usage, warn_too_late
 from latent.resample import CausalDownsample, Upsample, doublings
 from model import Block, Cache, CausalModel, check_fields, require, warn_ignored
 
@@ -182,9 +181,6 @@ class Autoencoder(CausalModel):
 
     def compress(self, idx: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens idx (B, T), mask (B, T) True = real, all of them in front -> latents (B, M, Z) and which are real (B, M)."""
-        if self.config.freeze_codes and torch.is_autocast_enabled(idx.device.type):  # half precision would change the codes
-            with torch.autocast(idx.device.type, enabled=False):
-                return self.compress(idx, mask)
         (B, T), S = idx.shape, self.config.latent_factor
         if self.config.encoder_context == "block":  # every block is a text of its own: (B, T) -> (B M, S)
             mask = torch.ones_like(idx, dtype=torch.bool) if mask is None else mask
@@ -199,7 +195,8 @@ class Autoencoder(CausalModel):
                 x = block(x, context)
         x, mask = self.down(x, mask)
         z = self.ln_latent(self.refine_encoder(self.to_latent(x)))
-        return z.unflatten(0, (B, -1)).flatten(1, 2), None if mask is None else mask.reshape(B, -1)  # (B M, 1, Z) -> (B, M, Z)
+        # (B, M, Z), or with blocks as texts (B M, 1, Z), -> (B, M, Z)
+        return z.unflatten(0, (B, -1)).flatten(1, 2), None if mask is None else mask.reshape(B, -1)
 
     def expand(self, z: torch.Tensor, cache: Cache | PretrainedCache | None = None) -> torch.Tensor:
         """Quantized latents z (B, M, Z), of the blocks after those in the cache -> states (B, M S, C) for the output layer."""
@@ -222,18 +219,14 @@ class Autoencoder(CausalModel):
         """
         idx (B, T) token ids -> logits (B, T, V) of the same tokens and no losses. With targets (B, T), which only say which
         tokens are real (>= 0, all of them in front), no logits but the losses by name: `total` (to minimise), `token` (nats
-        per token, of the reconstruction) and, unless codes are frozen, `commitment` and, with simvq, `codebook` (unweighted).
+        per token, of the reconstruction) and, in training, unless codes are frozen, `commitment` and, with simvq, `codebook`
+        (unweighted).
         """
         mask = None if targets is None else targets >= 0
-        if self.training and self.config.freeze_codes:
+        if self.config.freeze_codes or not self.training:
             z, losses = self.quantizer.decode(self.encode(idx, mask)), {}
         else:
-            latent, real = self.compress(idx, mask)
-            z, _, losses, _ = self.quantizer(latent, real)
-            if self.training:  # codes that come from no data would pull the latents together before they have spread
-                with_codes = self.quantizer.codebook.initialized
-                z = torch.where(with_codes, z, latent)
-                losses = {name: torch.where(with_codes, loss, 0.0) for name, loss in losses.items()}
+            z, _, losses, _ = self.quantizer(*self.compress(idx, mask))
         x = self.expand(z)[:, : idx.size(1)]
         if targets is None:
             return head_logits(x, self.wte.weight), {}
@@ -246,10 +239,14 @@ class Autoencoder(CausalModel):
     # ------------------------------------------------------------------------------------------------------------------
     # text to codes, codes to text
 
-    @torch.no_grad()
+    @uncompiled
     def encode(self, idx: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens (B, T), mask (B, T) True = real, all of them in front -> codes (B, M, D), -1 for a block without real tokens."""
-        return self.quantizer.encode(*self.compress(idx, mask))
+        """
+        Tokens (B, T), mask (B, T) True = real, all of them in front -> codes (B, M, D), -1 for a block without real tokens: the
+        same ones in whatever precision the rest is computed.
+        """
+        with torch.no_grad(), full_float32(idx.device):
+            return self.quantizer.encode(*self.compress(idx, mask))
 
     def decode(self, codes: torch.Tensor, cache: Cache | PretrainedCache | None = None) -> torch.Tensor:
         """
@@ -291,13 +288,8 @@ class Autoencoder(CausalModel):
 
     def check(self, data, max_iters: int) -> None:
         """Warn of a training that ends before there are codes: it may be a trial."""
-        first = self.config.quantize_after
-        if self.config.codebook_kind == "ema" and not self.quantizer.initialized and 0 < max_iters < first:
-            warnings.warn(
-                f"quantize_after={first} is beyond max_iters={max_iters}: this run will have no codes of data; lower it, or train "
-                "longer",
-                stacklevel=1,
-            )
+        if self.config.codebook_kind == "ema" and not self.quantizer.initialized:
+            warn_too_late(self.config, "quantize_after", max_iters, "never trains on codes")
 
     def after_step(self) -> None:
         """Once after each optimizer step, in every process."""
@@ -313,8 +305,9 @@ class Autoencoder(CausalModel):
         """
         assert not self.training, "measured with dropout, and it would collect statistics"
         S, T, mask = self.config.latent_factor, idx.size(1), targets >= 0
-        latent, real = self.compress(idx, mask)
-        quantized = self.quantizer(latent, real)
+        with full_float32(idx.device):  # the codes of encode(), which are what a model of codes gets
+            latent, real = self.compress(idx, mask)
+            quantized = self.quantizer(latent, real)
         right_by_depth = []
         for depth in range(1, self.config.codebook_levels + 1):
             states = self.expand(self.quantizer.decode(quantized.codes[..., :depth]))[:, :T]

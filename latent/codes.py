@@ -23,7 +23,7 @@ import torch.distributed as dist
 import runtime
 from dataloader import TokenData, json_in
 from latent.autoencoder import Autoencoder
-from latent.quantize import distributed, full_float32
+from latent.quantize import distributed
 
 TOKENS = 8192  # encoded at a time, and written before the next are read
 
@@ -102,7 +102,7 @@ def extract(folder: Path, data: TokenData, autoencoder: Autoencoder, starts: np.
     # of this process alone: another run on the same autoencoder may be at the same work
     codes_file, meta_file = (folder / f"{name}.{os.getpid()}.tmp" for name in ("codes.bin", "meta.json"))
     try:
-        with open(codes_file, "wb") as file, full_float32(device):
+        with open(codes_file, "wb") as file:
             firsts = range(0, len(starts), rows)
             for first in runtime.with_progress(firsts, len(firsts), "encoded"):
                 text, _ = data.gather("train", starts[first : first + rows])

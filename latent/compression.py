@@ -13,7 +13,7 @@ latents in place of the encoder states.
    the block and of the one before it are all that a convolution of kernel 3 sees. So the head has no state besides the states.
 4. Without a `window` on self-attention the latents are redundant, and a model learns to do without them. `measure` asks how much
    they say: the loss with all latents zeroed, and with those of the text in the row before.
-5. Commitment has no weight by default: LayerNorm bounds the latents. In an autoencoder the reconstruction holds them apart; here the
+5. Commitment has no weight by default. In an autoencoder the reconstruction holds them apart; here the
    gradient through cross-attention begins at 0, and with a weight of 0.25 their variance was 0.02% of their square after 500 steps
    of config/latent/head_stdlib.py: the latents of another text served as well. Without it about half of the codes are used at step 700.
 6. What a `window` would save in sampling is not saved: caches hold all states, and keys out of sight are masked. And training

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from kernels import Dropout, at_least_float32, head_logits, head_loss, rotary_angles
 from latent import bottleneck as bottlenecks
-from latent.quantize import code_counts, code_usage
+from latent.quantize import code_counts, code_usage, warn_too_late
 from latent.resample import CausalDownsample, ResidualConvBlock, UpLayer, doublings
 from model import Block, Cache, CausalModel, Context, CrossAttention, DecoderBlock, check_fields, require, warn_ignored
 
@@ -317,7 +317,8 @@ class LatentTransformer(CausalModel):
         """
         config = self.config
         prefix, real, starts, y = self.split(idx, targets)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        half = torch.is_autocast_enabled(idx.device.type) and not self.frozen  # what is frozen depends on no other row of a batch
+        with torch.autocast(idx.device.type, enabled=half), torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             latent, latent_real = self.ae(y)
         with torch.autocast(idx.device.type, enabled=False):  # codes are chosen in float32
             z, codes, losses = self.bottleneck(at_least_float32(latent), latent_real, self.steps)
@@ -387,7 +388,7 @@ class LatentTransformer(CausalModel):
     # hooks of training: see checkpoint.py
 
     def check(self, data, max_iters: int) -> None:
-        """Raise ValueError for a data set, or a length of training, that cannot work."""
+        """Raise ValueError for a data set that cannot work. Warn of a training that ends too early: it may be a trial."""
         config, kind = self.config, data.meta.get("kind", "text")
         require(
             kind == config.task,
@@ -405,11 +406,10 @@ class LatentTransformer(CausalModel):
             f"freeze_codes_after={config.freeze_codes_after} is to keep the codes of a text as they are, but with "
             f"dropout={config.dropout} they would differ from step to step; set one of the two to 0",
         )
-        for key in ("startup_steps", "quantize_after") if hasattr(self.bottleneck, "quantizers") else ("startup_steps",):
-            require(
-                max_iters == 0 or getattr(config, key) < max_iters,
-                f"{key}={getattr(config, key)} is not below max_iters={max_iters}: the run would never reach latents; lower it",
-            )
+        warn_too_late(config, "startup_steps", max_iters, "never decodes from latents alone")
+        warn_too_late(config, "freeze_codes_after", max_iters, "never freezes its codes")
+        if not self.bottleneck.ready:
+            warn_too_late(config, "quantize_after", max_iters, "never trains on codes")
 
     @property
     def frozen(self) -> bool:
@@ -420,6 +420,12 @@ class LatentTransformer(CausalModel):
         if not torch.compiler.is_compiling():
             self.was_frozen = bool(0 < self.config.freeze_codes_after <= self.steps and self.bottleneck.ready)
         return self.was_frozen
+
+    def train(self, mode: bool = True) -> "LatentTransformer":
+        """As of any module; but the bottleneck of frozen codes has nothing to collect, and its vectors are those of the codes."""
+        super().train(mode)
+        self.bottleneck.train(mode and not self.frozen)
+        return self
 
     def named_backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What gets a learning rate of its own: all that makes the codes, if they are to be frozen after some steps; else nothing."""

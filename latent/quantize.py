@@ -14,21 +14,18 @@ Residual vector quantization: a latent vector becomes D codes out of K, level by
 4. `simvq` (arXiv:2411.02038) has no statistics: codes are a frozen random table times one learned matrix a level. Every code
    moves with every gradient, so none can die, and nothing needs to be kept equal between processes beyond what DDP does. It was
    taken rather than FSQ because it keeps K codes on D levels of any width: the same codes, stack, prior and metrics.
-5. Until k-means has seen enough vectors, an `ema` codebook is random, of the length that serves a Gaussian latent best: one
-   code path from the first step on, in which codes are codes and evaluation is honest (passing z through unquantized would
-   report the loss of another model). Wait for `initialized` before codes are stored. A model may train on z itself until then
-   (latent/autoencoder.py does: random codes would pull its latents together before they have spread), but evaluates on codes.
+5. Until k-means has seen enough vectors, an `ema` codebook is random, of the length that serves a Gaussian latent best. A model
+   trains on z itself until then, as random codes would pull its latents together before they have spread, but evaluates on
+   codes: z would report the loss of another model. Wait for `initialized` before codes are stored.
 
 DistributedDataParallel must not broadcast buffers, or rank 0's statistics replace those of the others; step() sums them.
 Float32 outside autocast (float64 in a float64 model). Shapes: N latents (of any leading dimensions), Z width, K codes, D levels,
 and a number of codebooks that is D, or 1 if they are shared.
 """
 
-import contextlib
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -37,10 +34,18 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 
+from kernels import full_float32
+
 
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def warn_too_late(config, key: str, max_iters: int, what: str) -> None:
+    """Warn of a step config.key that a run of max_iters steps ends before, or with: it `what`. Not where nothing is trained."""
+    if max_iters > 0 and getattr(config, key) >= max_iters:
+        warnings.warn(f"{key}={getattr(config, key)} is not below max_iters={max_iters}: this run {what}", stacklevel=1)
 
 
 @dataclass(frozen=True)
@@ -86,31 +91,14 @@ class QuantizerConfig:
 
 
 class Quantized(NamedTuple):
-    z_q: torch.Tensor  # (..., Z) float32, with the gradient of z; zero where masked
+    z_q: torch.Tensor  # (..., Z) float32, with the gradient of z; zero where masked; z itself in training without codes of data
     codes: torch.Tensor  # (..., D) int64, -1 where masked and at levels that quantize-dropout left out
-    losses: dict[str, torch.Tensor]  # scalars, unweighted; QuantizerConfig.loss_weights has their factors
+    losses: dict[str, torch.Tensor]  # scalars, unweighted, 0 where z_q is z; QuantizerConfig.loss_weights has their factors
     distortion: torch.Tensor  # (D + 1,) mean |r_d|^2 / Z for d = 0..D over valid latents, to be logged
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # nearest vectors
-
-
-@contextlib.contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """
-    Inside, neither autocast nor TF32, whose 10 bits of mantissa would make codes depend on the machine: products and convolutions in
-    float32 are what they say. Not for what torch.compile sees.
-    """
-    of_products, of_convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(of_products)
-        torch.backends.cudnn.allow_tf32 = of_convolutions
 
 
 def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -217,11 +205,13 @@ class EMACodebook(nn.Module):
     @torch.no_grad()
     def collect(self, residuals: list[torch.Tensor], codes: list[torch.Tensor], valid: torch.Tensor) -> None:
         """Add residuals (N, Z) and codes (N,) of every level where valid (N,). Shapes depend on no data: it must compile."""
+        # what overflowed in float16 would stay in the averages, although the optimizer skips such a step
+        valid = valid & residuals[0].isfinite().all(-1)
         weight = valid.to(self.pending_count.dtype)
         for level, (residual, code) in enumerate(zip(residuals, codes)):
             book = 0 if self.config.shared_codebook else level
             self.pending_count[book].index_add_(0, code, weight)
-            self.pending_sum[book].index_add_(0, code, residual * weight[:, None])
+            self.pending_sum[book].index_add_(0, code, torch.where(valid[:, None], residual, 0.0))
         capacity = len(self.recent) - 1
         order = valid.cumsum(0) - 1  # of a valid latent among the valid ones
         keep = valid & (order < capacity)
@@ -457,6 +447,10 @@ class ResidualQuantizer(nn.Module):
 
             through = rotate_to(output, z) if config.gradient == "rotation" else z
             z_q = output + (through - through.detach())  # adds exactly 0, and the gradient
+            if self.training:
+                of_data = self.codebook.initialized
+                z_q = torch.where(of_data, z_q, z)
+                losses = {name: torch.where(of_data, loss, 0.0) for name, loss in losses.items()}
             before = (z.detach().pow(2).mean(-1) * weight).sum()
             distortion = torch.stack([before, *(level.detach() for level in commitment)])
         return Quantized(z_q.unflatten(0, leading), torch.stack(codes, -1).unflatten(0, leading), losses, distortion)
@@ -529,7 +523,7 @@ def code_usage(counts: torch.Tensor, warn: bool) -> dict[str, int | float | list
         if warn and possible > 1 and perplexity < 1 + 0.05 * (possible - 1):
             warnings.warn(
                 f"codebook level {level} has collapsed: perplexity {perplexity:.1f} of {possible}, {used:.1%} of its codes used "
-                "(a smaller learning rate, a larger commitment_weight or fewer levels may help)",
+                "(a smaller learning rate or fewer levels may help)",
                 stacklevel=2,
             )
     return {"latents": latents, "usage": usage, "perplexity": perplexities, "bits": nats.sum().item() / math.log(2)}

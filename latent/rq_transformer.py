@@ -30,9 +30,7 @@ N stacks of any texts, V vocabulary.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,25 +41,12 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from dataloader import TokenData
-from kernels import Dropout, head_logits
+from kernels import Dropout, full_float32, head_logits, uncompiled
 from latent.autoencoder import Autoencoder
 from latent.codes import CodeData
-from latent.quantize import full_float32
 from model import Block, Cache, CausalModel, check_fields, require, warn_ignored
 
 FROM_AUTOENCODER = ("vocab_size", "block_size", "latent_factor", "latent_dim", "codebook_size", "codebook_levels")
-
-
-def uncompiled(method: Callable) -> Callable:
-    """torch.compiler.disable for a method, which imports the compiler, a second of time, only where something is compiled."""
-    # private in torch, so it may go away: this imports it when first called, torch.compiler.disable at once
-    disabled = getattr(torch, "_disable_dynamo", torch.compiler.disable)(method)
-
-    @functools.wraps(method)
-    def call(*given):
-        return (disabled if torch.compiler.is_compiling() else method)(*given)
-
-    return call
 
 
 @dataclass(frozen=True)
@@ -90,6 +75,8 @@ class RQTransformerConfig:
             warn_ignored(self, ("soft_labels", "code_offsets", "latent_dim"), "autoencoder=none, so codes are the tokens")
             own = {"codebook_size": self.vocab_size, "codebook_levels": self.latent_factor, "code_vectors": "learned", "soft_labels": 0.0}
             for key, value in own.items():
+                if key != "soft_labels" and getattr(self, key) != value:
+                    warn_ignored(self, [key], f"autoencoder=none, so it is {value}")
                 object.__setattr__(self, key, value)  # frozen for all others
         check_fields(self, "n_spatial_layer", "n_depth_layer", "n_head", "n_embd", "code_offsets", *FROM_AUTOENCODER)
         require(self.soft_labels >= 0.0, f"soft_labels={self.soft_labels}: a temperature is needed, or 0 for hard labels")
@@ -222,9 +209,9 @@ class RQTransformer(CausalModel):
     @uncompiled
     def learned_codes(self, idx: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`encode` where an autoencoder does it."""
-        with torch.no_grad(), full_float32(idx.device):  # codes must not depend on the precision
-            if not self.training or self.config.soft_labels == 0.0:
-                return self.autoencoder.encode(idx, mask), None
+        if not self.training or self.config.soft_labels == 0.0:
+            return self.autoencoder.encode(idx, mask), None
+        with torch.no_grad(), full_float32(idx.device):
             z, real = self.autoencoder.compress(idx, mask)
             codes, soft = soft_codes(z.flatten(0, 1), self.autoencoder.quantizer.vectors(), self.config.soft_labels)
             codes, soft = codes.unflatten(0, z.shape[:2]), soft.unflatten(0, z.shape[:2])

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -376,7 +377,9 @@ def test_codes_do_not_depend_on_the_precision(soft_labels):
     x = torch.randint(31, (40, 24), generator=torch.Generator().manual_seed(4))
     codes = model.autoencoder.encode(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(model.encode(x, None)[0], codes) and not torch.equal(model.autoencoder.encode(x), codes)
+        assert torch.equal(model.encode(x, None)[0], codes) and torch.equal(model.autoencoder.encode(x), codes)
+        rounded = model.autoencoder.quantizer.encode(*model.autoencoder.compress(x, None))
+        assert not torch.equal(rounded, codes), "rounding changes no code: this test would see nothing"
         assert torch.equal(model.eval().encode(x, None)[0], codes)
     used = []
     seen = lambda *_: used.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))  # noqa: E731
@@ -615,6 +618,10 @@ def test_settings_of_an_autoencoder_that_is_not_there():
     with pytest.warns(UserWarning, match="soft_labels, code_offsets without effect: autoencoder=none"):
         config = RQTransformerConfig(autoencoder=None, soft_labels=0.5, code_offsets=3, latent_factor=8)
     assert (config.soft_labels, config.codebook_size, config.codebook_levels) == (0.0, 256, 8)
+    with pytest.warns(UserWarning, match="codebook_size without effect: autoencoder=none, so it is 256"):
+        RQTransformerConfig(autoencoder=None, codebook_size=64)
+    with warnings.catch_warnings(action="error"):
+        assert RQTransformerConfig(**vars(config)) == config  # read again from its config.json
     assert dataclasses.replace(config, vocab_size=300).codebook_size == 300
 
 

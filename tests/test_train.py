@@ -247,7 +247,8 @@ def test_patience_ends_a_run_that_no_longer_improves(tiny_data, tmp_path, monkey
     losses[:] = [5.0, 3.0, *[6.0] * 9]
     of_data = iter([False] * 3 + [True] * 9)  # in steps 3, 6, 9: until then codes mean nothing
     monkeypatch.setattr(train, "measured", lambda *_: {"codes_of_data": next(of_data)})
-    assert run(tiny_data, tmp_path / "codes", "--max_iters=30", "--patience=2")["steps"] == 15
+    summary = run(tiny_data, tmp_path / "codes", "--max_iters=30", "--patience=2")
+    assert (summary["steps"], summary["best_step"], summary["best_val_loss"]) == (18, 12, 6.0), "best/ has codes that mean something"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
