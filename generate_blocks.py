@@ -3,7 +3,7 @@ generate.py's loop for models over codes, which write several tokens at a time: 
 (latent/rq_transformer.py), or a whole target from all its codes (latent/latent_transformer.py). Every code and every token is
 chosen with `pick` and the noise of its own position, as there.
 
-Shapes: B samples, T tokens, V vocabulary; S tokens of a block, M blocks of a context, D levels of codes, K codes of a level.
+Shapes: B samples, T tokens, V vocabulary, C width; S tokens of a block, M blocks of a context, D levels of codes, K codes of a level.
 """
 
 from collections.abc import Iterator
@@ -43,6 +43,45 @@ def token_noise(sampling: BlockSampling, samples: range, n: int, count: int, siz
     return block_noise(sampling.tokens.seed, samples, 2**31 + n, count, size).flatten(0, 1)
 
 
+class BlockSteps:
+    """
+    What an RQ-transformer computes for a block: with caches only what they do not hold yet, without them all of the context again.
+    One text on a CPU goes through a CodeStepper.
+    """
+
+    def __init__(self, model: torch.nn.Module, samples: int, use_cache: bool):
+        self.model, self.table, self.use_cache = model, model.table(), use_cache
+        self.stepper = CodeStepper(model, self.table) if use_cache and samples == 1 and can_step(model) else None
+
+    def begin(self) -> None:
+        """Empty caches, for another context."""
+        autoencoder = self.model.autoencoder
+        self.spatial, self.depth = self.model.spatial.make_cache(), self.model.depth.make_cache()
+        self.decoder = None if autoencoder is None else autoencoder.make_decoder_cache()
+
+    def state(self, codes: torch.Tensor) -> torch.Tensor:
+        """Spatial state (B, C) that predicts the block after those of codes (B, m, D)."""
+        self.depth.truncate(0)
+        if self.stepper is not None and self.spatial.length == codes.size(1) > 0:
+            return self.stepper.state(codes[0, -1].tolist(), self.spatial)
+        return self.model.states(codes, self.table, self.spatial if self.use_cache else None)[:, -1]
+
+    def code_logits(self, h: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K) of the code after those of a stack (B, d), whose spatial state is h (B, C)."""
+        if self.stepper is not None and self.depth.length == stack.size(1):
+            return self.stepper.logits(h, stack[0].tolist(), self.depth)
+        return self.model.code_logits(h, stack, self.table, self.depth if self.use_cache else None)[:, -1]
+
+    def token_logits(self, codes: torch.Tensor) -> torch.Tensor:
+        """Logits (B S, V) of the tokens of the last block of codes (B, m, D)."""
+        S = self.model.config.latent_factor
+        known = self.decoder.length // S  # blocks in the cache
+        if self.stepper is not None and self.stepper.write is not None and known + 1 == codes.size(1):
+            return self.stepper.write(codes[0, -1].tolist(), self.decoder)
+        logits = self.model.autoencoder.decode(codes[:, known:], self.decoder if self.use_cache else None)  # (B, m' S, V)
+        return logits[:, -S:].flatten(0, 1)
+
+
 def sample_in_blocks(
     model: torch.nn.Module, samples: list[Continuation], sampling: BlockSampling, use_cache: bool, first_sample: int
 ) -> Iterator[None]:
@@ -60,8 +99,7 @@ def sample_in_blocks(
     levels, numbers = sampling.for_levels(D), range(first_sample, first_sample + len(samples))
     fill = -len(samples[0].tokens) % S if learned else 0
     idx = torch.tensor([[filler(sample)] * fill + sample.tokens for sample in samples], device=device)
-    table, codes = model.table(), None
-    step = CodeStepper(model, table) if use_cache and len(samples) == 1 and can_step(model) else None
+    steps, codes = BlockSteps(model, len(samples), use_cache), None
     while not all(sample.finished for sample in samples):
         n = idx.size(1) // S  # blocks of text, hence the number of the next one; a part of that may be there
         if codes is None or codes.size(1) == M:
@@ -69,34 +107,18 @@ def sample_in_blocks(
             codes = torch.empty(len(samples), 0, D, dtype=torch.int64, device=device)
             if kept > 0:
                 codes = model.encode(idx[:, (n - kept) * S : n * S].contiguous(), None)[0]
-            spatial, depth = model.spatial.make_cache(), model.depth.make_cache()
-            decoder = model.autoencoder.make_decoder_cache() if learned else None
-        if step is not None and spatial.length == codes.size(1) > 0:
-            h = step.state(codes[0, -1].tolist(), spatial)
-        else:
-            h = model.states(codes, table, spatial if use_cache else None)[:, -1]
+            steps.begin()
+        h, drawn = steps.state(codes), code_noise(levels, numbers, n, D, config.codebook_size)
         stack = idx[:, n * S :]  # (B, d), the codes of this block so far
         given = stack.size(1)
-        drawn = code_noise(levels, numbers, n, D, config.codebook_size)
-        depth.truncate(0)
         for d in range(given, D):
-            if step is not None and depth.length == d:
-                logits = step.logits(h, stack[0].tolist(), depth)  # (1, K)
-            else:
-                logits = model.code_logits(h, stack, table, depth if use_cache else None)[:, -1]  # (B, K)
-            stack = torch.cat((stack, pick(logits, drawn[d], levels[d])[:, None]), dim=1)
+            stack = torch.cat((stack, pick(steps.code_logits(h, stack), drawn[d], levels[d])[:, None]), dim=1)
         codes = torch.cat((codes, stack[:, None]), dim=1)  # (B, blocks in the context, D)
-        if not learned:
-            chosen = stack[:, given:]
-        else:
-            known = decoder.length // S  # blocks in it
-            if step is not None and step.write is not None and known + 1 == codes.size(1):
-                logits = step.write(stack[0].tolist(), decoder)  # (S, V)
-            else:
-                logits = model.autoencoder.decode(codes[:, known:], decoder if use_cache else None)
-                logits = logits[:, -S:].flatten(0, 1)  # (B S, V)
+        if learned:
             drawn = token_noise(sampling, numbers, n, S, config.vocab_size)
-            chosen = pick(logits, drawn, sampling.tokens).unflatten(0, (-1, S))
+            chosen = pick(steps.token_logits(codes), drawn, sampling.tokens).unflatten(0, (-1, S))  # (B S,) -> (B, S)
+        else:
+            chosen = stack[:, given:]
         for sample, tokens in zip(samples, chosen.tolist()):
             if not sample.finished:
                 sample.accept(tokens)

@@ -230,9 +230,10 @@ class Lookahead:
         cache.keep(held + 1, held + 1 + best * length, used - 1)
         self.drafted, self.accepted = self.drafted + len(drafts) * length, self.accepted + used - 1
 
+        # the last `width` picks continue the columns; the line is y_p-M+1 .. y_p-1 and the first level, which begins with y_p
         last, line = picks[len(picks) - width :], tokens[max(0, p - M + 1) : p] + self.window[0]
         for i, token in enumerate(last):
-            context = line[: len(line) - W + i + 1][-M:]
+            context = line[: len(line) - W + i + 1][-M:]  # the M tokens that end with column i's first
             self.pool.add(context, (*(row[i] for row in self.window[1:]), token), p + i)
         # a column less for each draft token accepted: the others keep their positions, hence their noise
         drop = min(used - 1, W) if self.sampling.temperature > 0 else 0

@@ -220,10 +220,11 @@ class LatentTransformer(CausalModel):
         P, (J, M, D) = prefix.size(1), codes.shape[1:]
         before = M * D - 1  # codes of a target that another one follows
         device, own = prefix.device, torch.arange(before, device=prefix.device)
-        x = torch.cat((self.wte(prefix), self.embed_codes(codes.flatten(2)[..., :before]).flatten(1, 2)), dim=1)
+        embedded = self.embed_codes(codes.flatten(2)[..., :before])  # (B, J, M, D) -> (B, J, M D) -> (B, J, before, C)
+        x = torch.cat((self.wte(prefix), embedded.flatten(1, 2)), dim=1)  # (B, P + J before, C)
         place = torch.arange(P, device=device)
         positions = torch.cat((place, (starts[:, None] + own).flatten()))  # (P + J before,)
-        target = torch.cat((place.new_full((P,), -1), torch.arange(J, device=device).repeat_interleave(before)))
+        target = torch.cat((place.new_full((P,), -1), torch.arange(J, device=device).repeat_interleave(before)))  # -1: the prefix
         sight = torch.cat((place, (starts - 1).repeat_interleave(before)))  # the last token of the prefix that each one sees
         mask = (target == target[:, None]) & (positions <= positions[:, None])
         mask = mask | ((target == -1) & (positions <= sight[:, None]))
@@ -233,9 +234,9 @@ class LatentTransformer(CausalModel):
         x, context = self.dropout(x), self.context(positions, mask)
         for block in self.blocks:
             x = block(x, context)
-        h, states = x[:, :P], x[:, P:].unflatten(1, (J, before))
+        h, states = x[:, :P], x[:, P:].unflatten(1, (J, before))  # (B, P, C) and (B, J before, C) -> (B, J, before, C)
         states = torch.cat((h[:, starts - 1][:, :, None], states), dim=2)  # the first code follows the prefix's last token
-        return h, states.unflatten(2, (M, D))
+        return h, states.unflatten(2, (M, D))  # (B, J, M D, C) -> (B, J, M, D, C)
 
     def read(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
         """The stack of lp() over vectors x (B, n, C) after those in the cache, one target at a time -> states (B, n, C)."""
@@ -273,14 +274,14 @@ class LatentTransformer(CausalModel):
             mask = mask if real is None else mask & real[:, None, None]  # (B, 1, J length, P)
             return positions, self.context(positions, mask, keys=place)
 
-        x, mask, stride = self.from_latent(z).flatten(0, 1), latent_real.flatten(0, 1), self.config.latent_factor
+        x, mask, stride = self.from_latent(z).flatten(0, 1), latent_real.flatten(0, 1), self.config.latent_factor  # (B J, L, C), (B J, L)
         for convolution, norm, attention, up in zip(
             self.up_convolutions, self.up_norms, self.up_attention, self.up_layers
         ):  # x (B J, L, C)
             x = convolution(x, mask)
             query = norm(x).unflatten(0, (-1, J)).flatten(1, 2)  # (B J, L, C) -> (B, J, L, C) -> (B, J L, C)
-            x = x + attention(query, memory, to_memory(L, stride)[1]).unflatten(1, (J, L)).flatten(0, 1)
-            x = up(x)
+            x = x + attention(query, memory, to_memory(L, stride)[1]).unflatten(1, (J, L)).flatten(0, 1)  # back to (B J, L, C)
+            x = up(x)  # (B J, 2 L, C)
             mask, L, stride = mask.repeat_interleave(2, dim=1), 2 * L, stride // 2
         x = x.unflatten(0, (-1, J))  # (B, J, L, C); what is not real is after all that is, out of the decoder's sight
         if fed is not None:
@@ -291,7 +292,7 @@ class LatentTransformer(CausalModel):
         x = x.flatten(1, 2)  # (B, J L, C)
         for layer in self.decoder:
             x = layer(x, h, own, context)
-        return self.ln_f(x).unflatten(1, (J, L))
+        return self.ln_f(x).unflatten(1, (J, L))  # (B, J L, C) -> (B, J, L, C)
 
     # ------------------------------------------------------------------------------------------------------------------
     # losses
