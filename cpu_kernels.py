@@ -65,7 +65,7 @@ available._dynamo_marked_constant = True
 def compiled(width: int, bfloat16: bool) -> ctypes.CDLL:
     """cpu_kernels.cpp for this head width and type of number. Several processes may compile the same file at once."""
     command = [*compiler(), *OPTIONS, f"-DHEAD_WIDTH={width}", f"-DBF16={int(bfloat16)}"]
-    version = subprocess.run([command[0], "--version"], capture_output=True).stdout
+    version = subprocess.run([*command, "--version"], capture_output=True).stdout
     described = b"\0".join([SOURCE.read_bytes(), repr((command, TUNED, THREADED)).encode(), version, cpu().encode()])
     path = cached(f"attention_{width}_{'bfloat16' if bfloat16 else 'float32'}_{hashlib.sha256(described).hexdigest()[:16]}.so")
     if path.exists():
@@ -90,8 +90,12 @@ def compiled(width: int, bfloat16: bool) -> ctypes.CDLL:
 
 def compiler() -> list[str]:
     """The command that starts a C++ compiler."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for command in map(shlex.split, names):
+    names = [os.environ["CXX"]] if os.environ.get("CXX", "").strip() else ["c++", "g++", "clang++"]
+    for name in names:
+        try:
+            command = shlex.split(name)
+        except ValueError as error:  # an open quotation
+            raise CannotCompile(f"CXX={name}: {error}") from None
         if shutil.which(command[0]):
             return command
     raise CannotCompile(f"there is no C++ compiler ({', '.join(names)}); install one or name it in CXX")

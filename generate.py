@@ -17,6 +17,7 @@ Shapes: B samples, T tokens, V vocabulary, D levels of codes.
 import codecs
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -37,11 +38,11 @@ class Sampling:
     def __post_init__(self):
         if not 0 <= self.temperature <= 1e6:  # beyond, scores would lose the logits, and at last be infinite
             raise ValueError(f"temperature={self.temperature}: 0 (greedy) or a positive number up to 1e6 is needed")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: at least 1 is needed, or none for all tokens")
+        if self.top_k is not None and not (isinstance(self.top_k, Integral) and self.top_k >= 1):
+            raise ValueError(f"top_k={self.top_k}: a whole number of at least 1 is needed, or none for all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: a probability in (0, 1] is needed; 1 keeps all tokens")
-        if not 0 <= self.seed < 2**64:
+        if not (isinstance(self.seed, Integral) and 0 <= self.seed < 2**64):
             raise ValueError(f"seed={self.seed}: a whole number from 0 to 2^64 - 1 is needed")
 
 
@@ -138,6 +139,8 @@ class Continuation:
     ):
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
+        if tokenizer is None and (stop or write):
+            raise ValueError("stop and write are about text: they need the tokenizer")
         self.tokens, self.n_prompt = list(prompt), len(prompt)
         self.limit, self.eos, self.tokenizer = len(prompt) + max_new_tokens, eos, tokenizer
         self.stop = tuple(s.encode() for s in stop)
@@ -230,9 +233,11 @@ class Noise:
 
 
 def check_prompts(model: torch.nn.Module, prompts: list[list[int]]) -> None:
-    """Raise ValueError for prompts that the model cannot start from, or a model that starts from none."""
+    """Raise ValueError for prompts that the model cannot start from, or a model that starts from none, or would with dropout."""
     if model.reconstructs:
         raise ValueError("an autoencoder continues no text; give a language model")
+    if model.training:
+        raise ValueError("the model is in training mode, in which every pass may be another one: call model.eval() first")
     V = model.config.vocab_size
     longest = getattr(model.config, "prefix_size", model.config.block_size)  # of a pair, without its answer
     for prompt in prompts:
@@ -242,8 +247,8 @@ def check_prompts(model: torch.nn.Module, prompts: list[list[int]]) -> None:
             raise ValueError(f"the prompt has {len(prompt)} tokens, but the model has room for {longest}; shorten the prompt")
         if len(prompt) != len(prompts[0]):
             raise ValueError("prompts that are sampled together must have the same number of tokens")
-        if not 0 <= min(prompt) <= max(prompt) < V:
-            raise ValueError(f"the prompt has token ids outside the model's vocabulary of {V}")
+        if not all(isinstance(token, Integral) and 0 <= token < V for token in prompt):
+            raise ValueError(f"the prompt has token ids outside the model's vocabulary of {V}, whole numbers from 0 on")
 
 
 def prepare_for_decoding(model: torch.nn.Module) -> None:
@@ -330,6 +335,8 @@ def sample_together(
         loop = sample_targets if hasattr(model, "bottleneck") else sample_in_blocks  # a latent transformer has one
         yield from loop(model, samples, how, use_cache, first_sample)
         return
+    if isinstance(sampling, BlockSampling):
+        raise ValueError("BlockSampling is for models that write blocks; this one chooses single tokens: give a Sampling")
     device = next(model.parameters()).device
     noise = Noise(sampling, model.config.vocab_size)
     next_logits = decode_logits(model, use_cache, compile, int8)

@@ -246,22 +246,25 @@ AUTO = (Setting(0, 8, 1, 3), Setting(0, 4, 4), Setting(4, 3, 4), Setting(5, 4, 4
 
 def tune(run: Lookahead, steps: int = 12) -> Iterator[str]:
     """
-    Make the first steps with plain decoding and with each setting of AUTO, and stay with the one that made the most tokens a
-    second. They are steps of the text itself; only its context is read again for each setting. Yields after every step; at last, why.
+    Make `steps` steps with plain decoding and with each setting of AUTO, and stay with the one that made the most tokens a second.
+    They are steps of the text itself; only its context is read again for each setting. Yields after every step; at last, why.
     """
     speeds = {}
     for setting in (None, *AUTO):
         if not run.sample.finished:
             run.use(setting)
+        seconds, made = 0.0, 0
         for number in range(steps):
             if run.sample.finished:
                 yield f"lookahead=auto: the text ended before all settings were tried; its last steps were {run.setting or 'plain'}"
                 return
-            if number == steps // 3:  # from here on the pool is no longer empty
-                began, made = time.perf_counter(), len(run.sample.tokens)
+            began, before, start = time.perf_counter(), len(run.sample.tokens), run.start
             run.step()
+            # not the first, whose pool is next to empty, nor what moves the context, which may happen to any setting
+            if number >= steps // 3 and run.start == start:
+                seconds, made = seconds + time.perf_counter() - began, made + len(run.sample.tokens) - before
             yield ""
-        speeds[setting] = (len(run.sample.tokens) - made) / (time.perf_counter() - began)
+        speeds[setting] = made / max(seconds, 1e-9)
     best = max(speeds, key=speeds.get)
     run.use(best)
     tried = ", ".join(f"{setting or 'plain'} {speed:.0f}" for setting, speed in speeds.items())

@@ -154,7 +154,7 @@ def read_prompt(word: str) -> str:
             return path.read_text(encoding="utf-8-sig")  # without the byte order mark of some Windows editors
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt={word}: not {error.encoding} at byte {error.start}; convert it to UTF-8") from None
-    return word
+    return word.replace("\r\n", "\n").replace("\r", "\n")  # as of files, and of all texts that are trained on
 
 
 def encode_prompt(written: str, text: tokenizer.Tokenizer, separator: int | None) -> tuple[str, list[int]]:
@@ -232,12 +232,13 @@ def main(argv: list[str] | None = None) -> list[str]:
     def timed(steps: Iterator[None]) -> float:
         gc.freeze()  # a collection that goes through all that is loaded takes 75 ms, the time of a hundred tokens
         began = time.perf_counter()
-        with machine.autocast():
-            for _ in steps:
-                pass
-        seconds = time.perf_counter() - began
-        gc.unfreeze()
-        return seconds
+        try:
+            with machine.autocast():
+                for _ in steps:
+                    pass
+        finally:
+            gc.unfreeze()
+        return time.perf_counter() - began
 
     samples = start((lambda piece: print(piece, end="", flush=True)) if config.stream else None)
     generate.check_prompts(model, [prompt])  # before anything is printed

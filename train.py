@@ -203,7 +203,7 @@ def make_sampler(config: TrainConfig, model: torch.nn.Module, data: dataloader.T
         prompt = tokenizer.encode_question(text, written, data.separator) if pairs else text.encode(written)
     if not prompt:
         raise ValueError("eval_sample_prompt is empty: a sample needs a token to begin with; leave the setting out for a line end")
-    generate.check_prompts(model, [prompt])
+    generate.check_prompts(model.eval(), [prompt])
     return lambda: text.decode(
         generate.generate(model, [prompt], config.eval_sample_tokens, sampling, text.eos, tokenizer=text)[0]
     )

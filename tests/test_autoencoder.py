@@ -456,8 +456,8 @@ def test_learns_a_text_by_heart(by_heart, capsys):
     assert sample.main([str(out), f"--prompt={prompt}", "--device=cpu"]) == [prompt]
     shown = capsys.readouterr()
     assert shown.out == prompt + "\n" and "continues no text; it gave back 42 of 42 tokens" in shown.err
-    with pytest.raises(ValueError, match="check, json, temperature: .* gives its prompt back and nothing else"):
-        sample.main([str(out), "--device=cpu", "--check", "--json", "--temperature=0.3"])
+    with pytest.raises(ValueError, match="check, json, token_temperature: .* gives its prompt back and nothing else"):
+        sample.main([str(out), "--device=cpu", "--check", "--json", "--token_temperature=0.3"])
     with pytest.raises(ValueError, match="run is an autoencoder"):
         compare.main([str(out), "--plot=none"])
     [again] = evaluate.main([str(out), "--device=cpu", f"--dtype={summary['dtype']}"])

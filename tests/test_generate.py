@@ -1,5 +1,7 @@
 """The cache against no cache, and the sampling loops: one text whatever the path."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import generate
 import tokenizer
 from conftest import ALL_MODELS, ALL_MODELS_IDS, make_model
 from generate import Continuation, Sampling
+from lookahead import Lookahead
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the cache
@@ -125,6 +128,24 @@ def test_noise_is_a_function_of_its_key():
     assert torch.isfinite(base).all() and abs(base.mean() - 0.5772) < 0.15  # Euler's constant
 
 
+def test_noise_is_finite_where_the_uniform_number_is_zero(monkeypatch):
+    """Guards -log(-log(u)) at the ends of [0, 1): infinite noise would take a token whatever its logit, or be NaN if it is filtered."""
+    ends = SimpleNamespace(random=lambda size: np.array([0.0, 1 - 2.0**-53]))
+    monkeypatch.setattr(np.random, "Generator", lambda _: ends)
+    noise = generate.gumbel_noise(0, 0, 0, 2)
+    assert torch.isfinite(noise).all() and abs(noise[0]) > 3 and abs(noise[1]) > 3 and noise[0] * noise[1] < 0
+
+
+def test_tokens_are_chosen_in_float64():
+    """Guards the border of top-p: in bfloat16, the type of the logits, the sum of probabilities would lie on its other side."""
+    logits = torch.randn(400, 30, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sampling, noise = Sampling(1.0, None, 0.7), torch.stack([generate.gumbel_noise(3, i, 0, 30) for i in range(400)])
+    exact = generate.filter_logits(logits.double(), sampling)
+    chosen = generate.pick(logits, noise, sampling)
+    assert torch.equal(chosen, (exact + noise).argmax(-1))
+    assert not torch.equal(chosen, (generate.filter_logits(logits, sampling) + noise).argmax(-1)), "nothing was at a border"
+
+
 def test_low_temperature_is_greedy():
     """Guards the limit: temperature 1e-4 and 0 agree, and the lowest id wins among equals."""
     logits = torch.randn(50, 40)
@@ -136,8 +157,12 @@ def test_low_temperature_is_greedy():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": 0}, {"temperature": float("nan")}, {"temperature": 1e7}]
-)
+    "bad",
+    [
+        *({"temperature": value} for value in (-1.0, float("nan"), 1e7)), {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": 0}, {"top_k": 2.5},
+        {"seed": -1}, {"seed": 1.5},
+    ],
+)  # fmt: skip
 def test_bad_sampling_settings(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)
@@ -224,7 +249,15 @@ def test_bad_prompts():
     for prompts in ("def ", [1, 2], [torch.tensor([1, 2])]):
         with pytest.raises(ValueError, match="prompts are a list of lists of token ids"):
             generate.generate(model, prompts, 3)
+    with pytest.raises(ValueError, match="token ids .* whole numbers"):
+        generate.generate(model, [[1.0]], 3)
+    with pytest.raises(ValueError, match="BlockSampling is for models that write blocks"):
+        generate.generate(model, [[1]], 3, generate.BlockSampling((Sampling(),)))
     assert model.training
+    with pytest.raises(ValueError, match="training mode"):  # dropout would give another text each time
+        next(generate.sample_together(model, [Continuation([1], 3)], Sampling()))
+    with pytest.raises(ValueError, match="training mode"):
+        Lookahead(model, Continuation([1], 3), Sampling(), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,6 +300,9 @@ def test_streaming_inside_a_character():
     sample, streamed = run_continuation([b"5 \xe2\x82"], (), limit=4)  # what the text ends in is not kept back
     assert sample.text == streamed == "5 \ufffd" and sample.reason == "length"
     assert Continuation([1], 0).finished
+    for more in ({"stop": ("a",)}, {"write": print}):
+        with pytest.raises(ValueError, match="need the tokenizer"):
+            Continuation([1], 5, **more)
 
 
 def test_eos_inside_an_accepted_group():

@@ -266,6 +266,11 @@ def test_attention_without_a_compiler(monkeypatch, capsys, tmp_path):
     """Guards a machine without one, and a home where nothing can be written: a note, once, and torch's numbers."""
     monkeypatch.setattr(cpu_kernels, "libraries", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", 'g++ "')
+    assert not cpu_kernels.available(4, False) and "CXX=g++ \": No closing quotation" in capsys.readouterr().err
+    monkeypatch.setenv("CXX", " ")
+    assert " " not in cpu_kernels.compiler(), "not set"
+    monkeypatch.setattr(cpu_kernels, "libraries", {})
     monkeypatch.setenv("CXX", "/nonexistent")
     for width in (5, 6):
         q = torch.randn(2, 3, 20, width)

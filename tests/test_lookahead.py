@@ -606,6 +606,36 @@ def test_auto_prefers_what_is_faster(monkeypatch):
         assert (run.setting is None) != slow_plain
 
 
+def test_auto_does_not_count_a_moved_context(monkeypatch):
+    """Guards the choice of lookahead=auto: whichever setting is on trial when half the context is read again would look slow."""
+    others = 0
+    for number in (5, 20, 23, 33):
+        case = random_case(number) | {"max_new_tokens": 400, "eos": None, "stop": (), "setting": None}
+        run, read, steps = Lookahead(case["model"], start(case), case["sampling"], None), [0], []
+
+        def reading(idx, *rest, forward=run.forward, read=read):  # a clock of 16 ticks a pass, and one a token
+            read[0] += 16 + idx.size(1)
+            return forward(idx, *rest)
+
+        def watched(run=run, step=run.step, read=read, steps=steps):
+            began, context = read[0], run.start
+            steps.append((step(), read[0] - began, run.start != context))
+
+        run.forward, run.step = reading, watched
+        monkeypatch.setattr(lookahead, "time", types.SimpleNamespace(perf_counter=lambda read=read: read[0]))
+        list(lookahead.tune(run, steps=9))
+        fastest = []
+        for moves in (False, True):
+            speeds = {}
+            for i, setting in enumerate((None, *lookahead.AUTO)):
+                timed = [(made, ticks) for made, ticks, moved in steps[9 * i + 3 : 9 * i + 9] if moves or not moved]
+                speeds[setting] = sum(made for made, _ in timed) / sum(ticks for _, ticks in timed)
+            fastest.append(max(speeds, key=speeds.get))
+        assert run.setting == fastest[0]
+        others += fastest[0] != fastest[1]
+    assert others > 0, "no moved context decides: this test would see nothing"
+
+
 def test_auto_chooses_the_fastest(monkeypatch):
     """Guards the choice of lookahead=auto: by tokens a second of the later steps, measured with a clock that ticks once a step."""
     case = random_case(3) | {"max_new_tokens": 400, "eos": None, "stop": (), "setting": None}
