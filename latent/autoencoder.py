@@ -226,7 +226,11 @@ class Autoencoder(CausalModel):
         if self.config.freeze_codes or not self.training:
             z, losses = self.quantizer.decode(self.encode(idx, mask)), {}
         else:
-            z, _, losses, _ = self.quantizer(*self.compress(idx, mask))
+            latent, real = self.compress(idx, mask)
+            z, _, losses, _ = self.quantizer(latent, real)
+            of_data = self.quantizer.codebook.initialized  # other codes would pull the latents together before they have spread
+            z = torch.where(of_data, z, latent)
+            losses = {name: torch.where(of_data, loss, 0.0) for name, loss in losses.items()}
         x = self.expand(z)[:, : idx.size(1)]
         if targets is None:
             return head_logits(x, self.wte.weight), {}

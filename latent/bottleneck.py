@@ -88,7 +88,7 @@ def masked(z_q: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor | None) ->
 
 
 class VectorBottleneck(nn.Module):
-    """vq, rq, dvq."""
+    """vq, rq, dvq. Until k-means has made codebooks of data, training passes z itself (see quantize.py, point 5)."""
 
     def __init__(self, config):
         super().__init__()
@@ -110,6 +110,9 @@ class VectorBottleneck(nn.Module):
         parts = [quantizer(part, mask) for quantizer, part in zip(self.quantizers, z.chunk(len(self.quantizers), dim=-1))]
         z_q, codes = (torch.cat([getattr(part, name) for part in parts], dim=-1) for name in ("z_q", "codes"))
         commitment = torch.stack([part.losses["commitment"] for part in parts]).mean()
+        if self.training:
+            z_q = torch.where(self.ready, z_q, masked(z, codes, mask)[0])
+            commitment = torch.where(self.ready, commitment, 0.0)
         return Bottled(z_q, codes, {"commitment": commitment})
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,10 @@ Residual vector quantization: a latent vector becomes D codes out of K, level by
 4. `simvq` (arXiv:2411.02038) has no statistics: codes are a frozen random table times one learned matrix a level. Every code
    moves with every gradient, so none can die, and nothing needs to be kept equal between processes beyond what DDP does. It was
    taken rather than FSQ because it keeps K codes on D levels of any width: the same codes, stack, prior and metrics.
-5. Until k-means has seen enough vectors, an `ema` codebook is random, of the length that serves a Gaussian latent best. A model
-   trains on z itself until then, as random codes would pull its latents together before they have spread, but evaluates on
-   codes: z would report the loss of another model. Wait for `initialized` before codes are stored.
+5. Until k-means has seen enough vectors, an `ema` codebook is random, of the length that serves a Gaussian latent best: one
+   code path from the first step on, in which codes are codes and evaluation is honest (passing z through unquantized would
+   report the loss of another model). Wait for `initialized` before codes are stored. A model may train on z itself until then
+   (latent/autoencoder.py does: random codes would pull its latents together before they have spread), but evaluates on codes.
 
 DistributedDataParallel must not broadcast buffers, or rank 0's statistics replace those of the others; step() sums them.
 Float32 outside autocast (float64 in a float64 model). Shapes: N latents (of any leading dimensions), Z width, K codes, D levels,
@@ -91,9 +92,9 @@ class QuantizerConfig:
 
 
 class Quantized(NamedTuple):
-    z_q: torch.Tensor  # (..., Z) float32, with the gradient of z; zero where masked; z itself in training without codes of data
+    z_q: torch.Tensor  # (..., Z) float32, with the gradient of z; zero where masked
     codes: torch.Tensor  # (..., D) int64, -1 where masked and at levels that quantize-dropout left out
-    losses: dict[str, torch.Tensor]  # scalars, unweighted, 0 where z_q is z; QuantizerConfig.loss_weights has their factors
+    losses: dict[str, torch.Tensor]  # scalars, unweighted; QuantizerConfig.loss_weights has their factors
     distortion: torch.Tensor  # (D + 1,) mean |r_d|^2 / Z for d = 0..D over valid latents, to be logged
 
 
@@ -447,10 +448,6 @@ class ResidualQuantizer(nn.Module):
 
             through = rotate_to(output, z) if config.gradient == "rotation" else z
             z_q = output + (through - through.detach())  # adds exactly 0, and the gradient
-            if self.training:
-                of_data = self.codebook.initialized
-                z_q = torch.where(of_data, z_q, z)
-                losses = {name: torch.where(of_data, loss, 0.0) for name, loss in losses.items()}
             before = (z.detach().pow(2).mean(-1) * weight).sum()
             distortion = torch.stack([before, *(level.detach() for level in commitment)])
         return Quantized(z_q.unflatten(0, leading), torch.stack(codes, -1).unflatten(0, leading), losses, distortion)

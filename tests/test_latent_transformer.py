@@ -276,9 +276,8 @@ def test_the_total_adds_up(options):
     assert abs(losses["code"] - sums["code_nats"].sum() / sums["codes"]) < 1e-6
     assert abs(sum(summary["code_loss"]) / model.config.codebook_levels - losses["code"]) < 1e-6
     assert torch.allclose(torch.tensor(summary["code_loss"]).double(), per_level)
-    if quantizers := getattr(model.bottleneck, "quantizers", ()):
-        for quantizer in quantizers:
-            quantizer.codebook.initialized.fill_(False)
+    for quantizer in getattr(model.bottleneck, "quantizers", ()):
+        quantizer.codebook.initialized.fill_(False)
         losses = model.train()(idx, targets)[1]
         assert losses["total"] == losses["reconstruction"] and losses["code"] > 0 == losses["commitment"]
 

@@ -12,5 +12,3 @@ latent_dim = 64
 codebook_size = 512
 codebook_levels = 4
 max_iters = 4000
-grad_clip = 0.0  # this and the next as its results were made
-bridge_init = None
