@@ -34,8 +34,8 @@ def uncompiled(method: Callable) -> Callable:
     disabled = getattr(torch, "_disable_dynamo", torch.compiler.disable)(method)
 
     @functools.wraps(method)
-    def call(*given):
-        return (disabled if torch.compiler.is_compiling() else method)(*given)
+    def call(*given, **named):
+        return (disabled if torch.compiler.is_compiling() else method)(*given, **named)
 
     return call
 
