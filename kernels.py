@@ -6,10 +6,9 @@ on a CPU in C++ in cpu_kernels.py.
 Shapes: B batch, T tokens of this call, S keys, C width, H heads, D head width, V vocabulary.
 """
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -38,23 +37,6 @@ def uncompiled(method: Callable) -> Callable:
         return (disabled if torch.compiler.is_compiling() else method)(*given, **named)
 
     return call
-
-
-@contextlib.contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """
-    Inside, neither autocast nor TF32, whose 10 bits of mantissa would make codes depend on the machine: products and convolutions in
-    float32 are what they say. Not for what torch.compile sees, see `uncompiled`.
-    """
-    of_products, of_convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(of_products)
-        torch.backends.cudnn.allow_tf32 = of_convolutions
 
 
 def running_sum(x: torch.Tensor) -> torch.Tensor:

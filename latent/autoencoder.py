@@ -24,9 +24,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from kernels import Dropout, full_float32, head_logits, head_loss, uncompiled
+from kernels import Dropout, head_logits, head_loss, uncompiled
 from latent.huggingface import PretrainedCache, PretrainedTrunk
-from latent.quantize import QuantizerConfig, ResidualQuantizer, code_counts, code_usage, warn_too_late
+from latent.quantize import QuantizerConfig, ResidualQuantizer, code_counts, code_usage, full_float32, warn_too_late
 from latent.resample import CausalDownsample, Upsample, doublings
 from model import Block, Cache, CausalModel, check_fields, require, warn_ignored
 

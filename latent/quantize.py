@@ -24,9 +24,11 @@ Float32 outside autocast (float64 in a float64 model). Shapes: N latents (of any
 and a number of codebooks that is D, or 1 if they are shared.
 """
 
+import contextlib
 import hashlib
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -34,8 +36,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
-
-from kernels import full_float32
 
 
 def require(condition: bool, message: str) -> None:
@@ -100,6 +100,23 @@ class Quantized(NamedTuple):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # nearest vectors
+
+
+@contextlib.contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """
+    Inside, neither autocast nor TF32, whose 10 bits of mantissa would make codes depend on the machine: products and convolutions in
+    float32 are what they say. Not for what torch.compile sees, see kernels.uncompiled.
+    """
+    of_products, of_convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(of_products)
+        torch.backends.cudnn.allow_tf32 = of_convolutions
 
 
 def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

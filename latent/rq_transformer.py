@@ -41,9 +41,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from dataloader import TokenData
-from kernels import Dropout, full_float32, head_logits, uncompiled
+from kernels import Dropout, head_logits, uncompiled
 from latent.autoencoder import Autoencoder
 from latent.codes import CodeData
+from latent.quantize import full_float32
 from model import Block, Cache, CausalModel, check_fields, require, warn_ignored
 
 FROM_AUTOENCODER = ("vocab_size", "block_size", "latent_factor", "latent_dim", "codebook_size", "codebook_levels")
