@@ -249,6 +249,9 @@ def test_patience_ends_a_run_that_no_longer_improves(tiny_data, tmp_path, monkey
     monkeypatch.setattr(train, "measured", lambda *_: {"codes_of_data": next(of_data)})
     summary = run(tiny_data, tmp_path / "codes", "--max_iters=30", "--patience=2")
     assert (summary["steps"], summary["best_step"], summary["best_val_loss"]) == (18, 12, 6.0), "best/ has codes that mean something"
+    monkeypatch.setattr(train, "measured", lambda *_: {"codes_of_data": False})
+    summary = run(tiny_data, tmp_path / "none", "--max_iters=9")
+    assert (summary["best_step"], summary["best_val_loss"]) == (3, 3.0), "among such without, the lowest counts"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
