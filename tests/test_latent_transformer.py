@@ -781,11 +781,14 @@ def test_the_longest_pairs_fit(few_pairs):
         model.check(data, 0)  # evaluate.py
         assert not caught
         model.check(data, 8)
+        for quantizer in model.bottleneck.quantizers:
+            quantizer.codebook.initialized.fill_(True)
+        model.check(data, 8)  # codes of init_from
     ends = ("never decodes from latents alone", "never freezes its codes", "never trains on codes")
-    assert [str(warning.message) for warning in caught] == [
-        f"{key}={steps[key]} is not below max_iters=8: this run {end}"
-        for key, end in zip(("startup_steps", "freeze_codes_after", "quantize_after"), ends)
-    ]
+    said = [str(warning.message) for warning in caught]
+    keys = ("startup_steps", "freeze_codes_after", "quantize_after")
+    expected = [f"{key}={steps[key]} is not below max_iters=8: this run {end}" for key, end in zip(keys, ends)]
+    assert said == expected + expected[:2], "where codes are those of init_from, the last is none"
     frozen = make_model(task="pairs", **room | {"startup_steps": 1, "quantize_after": 2, "freeze_codes_after": 5, "dropout": 0.1})
     with pytest.raises(ValueError, match="dropout=0.1 they would differ from step to step; set one of the two to 0"):
         frozen.check(data, 10)
