@@ -13,10 +13,11 @@ latents in place of the encoder states.
    the block and of the one before it are all that a convolution of kernel 3 sees. So the head has no state besides the states.
 4. Without a `window` on self-attention the latents are redundant, and a model learns to do without them. `measure` asks how much
    they say: the loss with all latents zeroed, and with those of the text in the row before.
-5. Commitment has no weight by default. In an autoencoder the reconstruction holds them apart; here the
-   gradient through cross-attention begins at 0, and with a weight of 0.25 their variance was 0.02% of their square after 500 steps
-   of config/latent/head_stdlib.py: the latents of another text served as well. Without it about half of the codes are used at step 700.
-   Until k-means it trains on random codes; on the latents themselves, as an autoencoder does, it came out 0.02 worse (two seeds).
+5. Commitment has no weight by default. In an autoencoder the reconstruction holds the latents apart; here the gradient through
+   cross-attention begins at 0, and with a weight of 0.25 their variance was 0.02% of their square after 500 steps: the latents of
+   another text served as well. Until k-means the head trains on random codes; on the latents themselves, as an autoencoder does, it
+   came out 0.02 worse (two seeds). Both were tried before config/latent/head_stdlib.py clipped its gradients and began its bridge
+   as the identity.
 6. What a `window` would save in sampling is not saved: caches hold all states, and keys out of sight are masked. And training
    windows begin anywhere, so a latent may hold the end of one document and the beginning of the next.
 
