@@ -178,7 +178,8 @@ inline void read(Unit *out, Matrix x, int t, int n, Rotary rotary = {}) {
     for (int i = 0; i < n; i++) {
         std::memcpy(out + i * P, x.row(t + i), D * sizeof(Number));
         rotary((Number *)(out + i * P), t + i, 1);
-        __builtin_prefetch(x.row(t + i + L)), __builtin_prefetch(x.row(t + i + L) + D - 1);
+        for (int d = 0; d < D; d += 64 / sizeof(Number)) __builtin_prefetch(x.row(t + i + L) + d);
+        __builtin_prefetch(x.row(t + i + L) + D - 1);
     }
 }
 
@@ -210,12 +211,13 @@ inline void write(Matrix y, int t, const Floats *columns, int n, Rotary rotary =
 
 // out[g] = sum over p of rows[g][p] columns[p]: products of G rows (G, P) with the L rows whose columns (P, L) these are.
 inline void dots(Floats *out, const Unit *rows, const Units *columns) {
-    for (int g = 0; g < G; g++) out[g] = Floats{};
+    Floats sum[G] = {};  // in registers: `out` may be memory that rows are read from, for all a compiler knows
     for (int p = 0; p < P; p++) {
         Units column = columns[p];
 #pragma GCC unroll 8
-        for (int g = 0; g < G; g++) out[g] = multiply_add(rows[g * P + p], column, out[g]);
+        for (int g = 0; g < G; g++) sum[g] = multiply_add(rows[g * P + p], column, sum[g]);
     }
+    for (int g = 0; g < G; g++) out[g] = sum[g];
 }
 
 // out[d] = sum over j < n of values[j][d] weights[j], values (n, D): as many channels at a time as sums fit into registers.
