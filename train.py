@@ -33,6 +33,7 @@ import checkpoint
 import configurator
 import dataloader
 import generate
+import pretrained
 import runtime
 import tokenizer
 from errors import exit_on_user_error
@@ -139,7 +140,7 @@ def open_data(config: TrainConfig, model_config, encoder_run: Path | None, given
         model_config = dataclasses.replace(model_config, vocab_size=data.vocab_size)
     if model_config.vocab_size < data.vocab_size:
         raise ValueError(f"vocab_size={model_config.vocab_size} is too small for {config.dataset}: it needs {data.vocab_size}")
-    return data, checkpoint.fit_backbone(model_config, given)
+    return data, pretrained.fit_backbone(model_config, given)
 
 
 def build_model(config: TrainConfig, model_config, data: dataloader.TokenData) -> torch.nn.Module:
@@ -149,13 +150,13 @@ def build_model(config: TrainConfig, model_config, data: dataloader.TokenData) -
     if config.resume:
         return model  # its checkpoint brings all weights, those of a backbone among them
     if config.init_from:
-        checkpoint.init_from(model, Path(config.init_from))
+        pretrained.init_from(model, Path(config.init_from))
         if hasattr(model, "steps"):
             model.steps.zero_()  # its schedules are of this run
         if Path(config.init_from).suffix != ".pt":
             checkpoint.check_tokenizers(data.folder, config.init_from)
     elif getattr(model_config, "backbone", None):
-        checkpoint.load_backbone(model, model_config)
+        pretrained.load_backbone(model, model_config)
         if model_config.pretrained is None:
             checkpoint.check_tokenizers(data.folder, model_config.backbone)
     return model

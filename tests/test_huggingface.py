@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 import checkpoint
+import pretrained
 import train
 from conftest import HOW_TO_INSTALL
 from latent import huggingface
@@ -51,7 +52,7 @@ def make(folder, dtype: torch.dtype = torch.float64, **options) -> Autoencoder:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    checkpoint.load_backbone(model, config)
+    pretrained.load_backbone(model, config)
     return model.to(dtype).eval()
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import checkpoint
+import pretrained
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
 from conftest import (
     ALL_MODELS,
@@ -111,14 +112,14 @@ def test_baseline_loads_a_nanogpt_checkpoint(tmp_path):
     weights = {f"_orig_mod.{name}": torch.randn(shape) for name, shape in shapes.items()}
     weights["_orig_mod.transformer.wte.weight"] = weights["_orig_mod.lm_head.weight"]
     torch.save({"model": weights, "iter_num": 3, "model_args": {"n_head": 2}}, tmp_path / "ckpt.pt")
-    checkpoint.init_from(model, tmp_path / "ckpt.pt")
+    pretrained.init_from(model, tmp_path / "ckpt.pt")
     assert dict(model.state_dict()).keys() == shapes.keys()
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[f"_orig_mod.{name}"]), name
     with pytest.raises(ValueError, match="does not fit"):
-        checkpoint.init_from(make_model("decoder_only", {"bias": False}), tmp_path / "ckpt.pt")
+        pretrained.init_from(make_model("decoder_only", {"bias": False}), tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match=r"has n_head=2 \(here 3\).*set the same"):  # no shape tells
-        checkpoint.init_from(make_model("decoder_only", {"bias": True, "n_head": 3}), tmp_path / "ckpt.pt")
+        pretrained.init_from(make_model("decoder_only", {"bias": True, "n_head": 3}), tmp_path / "ckpt.pt")
 
 
 def test_initialisation_scales_each_stack_by_its_own_depth():
