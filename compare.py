@@ -119,7 +119,7 @@ def ending(run: Run) -> Ending | None:
 class Difference(NamedTuple):
     run: str
     reference: str
-    seeds: int  # that both rows have; 0: not paired
+    seeds: int  # that both rows have; 0: fewer than two, so not paired
     mean: float  # nats per token; positive: worse than the reference
     low: float | None  # 95 % interval
     high: float | None
@@ -129,12 +129,13 @@ class Difference(NamedTuple):
 
 def difference(row: Row, reference: Row) -> Difference:
     """
-    Paired t-test of the validation losses over the seeds that both rows have. Where they have none in common, Student's test of two
-    samples, which holds losses of both to scatter alike, so that one new run can be held against several.
+    Paired t-test of the validation losses over the seeds that both rows have. Where they have fewer than two in common, Student's test
+    of two samples, which holds losses of both to scatter alike, so that one new run can be held against several.
     """
     a, b = ({run.summary["seed"]: run.summary["val_loss"] for run in r.runs} for r in (row, reference))
     d = np.array([a[seed] - b[seed] for seed in a if seed in b])
-    n, nu = len(d), len(d) - 1 if len(d) else len(a) + len(b) - 2
+    n = len(d) if len(d) > 1 else 0
+    nu = n - 1 if n else len(a) + len(b) - 2
     mean = float(d.mean()) if n else row.mean("val_loss") - reference.mean("val_loss")
     if nu < 1:
         return Difference(row.label, reference.label, n, mean, None, None, None, "one seed: cannot tell")
@@ -144,7 +145,7 @@ def difference(row: Row, reference: Row) -> Difference:
         squares = sum(float(np.var(list(losses.values()))) * len(losses) for losses in (a, b))
         error = math.sqrt(squares / nu * (1 / len(a) + 1 / len(b)))
     p, margin = t_two_sided(mean / error, nu) if error else float(mean == 0), t_critical(nu) * error
-    verdict = ("clear of" if p < 0.05 else "inside") + " the noise" + (", not paired: no seed in common" if n == 0 else "")
+    verdict = ("clear of" if p < 0.05 else "inside") + " the noise" + (", not paired: fewer than two seeds in common" if n == 0 else "")
     return Difference(row.label, reference.label, n, mean, mean - margin, mean + margin, p, verdict)
 
 

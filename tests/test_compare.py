@@ -222,18 +222,18 @@ def test_one_seed_cannot_tell(tmp_path, capsys):
 
 def test_one_new_run_beside_several(tmp_path, capsys):
     """
-    Guards the user who ran a config with a seed of their own: held against three runs of other seeds, a loss is out of the ordinary
-    as often as it should be, by Student's test of two samples, written out here.
+    Guards the user who ran a config once, with a seed of their own or one of three: held against three runs, a loss is out of the
+    ordinary as often as it should be, by Student's test of two samples, written out here.
     """
     for seed, loss in ((1, 3.40), (2, 3.44), (3, 3.42)):
         write_run(tmp_path / f"a_s{seed}", seed, loss)
-    for name, loss, verdict in (("near", 3.50, "inside"), ("far", 3.70, "clear of")):
-        write_run(tmp_path / "new" / name, 1337, loss, model={"n_layer": len(name)})
+    for name, loss, seed, verdict in (("near", 3.50, 1337, "inside"), ("again", 3.50, 2, "inside"), ("far", 3.70, 1337, "clear of")):
+        write_run(tmp_path / "new" / name, seed, loss, model={"n_layer": len(name)})
         rows = rows_of(*tmp_path.glob("a_s*"), tmp_path / "new" / name)
         result = compare.difference(rows[name], rows["a"])
         error = 0.02 * math.sqrt(1 + 1 / 3)  # one deviation of 3 runs serves both; t of 2 degrees of freedom is 4.3027
         assert (result.low, result.high) == pytest.approx((loss - 3.42 - 4.3027 * error, loss - 3.42 + 4.3027 * error), abs=1e-5)
-        assert result.seeds == 0 and result.verdict == f"{verdict} the noise, not paired: no seed in common"
+        assert result.seeds == 0 and result.verdict == f"{verdict} the noise, not paired: fewer than two seeds in common"
     compare.main([str(tmp_path / "a_s*"), str(tmp_path / "new" / "far"), "--plot=none"])
     assert "- `far`: +0.2800 (95 % interval +0.1806 to +0.3794, p = 0.0067): clear of the noise, not" in capsys.readouterr().out
     random, called = np.random.default_rng(0), 0
@@ -246,8 +246,8 @@ def test_one_new_run_beside_several(tmp_path, capsys):
 
 
 def test_only_tests_are_counted(tmp_path, capsys):
-    """Guards "3 comparisons at p < 0.05 each" where one of the three rows has a single seed and no p."""
-    for name, seeds in (("a", (1, 2)), ("b", (1, 2)), ("c", (1, 2)), ("d", (1,))):
+    """Guards "3 comparisons at p < 0.05 each" where one of the three rows has a single seed, as the reference has, and no p."""
+    for name, seeds in (("a", (1,)), ("b", (1, 2)), ("c", (1, 2)), ("d", (1,))):
         for seed in seeds:
             write_run(tmp_path / f"{name}_s{seed}", seed, 3.0 + ord(name) * seed / 100, model={"name": name})
     compare.main([str(tmp_path), "--reference=a", "--plot=none"])
