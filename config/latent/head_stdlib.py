@@ -1,7 +1,8 @@
 """
 Encoder-decoder with a compression head, 1,132,736 parameters and codebooks: self-attention sees 16 bytes in each layer, what lies
 further back comes through latents of 8 bytes. summary.json has the loss without them (val_loss_latents_zeroed). Minutes on a
-CPU core. Its rivals: --latent_factor=0 (all encoder states in the place of latents), and --window=0 as well.
+CPU core. Its rivals: --latent_factor=0 (all encoder states in the place of latents), and --window=0 as well; and --codebook_size=2
+--codebook_levels=1 (one bit a latent: results/REPORT.md, section 7).
 """
 
 base = "../quickstart.py"
