@@ -21,6 +21,12 @@ import tokenizer  # noqa: E402
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig  # noqa: E402
 from model import EncoderDecoder, EncoderDecoderConfig  # noqa: E402
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The one test that takes minutes comes first: begun last, it would keep one process busy and the others waiting."""
+    items.sort(key=lambda item: item.name != "test_readme_commands")
+
+
 HOW_TO_INSTALL = 'transformers is not installed: pip install -e ".[hf]"'
 
 TINY_ENCODER_DECODER = dict(
