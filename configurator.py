@@ -228,7 +228,8 @@ def evaluate(node: ast.expr, names: dict[str, object]) -> object:
         case ast.Name() if node.id in names:
             return names[node.id]
         case ast.Name():
-            raise ValueError(f"{node.id!r} is not assigned above")
+            meant = f"; Python writes {node.id.title()}" if node.id in ("none", "true", "false") else ""
+            raise ValueError(f"{node.id!r} is not assigned above{meant}")
         case ast.UnaryOp(op=ast.USub()) if is_number(value := evaluate(node.operand, names)):
             return -value
         case ast.BinOp() if type(node.op) in OPERATORS:
@@ -286,7 +287,7 @@ def coerce(value: object, kind: object, is_text: bool) -> object:
             return value
         raise Mismatch(choice_text(value, arguments))
     if typing.get_origin(kind) is tuple:  # of any length, all elements of one type; as text 4,4,2
-        parts = [part.strip() for part in value.split(",") if part.strip()] if is_text else value
+        parts = [part.strip() for part in value.split(",") if value.strip()] if is_text else value
         if not isinstance(parts, (list, tuple)):
             raise Mismatch(type_text(kind))
         try:

@@ -9,10 +9,11 @@ Train any model of the project: one loop for all.
 One *step* is one optimizer update on batch_size * gradient_accumulation_steps sequences of block_size tokens, however many
 processes share them. Which sequences those are is a function of (seed, step), dropout masks of (seed, step, micro-batch); so
 resuming, evaluating more often, or adding processes changes a run by rounding at most. micro_batch_size, how many sequences are
-computed at a time, changes rounding and, because each micro-batch draws its own, the dropout masks. On pairs, whose answers differ
-in length, it also changes, a little, the losses of codes, which are not means over target tokens. The number of lanes, parts of a
-micro-batch that a CPU computes side by side, changes rounding and those losses too; masks it does not, as with dropout there is one
-lane. It is chosen from torch's number of threads when a run starts, and kept when the run is resumed.
+computed at a time, changes rounding and, because each micro-batch draws its own, the dropout masks, as do processes that have to
+cut the last micro-batch. On pairs, whose answers differ in length, it also changes, a little, the losses of codes, which are not
+means over target tokens. The number of lanes, parts of a micro-batch that a CPU computes side by side, changes rounding and those
+losses too; masks it does not, as with dropout there is one lane. It is chosen from torch's number of threads when a run starts, and
+kept when the run is resumed.
 """
 
 import contextlib
@@ -350,7 +351,7 @@ def evaluate(record: Recorder, write_sample: Callable[[], str] | None) -> dict:
     found, step = trainer.estimates(), trainer.step
     what = "reconstruction loss" if trainer.raw_model.reconstructs else "loss"
     stop_if_not_finite(found["val_loss"], step, record.out)
-    if step > 0:  # of an untrained model there is nothing to say
+    if step > 0 or record.config.init_from:  # of an untrained model there is nothing to say
         batches = trainer.eval_batches("val", trainer.rows_that_fit)
         found |= measured(trainer.raw_model, trainer.data, batches, machine, trainer.data.bytes_per_token)
     accuracy = f", accuracy {found['token_accuracy']:.2%}" if "token_accuracy" in found else ""

@@ -187,7 +187,7 @@ def _encode(
         raise ValueError("there is no text to prepare: what was given is empty")
     for name, side in sides.items():
         if side.documents == 0:
-            advice = "give more of them, or a --val_fraction nearer to 0.5" if count > 1 else "give more text, or a larger --max_bytes"
+            advice = "give other ones, or a --val_fraction nearer to 0.5" if count > 1 else "give more text, or a larger --max_bytes"
             raise ValueError(f"no document fell on the {name} side, of {count} in all; {advice}")
     return sides
 

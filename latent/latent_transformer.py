@@ -440,9 +440,10 @@ class LatentTransformer(CausalModel):
 
     def after_step(self) -> None:
         """Once after each optimizer step, in every process."""
+        if not self.frozen:  # its passes have collected
+            self.bottleneck.after_step(bool(self.steps + 1 >= self.config.quantize_after))
         self.steps += 1
-        if not self.frozen:
-            self.bottleneck.after_step(bool(self.steps >= self.config.quantize_after))
+        self.train(self.training)  # the bottleneck's mode, if codes are frozen from here on
 
     @torch.no_grad()
     def measure(self, idx: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from test_rq_transformer import disturb, run
 
+import checkpoint
+import train
 from dev import forms
 from latent.rq_transformer import RQTransformer, RQTransformerConfig
 
-CONFIG = RQTransformerConfig(autoencoder=None, n_spatial_layer=1, n_depth_layer=1, n_head=2, n_embd=16, block_size=32)
+SIZES = {"autoencoder": None, "n_spatial_layer": 1, "n_depth_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32}
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +26,8 @@ def autoencoder_run(tiny_data, tmp_path_factory) -> str:
 
 
 def build(read: str, write: str) -> forms.FormTransformer:
-    forms.FormTransformer.names = (read, write)
     torch.manual_seed(0)
-    model = forms.FormTransformer(CONFIG)
+    model = forms.FormTransformer(forms.FormConfig(**SIZES, read=read, write=write))
     disturb(model)
     return model.eval()
 
@@ -46,7 +47,7 @@ def test_a_form_can_be_inverted(name):
 def test_bytes_are_the_model_without_an_autoencoder():
     """Guards the control: reading and writing bytes is the model of config/latent/rq_transformer_bytes.py, bit for bit."""
     model = build("bytes", "bytes")
-    plain = RQTransformer(CONFIG).eval()
+    plain = RQTransformer(RQTransformerConfig(**SIZES)).eval()
     plain.load_state_dict(model.state_dict())
     idx = torch.randint(256, (3, 32), generator=torch.Generator().manual_seed(1))
     targets = idx.clone()
@@ -87,6 +88,25 @@ def test_a_table_of_last_codes(name, tiny_data):
         stood = counts[tuple(before)]
         nats.append(-math.log((stood[last] + 0.1 / 256) / (stood.total() + 0.1)))
     assert forms.count_last(name, str(tiny_data)) == pytest.approx(sum(nats) / len(nats), rel=1e-9)
+
+
+def test_a_run_goes_on_in_its_forms(tiny_data, tmp_path, monkeypatch):
+    """Guards numbers of a wrong form: a run says which it has, keeps them when resumed, and no other command takes codes for bytes."""
+    monkeypatch.setattr(checkpoint, "MODELS", dict(checkpoint.MODELS))
+    monkeypatch.setattr(checkpoint, "CONFIGS", dict(checkpoint.CONFIGS))
+    forms.register()
+    out = f"--out_dir={tmp_path / 'mix'}"
+    sizes = ["--n_spatial_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_size=2"]
+    steps = ["--max_iters=2", "--eval_interval=2", "--eval_iters=1", "--final_eval_tokens=64", "--device=cpu"]
+    first = train.main([f"--dataset={tiny_data}", out, "--model=forms", "--read=bytes", "--write=mix", *sizes, *steps])
+    assert train.main([out, "--resume"])["val_loss"] == first["val_loss"]
+    with pytest.raises(ValueError, match="write='chain' .was 'mix'."):
+        train.main([out, "--resume", "--write=chain"])
+    with pytest.raises(ValueError, match="judge --final_eval_tokens=N, a multiple of 4"):
+        train.main([out, "--resume", "--final_eval_tokens=66"])
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="unknown model 'forms'"):
+        checkpoint.load_run(tmp_path / "mix")
 
 
 def test_codes_that_know_other_blocks_are_refused(tiny_data, tmp_path):

@@ -516,14 +516,16 @@ def test_vectors_of_frozen_codes_are_those_of_evaluation(bottleneck, monkeypatch
 
 
 def test_frozen_codebooks_stay():
-    """Guards freeze_codes_after: until then codebooks move with the data, from then on they do not."""
+    """Guards freeze_codes_after: until then codebooks move with the data, from then on they do not, and nothing is left over."""
     model = make_model(quantize_after=1, freeze_codes_after=3).train()
     seen = []
     for _ in range(4):
         model(*rows(model))
         model.after_step()
-        seen.append(model.bottleneck.quantizers[0].codebook.codes.clone())
-    assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
+        codebook = model.bottleneck.quantizers[0].codebook
+        seen.append(codebook.codes.clone())
+        assert codebook.pending_count.sum() == 0, "what a step has collected is applied by it, the last one before they stay too"
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
 
 
 @pytest.mark.parametrize("options", [{}, {"freeze_codes_after": 2, "quantize_after": 1}], ids=["learning", "frozen"])

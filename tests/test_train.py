@@ -252,6 +252,11 @@ def test_patience_ends_a_run_that_no_longer_improves(tiny_data, tmp_path, monkey
     monkeypatch.setattr(train, "measured", lambda *_: {"codes_of_data": False})
     summary = run(tiny_data, tmp_path / "none", "--max_iters=9")
     assert (summary["best_step"], summary["best_val_loss"]) == (3, 3.0), "among such without, the lowest counts"
+    losses[:] = [3.0, 5.0, *[6.0] * 9]
+    of_data = iter([False] + [True] * 9)  # from step 0 on, as its weights are those of a run
+    monkeypatch.setattr(train, "measured", lambda *_: {"codes_of_data": next(of_data)})
+    summary = run(tiny_data, tmp_path / "on", "--max_iters=9", "--patience=3", f"--init_from={tmp_path / 'none'}")
+    assert (summary["best_step"], summary["best_val_loss"]) == (3, 5.0), "codes made of data, after a run that had none"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
