@@ -29,7 +29,7 @@ class CompareConfig:
     reference: str | None = None  # row that the others are tested against; none: the one with the lowest validation loss
     published: bool = False  # add the eight published runs
     plot: str | None = "out/compare"  # draw the curves to PLOT.png and PLOT.svg; none: do not
-    metrics: tuple[str, ...] | None = None  # draw these keys of metrics.jsonl, not the losses; KEY,KEY. A column if in summary.json
+    metrics: tuple[str, ...] | None = None  # KEY,KEY: draw these of metrics.jsonl, not the losses; those in summary.json are columns too
     by_name: bool = False  # runs of one row are also named alike: for changes of the code, which no setting tells
     output: str | None = None  # also write the Markdown to this file
     json: str | None = None  # also write the numbers to this file
@@ -134,14 +134,12 @@ def difference(row: Row, reference: Row) -> Difference:
     """
     a, b = ({run.summary["seed"]: run.summary["val_loss"] for run in r.runs} for r in (row, reference))
     d = np.array([a[seed] - b[seed] for seed in a if seed in b])
-    n = len(d) if len(d) > 1 else 0
-    nu = n - 1 if n else len(a) + len(b) - 2
-    mean = float(d.mean()) if n else row.mean("val_loss") - reference.mean("val_loss")
-    if nu < 1:
-        return Difference(row.label, reference.label, n, mean, None, None, None, "one seed: cannot tell")
-    if n:
-        error = float(d.std(ddof=1)) / math.sqrt(n)
+    if (n := len(d)) > 1:
+        nu, mean, error = n - 1, float(d.mean()), float(d.std(ddof=1)) / math.sqrt(n)
     else:
+        n, nu, mean = 0, len(a) + len(b) - 2, row.mean("val_loss") - reference.mean("val_loss")
+        if nu < 1:
+            return Difference(row.label, reference.label, n, mean, None, None, None, "one seed: cannot tell")
         squares = sum(float(np.var(list(losses.values()))) * len(losses) for losses in (a, b))
         error = math.sqrt(squares / nu * (1 / len(a) + 1 / len(b)))
     p, margin = t_two_sided(mean / error, nu) if error else float(mean == 0), t_critical(nu) * error
@@ -156,7 +154,7 @@ def count(value: float) -> str:
     """Three digits and a prefix: 94.2 M."""
     for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= 0.9995 * factor:
-            return f"{value / factor:.{max(0, 2 - int(math.log10(value / factor * 1.0005)))}f}{prefix}"
+            return f"{value / factor:#.3g}".rstrip(".") + prefix
     return f"{value:.3g}"
 
 
@@ -283,8 +281,8 @@ def published_text(rows: list[Row]) -> str:
 
 def curve(row: Row, key: str) -> curves.Curve:
     """
-    (tokens (N,), values (seeds, N)) of `key` where every seed of the row logged it; N = 0 without such values. Taken from
-    train lines only where eval lines lack the key: these have the embedding loss as well, but of other tokens each time.
+    (tokens (N,), values (seeds, N)) of `key` where every seed of the row logged it; N = 0 without such values. Taken from train
+    lines only where eval lines lack the key: train lines have the embedding loss as well, but of other tokens each time.
     """
     tokens: list[float] = []
     runs: list[dict[float, float]] = []

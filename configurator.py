@@ -108,21 +108,20 @@ def configure(
     if stored:
         file_values |= stored(config_file, file_values, flags)
         places = dict.fromkeys(file_values, " (stored)") | places
-    classes = list(sections)
+    built = [resolve(cls, file_values, flags, config_file) for cls in sections]
     if choose:
-        owner = next(cls for cls in sections if chooser in annotations(cls))
-        choice = getattr(resolve(owner, file_values, flags, config_file), chooser)
+        choice = next(getattr(section, chooser) for section in built if hasattr(section, chooser))
         if choice not in variants:
             raise ValueError(f"{chooser}={choice}: {choice_text(choice, variants)} was expected")
-        classes.append(variants[choice])
+        chosen = variants[choice]
         for key, place in places.items():
-            if not any(key in annotations(cls) for cls in classes):
+            if not any(key in annotations(cls) for cls in (*sections, chosen)):
                 owners = ", ".join(repr(name) for name, cls in variants.items() if key in annotations(cls))
                 raise ValueError(
                     f"{key!r}{place} is not a key of {chooser} {choice!r} (it belongs to {owners}); "
-                    f"its keys are {', '.join(annotations(classes[-1]))}"
+                    f"its keys are {', '.join(annotations(chosen))}"
                 )
-    built = [resolve(cls, file_values, flags, config_file) for cls in classes]
+        built.append(resolve(chosen, file_values, flags, config_file))
     given = {key: getattr(section, key) for section in built for key in annotations(type(section)) if key in places}
     return Settings(built, given, words[1:] if config_file else words, config_file, set(flags))
 

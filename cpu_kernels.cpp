@@ -8,7 +8,7 @@ scores to base 2, from which the backward pass computes the weights again (Flash
 weights around for the gradients of keys and values, whose lanes are keys. Sums are float32.
 
 Products are of units of 32 bits: one float, or two neighbours in bfloat16, of which CPUs with AVX512-BF16 add two products at
-once. A query's neighbours are channels where scores are computed, and tokens where rows are added up by weight.
+once. The two neighbours of a unit are channels in products of queries and keys, and tokens in weighted sums of rows.
 
 Shapes: T tokens, D head width, W numbers of a unit, P units of a row of D numbers, L lanes. Rows behind T are zeros.
 */
@@ -268,7 +268,7 @@ inline void turn(Units *square) {
 // ---------------------------------------------------------------------------------------------------------------------
 // a head
 
-int whole(int T) { return (T + 15) / 16 * 16; }  // rows of blocks, of keys as of queries
+int whole(int T) { return (T + 15) / 16 * 16; }  // T rounded up to 16, which every L divides: rows of queries and of keys
 
 struct Forward {
     std::vector<Unit> keys, values;  // (T, P) and (T / W, D)

@@ -25,7 +25,7 @@ def naming(path: Path):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(f"{path}: {error.strerror}") from None  # without a number, so that nobody around names another path
 
 
 @contextlib.contextmanager

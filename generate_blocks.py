@@ -162,9 +162,11 @@ def sample_targets(
                 if not going.any():
                     break
             codes = torch.cat((codes, torch.where(going, chosen, -1)[:, None]), dim=1)
-            if i + 1 < most and use_cache:
+            if i + 1 == most:
+                break
+            if use_cache:
                 state = model.read(model.embed_codes(codes[:, i:], i), cache)[:, -1]
-            elif i + 1 < most:
+            else:
                 vectors = torch.cat((model.wte(idx[:, begin:]), model.embed_codes(codes)), dim=1)
                 state = model.read(vectors, model.make_cache())[:, -1]
         cache.truncate(n - begin)

@@ -141,15 +141,17 @@ def attention(
     query sees is True in mask, (T, S) or (B, 1, T, S); without one all, or, if `causal`, the keys up to its own position (T = S).
     With `rotary`, angles (T, D // 2), q and k are rotated first.
     """
-    eager = not torch.compiler.is_compiling()  # else dropout and rotation are torch's, in one piece with the rest
-    in_cpp = causal and (eager or dropout == 0.0) and cpu_kernels.suits(q)
-    if rotary is not None and not (in_cpp and eager):
-        q, k, rotary = rotate(q, rotary), rotate(k, rotary), None
-    if in_cpp:
+    compiled = torch.compiler.is_compiling()  # then dropout and rotation are torch's, in one piece with the rest
+    in_cpp = causal and not (compiled and dropout > 0.0) and cpu_kernels.suits(q)
+    if in_cpp and not compiled:
         return cpu_kernels.attend(q, k, v, dropout, rotary)
+    if rotary is not None:
+        q, k = rotate(q, rotary), rotate(k, rotary)
+    if in_cpp:
+        return cpu_kernels.attend(q, k, v)
     if causal and dropout == 0.0 and triton_runs(q) and gpu_kernels.suits(q):
         return gpu_kernels.attend(q, k, v)[0].transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
-    products_pay = q.dtype == torch.bfloat16 if dropout == 0.0 else eager
+    products_pay = q.dtype == torch.bfloat16 if dropout == 0.0 else not compiled
     if products_pay and q.device.type == "cpu" and k.size(2) <= 512 and (mask is None or mask.dim() == 2):
         seen = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril() if causal else mask
         return attend_in_products(q, k, v, seen, dropout)

@@ -208,7 +208,8 @@ class Lookahead:
             self.noted = max(self.noted, len(tokens) - N + 1)
         if not self.window:
             self.window = [self.random.choices(tokens, k=W) for _ in range(N - 1)]
-        self.window[0][:1] = tokens[p:] if W else []
+        if W > 0:
+            self.window[0][0] = tokens[p]
         drafts = self.pool.drafts(tokens[-M:], p, length)
 
         shape = layout(width, N, len(drafts), length, self.device)
@@ -230,11 +231,10 @@ class Lookahead:
         cache.keep(held + 1, held + 1 + best * length, used - 1)
         self.drafted, self.accepted = self.drafted + len(drafts) * length, self.accepted + used - 1
 
-        # the last `width` picks continue the columns; the line is y_p-M+1 .. y_p-1 and the first level, which begins with y_p
-        last, line = picks[len(picks) - width :], tokens[max(0, p - M + 1) : p] + self.window[0]
+        last = picks[len(picks) - width :]  # these continue the columns
         for i, token in enumerate(last):
-            context = line[: len(line) - W + i + 1][-M:]  # the M tokens that end with column i's first
-            self.pool.add(context, (*(row[i] for row in self.window[1:]), token), p + i)
+            line = tokens[max(0, p - M + 1) : p] + self.window[0][: i + 1]  # level 0 begins with y_p
+            self.pool.add(line[-M:], (*(row[i] for row in self.window[1:]), token), p + i)
         # a column less for each draft token accepted: the others keep their positions, hence their noise
         drop = min(used - 1, W) if self.sampling.temperature > 0 else 0
         last += self.random.choices(tokens, k=W - width)

@@ -139,8 +139,8 @@ class LayerCache:
 class Cache:
     """
     What a model has computed for the first `length` tokens: keys and values of all its attention layers, encoder self,
-    decoder self and cross alike. All of them are causal, so all of them only ever grow by appending, and one length and
-    one slot numbering serve them all (but cross-attention to latents: latent/compression.py). Passed to forward(), never stored.
+    decoder self and cross alike. All of them are causal, so all of them only ever grow by appending, and one length and one slot
+    numbering serve all of them, except cross-attention to latents (latent/compression.py). Passed to forward(), never stored.
     A static one counts in a tensor on its device and always shows all slots, under a mask: no shape changes from step to
     step, which is what torch.compile and CUDA graphs need. Whoever uses one has to see to it that the tokens fit.
     """
@@ -300,8 +300,8 @@ class CausalModel(nn.Module):
         mask: torch.Tensor | None = None, windowed: bool = True,
     ) -> tuple[torch.Tensor, Context]:  # fmt: skip
         """
-        Absolute positions (T,) of the tokens idx (B, T), and the context their attention layers share. Both may be given:
-        then token i of this call stands at positions[i] and sees the keys where mask[i] (T, S) is True, inside the window.
+        Absolute positions (T,) of the tokens idx (B, T), and the context their attention layers share. Where `positions` and
+        `mask` are given, token i of this call stands at positions[i] and sees the keys where mask[i] (T, S) is True, in the window.
         """
         T, config = idx.size(1), self.config
         start = cache.length if cache is not None else 0
@@ -310,15 +310,13 @@ class CausalModel(nn.Module):
             if not static and start + T > config.block_size:
                 raise ValueError(f"{start + T} tokens do not fit into the context of block_size={config.block_size}")
             positions = start + torch.arange(T, device=idx.device)
-        if mask is None and static:
-            mask = torch.arange(cache.capacity, device=idx.device) <= positions[:, None]
-        elif mask is None and start > 0 and T > 1:
-            # is_causal would align its triangle with the *first* key, which is wrong after a cache: write the mask out
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)
-        if self.window > 0 and windowed:
+        window = self.window if windowed else 0
+        # is_causal would align its triangle with the *first* key, which is wrong after a cache: there the mask is written out
+        if window > 0 or (mask is None and (static or (start > 0 and T > 1))):
             cached = torch.arange(cache.capacity if static else start, device=idx.device)  # a token's slot is its position
             behind = positions[:, None] - (cached if static else torch.cat((cached, positions)))  # (T, S)
-            mask = (behind < self.window) & (behind >= 0 if mask is None else mask)
+            mask = behind >= 0 if mask is None else mask
+            mask = mask & (behind < window) if window > 0 else mask
         rotary = {width: rotary_angles(positions, width) for width in self.head_widths} if config.position == "rope" else {}
         dropout = config.dropout if self.training else self.evaluation_dropout
         return positions, Context(mask, causal=mask is None and start == 0, rotary=rotary, start=start, dropout=dropout)
@@ -450,7 +448,7 @@ class EncoderDecoder(CausalModel):
         E, layers = len(self.encoder), cache.layers if cache is not None else [None] * self.n_layer_cache
         e, h = self.encode(idx, positions, context, layers[:E])
         if self.compression is not None:
-            memory, cross_context, head_losses = self.compression(h, positions, context, cache, targets)
+            memory, cross_context, quantizer_losses = self.compression(h, positions, context, cache, targets)
         else:  # a window limits self-attention only
             memory = h
             cross_context = context if self.window == 0 else self.place(idx, cache, positions, mask, windowed=False)[1]
@@ -468,12 +466,13 @@ class EncoderDecoder(CausalModel):
             cache.length += idx.size(1)
         if targets is None:
             return head_logits(x, self.wte.weight), {}
-        losses = dict.fromkeys(("token", "total"), head_loss(x, self.wte.weight, targets))
+        loss = head_loss(x, self.wte.weight, targets)
+        losses = {"token": loss, "total": loss}
         if self.embedding_loss is not None and self.training:
             losses["embedding"] = self.embedding_loss(e, h, targets >= 0)  # a mean over targets, too
             losses["total"] = losses["token"] + self.config.embedding_loss_weight * losses["embedding"]
         if self.compression is not None and self.training:
-            losses["commitment"] = head_losses["commitment"]
+            losses["commitment"] = quantizer_losses["commitment"]
             losses["total"] = losses["total"] + self.config.commitment_weight * losses["commitment"]
         return None, losses
 

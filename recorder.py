@@ -90,7 +90,7 @@ class Recorder:
     # while it trains
 
     def lap(self, training: bool) -> None:
-        """Add the time since the last lap to the seconds of the run and, after training, to those of that."""
+        """Add the time since the last lap to `seconds` and, if it was spent training, to `train_seconds`."""
         before, self.clock = self.clock, time.perf_counter()
         self.state["seconds"] += self.clock - before
         self.state["train_seconds"] += (self.clock - before) * training

@@ -7,10 +7,10 @@ the same cache, with weights packed once:
 
 - a product with one vector is a batched product of the two halves of the matrix. That uses two threads, and even with one is faster
   than MKL's matrix-vector product, which reads weights that are in no cache at a third of the speed. It adds the residual too;
-- 1 / sqrt(D) is folded into the queries' weights, and LayerNorm's gains in front of the cross-attention keys and values into
-  theirs: all decoder layers read the same normalized encoder state, so one product gives the keys and values of all of them;
-- under bfloat16 autocast, weights but those of the output layer are stored in bfloat16 and everything between the products is
-  float32; all in 8 bits, if asked.
+- 1 / sqrt(D) is folded into the weights of the queries, and gain and bias of ln_cross_kv into those of the cross-attention keys and
+  values. What is left of that LayerNorm is the same in all decoder layers, so one product gives the keys and values of all of them;
+- under bfloat16 autocast all weights but the output layer's are stored in bfloat16, and everything between the products is float32;
+  if asked, all weights are stored in 8 bits.
 
 Shapes: n rows (tokens of this step), C width, H heads, D head width, S keys (cached ones and the new), V vocabulary.
 """
@@ -94,11 +94,15 @@ class RoundedProduct(Product):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if x.size(0) == 1:
             self.inside.copy_(x)
-        rows = self.input if x.size(0) == 1 else F.pad(x, self.padding).bfloat16()
+            rows = self.input
+        else:
+            rows = F.pad(x, self.padding).bfloat16()
         if self.scale is not None:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        elif x.size(0) == 1:
+            y = torch.mv(self.weight, self.row).view(1, -1)
         else:
-            y = torch.mv(self.weight, self.row).view(1, -1) if x.size(0) == 1 else rows @ self.weight.T
+            y = rows @ self.weight.T
         return y.type_as(x)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -138,7 +138,8 @@ def open_data(config: TrainConfig, model_config, encoder_run: Path | None, given
     if encoder_run is not None:
         checkpoint.check_tokenizers(data.folder, encoder_run)
     elif "vocab_size" not in given:
-        model_config = dataclasses.replace(model_config, vocab_size=data.vocab_size)
+        with warnings.catch_warnings(action="ignore"):  # configure() has warned of what was given
+            model_config = dataclasses.replace(model_config, vocab_size=data.vocab_size)
     if model_config.vocab_size < data.vocab_size:
         raise ValueError(f"vocab_size={model_config.vocab_size} is too small for {config.dataset}: it needs {data.vocab_size}")
     return data, pretrained.fit_backbone(model_config, given)

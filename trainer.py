@@ -140,7 +140,8 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, device: torch.de
 def compiled(model: torch.nn.Module, machine: runtime.Runtime, recomputes: bool = False) -> torch.nn.Module:
     """
     model(idx, targets) for training and evaluation, compiled for this machine; on a GPU in half precision at padded widths
-    (padding.py). Not padded if it recomputes activations: code that torch.compile falls back from would recompute at unpadded widths.
+    (padding.py). Not padded if it recomputes activations: where torch.compile falls back, that happens in the backward pass, when the
+    unpadded parameters are back in their places.
     """
     half = machine.dtype in (torch.bfloat16, torch.float16)
     if machine.device.type == "cuda" and half and not recomputes and padding.suits(model):
@@ -367,7 +368,7 @@ class Trainer:
     def probe(self, size: int) -> dict[str, torch.Tensor]:
         """
         Forward and backward of the first `size` sequences that will be trained on, with memory set aside for what a real step also
-        holds: summed gradients, the optimizer's moments, buffers of the exchange. Not compiled: it would be anew for every size.
+        holds: summed gradients, the optimizer's moments, buffers of the exchange. Not compiled, as every size would be once more.
         """
         copies = 1 + (0 if self.optimizer.state else 2) + (self.machine.world_size > 1)
         reserved = [torch.empty_like(p) for p in self.parameters for _ in range(copies)]

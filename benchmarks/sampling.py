@@ -125,7 +125,8 @@ def sample_variants(model: torch.nn.Module, prompts: list[list[int]], config: Sa
         variants.append(Variant("plain cached, int8", plain(int8=True)))
     if next(model.parameters()).is_cuda and not codes:
         variants.append(Variant("plain cached, compiled", plain(compile="inductor")))
-    if isinstance(model, DecoderOnly) and importlib.util.find_spec("transformers"):
+    gpt2 = isinstance(model, DecoderOnly) and model.config.position == "learned" and model.config.pos_sub == "none"
+    if gpt2 and model.config.window == 0 and importlib.util.find_spec("transformers"):
         variants.append(hugging_face(model, prompts[0], config))
     return variants
 

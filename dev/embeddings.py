@@ -1,5 +1,5 @@
 """
-What training made of the embedding tables: norms, cosines and spectra of tokens and positions, a row of runs a line.
+What training made of the embedding tables: norms, cosines and spectra of tokens and positions, a line for each row of runs.
 
     python -m dev.embeddings results/models/* --plot=out/embeddings --json=out/embeddings.json
     python -m dev.embeddings out/embeddings.json        # table and pictures again, from the numbers

@@ -195,8 +195,7 @@ class Autoencoder(CausalModel):
                 x = block(x, context)
         x, mask = self.down(x, mask)
         z = self.ln_latent(self.refine_encoder(self.to_latent(x)))
-        # (B, M, Z), or with blocks as texts (B M, 1, Z), -> (B, M, Z)
-        return z.unflatten(0, (B, -1)).flatten(1, 2), None if mask is None else mask.reshape(B, -1)
+        return z.reshape(B, -1, z.size(-1)), None if mask is None else mask.reshape(B, -1)  # from (B M, 1, Z), if by block
 
     def expand(self, z: torch.Tensor, cache: Cache | PretrainedCache | None = None) -> torch.Tensor:
         """Quantized latents z (B, M, Z), of the blocks after those in the cache -> states (B, M S, C) for the output layer."""

@@ -3,8 +3,8 @@ The training text as codes of a frozen autoencoder, extracted once and kept besi
 after window of M stacks of D codes, and meta.json says whose codes of which text they are. Codes of anything else are extracted
 again, because nothing that is trained on them would notice.
 
-Windows are block_size tokens long, encoded in evaluation mode. They begin at multiples of block_size; every further offset is
-another copy that begins elsewhere, up to S copies not at multiples of S either, so that the same text is cut into other blocks.
+Windows are block_size tokens long, encoded in evaluation mode. They begin at multiples of block_size; every further copy begins
+elsewhere, up to S of them at different places modulo S, so that the same text is cut into other blocks.
 
 Shapes: n windows, T tokens, S tokens of a block, M = T / S blocks, D levels.
 """

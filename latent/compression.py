@@ -6,7 +6,8 @@ latents in place of the encoder states.
 
 1. Slot 0 of the memory is a learned vector, so that no position has nothing to look at; slot m > 0 is latent m - 1, which ends
    exactly at token m S - 1. Position t sees the slots with m S - 1 <= t, that is the start and floor((t + 1) / S) latents; what
-   it predicts is token t + 1, so nothing leaks. Therefore the codebooks move only in `step()`, too, after the optimizer's.
+   it predicts is token t + 1, so nothing leaks. For the same reason codebooks move only in `step()`, after the optimizer's: an
+   update before the lookup would tell earlier latents of later tokens.
 2. A slot stands at position m S - 1, the start therefore at -1: rotary keys are turned by it, and with learned positions a table
    of the head's own, one row a latent, says which block it was (codes should not have to).
 3. Latents are made when their block is complete, and again from the encoder states when sampling goes on after a cache: those of
@@ -120,20 +121,23 @@ class CompressionHead(nn.Module):
         """
         if cache is not None:
             h = cache.states.append(h, context.start)
-        first = 1 + context.start // self.factor if context.start > 0 else 0  # slots that are in the cache
+        known = context.start // self.factor  # latents that are in the cache
+        first = known + (context.start > 0)  # slots that are: the start is one of them
         slots = 1 + h.size(1) // self.factor
         memory, losses = h[:, :0], {}
         if slots > first:
             counts = self.training and targets is not None  # else nothing is made of the latents but the memory
-            memory, losses = self.remember(h, first, self.real(targets) if counts else None)
+            memory, losses = self.remember(h, known, self.real(targets) if counts else None)
+        if first == 0:
+            memory = torch.cat((self.start.expand(h.size(0), 1, -1), memory), dim=1)
         ends = self.ends(slots, h.device)
         rotary = {width: rotary_angles(ends[first:], width) for width in context.rotary}
         mask = ends <= positions[:, None]  # (T, N)
         return memory, Context(mask, False, context.rotary, start=first, dropout=context.dropout, key_rotary=rotary), losses
 
     def remember(self, h: torch.Tensor, first: int, real: torch.Tensor | None) -> tuple[torch.Tensor, Losses]:
-        """Slots (B, N - first, C) of the memory of states h (B, T, C), and the quantizer's losses over the latents that are real."""
-        latents = self.latents(h, max(first - 1, 0))
+        """Slots (B, M - first, C) of the latents from number `first` on of states h (B, T, C); the quantizer's losses over real ones."""
+        latents = self.latents(h, first)
         z_q, _, losses, _ = self.quantizer(latents, real)
         memory = self.from_latent(z_q.type_as(latents))
         if self.ablation == "zeroed":
@@ -142,9 +146,7 @@ class CompressionHead(nn.Module):
             assert len(memory) > 1, "one row has no other to swap with"
             memory = memory.roll(1, dims=0)
         if self.wpe is not None:
-            memory = memory + self.wpe.weight[max(first - 1, 0) : h.size(1) // self.factor]
-        if first == 0:
-            memory = torch.cat((self.start.expand(h.size(0), 1, -1), memory), dim=1)
+            memory = memory + self.wpe.weight[first : first + latents.size(1)]
         return memory, losses
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -192,8 +194,8 @@ class CompressionHead(nn.Module):
     def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, int | float | list]:
         """Entries of summary.json from the added sums of `measure`. Warns of codebooks that have collapsed."""
         usage = code_usage(sums["codes"], warn=self.quantizer.initialized)
-        losses = {"codes_of_data": self.quantizer.initialized, "val_loss_latents_zeroed": (sums["zeroed"] / sums["tokens"]).item()}
+        report = {"codes_of_data": self.quantizer.initialized, "val_loss_latents_zeroed": (sums["zeroed"] / sums["tokens"]).item()}
         if sums["swapped_tokens"] > 0:
-            losses["val_loss_latents_swapped"] = (sums["swapped"] / sums["swapped_tokens"]).item()
+            report["val_loss_latents_swapped"] = (sums["swapped"] / sums["swapped_tokens"]).item()
         codes = {f"codebook_{name}": value for name, value in usage.items()}
-        return losses | codes | {"codebook_restarts": self.quantizer.restarts}
+        return report | codes | {"codebook_restarts": self.quantizer.restarts}

@@ -159,12 +159,14 @@ class LatentTransformer(CausalModel):
         self.was_frozen = False  # see `frozen`
         self.initialize([self.encoder, self.blocks, self.decoder])
 
-    def context(self, positions: torch.Tensor, mask: torch.Tensor | None, keys: torch.Tensor | None = None) -> Context:
+    def context(
+        self, positions: torch.Tensor, mask: torch.Tensor | None, keys: torch.Tensor | None = None, start: int = 0
+    ) -> Context:
         """Of queries at positions (T,) that see keys at `keys` (S,), by default the same, where mask (..., T, S) is True (None: all)."""
         rotary = {self.head_width: rotary_angles(positions, self.head_width)}
         key_rotary = None if keys is None else {self.head_width: rotary_angles(keys, self.head_width)}
         dropout = self.config.dropout if self.training else 0.0
-        return Context(mask, causal=False, rotary=rotary, start=0, dropout=dropout, key_rotary=key_rotary)
+        return Context(mask, causal=False, rotary=rotary, start=start, dropout=dropout, key_rotary=key_rotary)
 
     # ------------------------------------------------------------------------------------------------------------------
     # rows to prefixes and targets
@@ -244,8 +246,7 @@ class LatentTransformer(CausalModel):
         mask = None  # one vector sees all
         if x.size(1) > 1:
             mask = torch.arange(cache.length + x.size(1), device=x.device) <= positions[:, None]
-        context = self.context(positions, mask)
-        context.start = cache.length
+        context = self.context(positions, mask, start=cache.length)
         for block, layer in zip(self.blocks, cache.layers):
             x = block(x, context, layer)
         cache.length += x.size(1)
@@ -270,9 +271,9 @@ class LatentTransformer(CausalModel):
         def to_memory(length: int, stride: int) -> tuple[torch.Tensor, Context]:
             """Positions (J length,) of queries that stand `stride` tokens apart in each target, and the context in which they see h."""
             positions = (starts[:, None] + stride * torch.arange(length, device=h.device)).flatten()
-            mask = seen.repeat_interleave(length, dim=0)  # (J length, P)
-            mask = mask if real is None else mask & real[:, None, None]  # (B, 1, J length, P)
-            return positions, self.context(positions, mask, keys=place)
+            visible = seen.repeat_interleave(length, dim=0)  # (J length, P)
+            visible = visible if real is None else visible & real[:, None, None]  # (B, 1, J length, P)
+            return positions, self.context(positions, visible, keys=place)
 
         x, mask, stride = self.from_latent(z).flatten(0, 1), latent_real.flatten(0, 1), self.config.latent_factor  # (B J, L, C), (B J, L)
         for convolution, norm, attention, up in zip(
@@ -415,8 +416,8 @@ class LatentTransformer(CausalModel):
     @property
     def frozen(self) -> bool:
         """
-        Whether the codes of a text will never change again. Compiled, a step would be cut into pieces where it asks the device, so it
-        takes what was found last: by `after_step` and, before each step, for `backbone_rate`.
+        Whether the codes of a text will never change again. To ask the device would cut a compiled step in two, so compiled code
+        takes what was found last outside: by `after_step`, or before each step for `backbone_rate`.
         """
         if not torch.compiler.is_compiling():
             self.was_frozen = bool(0 < self.config.freeze_codes_after <= self.steps and self.bottleneck.ready)
@@ -476,17 +477,17 @@ class LatentTransformer(CausalModel):
         config = self.config
         C, S, N, P, T = config.n_embd, config.latent_factor, config.target_size, config.prefix_size, config.block_size
         J = 1 if config.task == "pairs" else T // N
-        codes = J * (config.latents * config.codebook_levels - 1)
-        shares = [(self.blocks, (P + codes) / T), (self.heads, J * config.latents / T), (self.wte, J * N / T)]  # module, runs a token
-        shares += [(part, J * N / T) for part in (self.convolutions, self.encoder, self.decoder)]
-        shares += [(layer, J * N / T / 2 ** (i + 1)) for i, layer in enumerate(self.down.layers)]
-        shares += [(part, J * N / T / S) for part in (self.to_latent, self.from_latent, self.bottleneck)]
-        for i, parts in enumerate(zip(self.up_convolutions, self.up_attention, self.up_layers)):
-            shares += [(part, J * N / T * 2**i / S) for part in parts] + [(parts[1].c_kv, P / T - J * N / T * 2**i / S)]
-        shares += [(layer.cross_attn.c_kv, (P - J * N) / T) for layer in self.decoder]  # keys and values: of the prefix, once
+        y, codes = J * N / T, J * (config.latents * config.codebook_levels - 1)  # target tokens for each token of a row; codes of a row
+        shares = [(self.blocks, (P + codes) / T)]  # module, how often it runs for a token
+        shares += [(part, y) for part in (self.convolutions, self.encoder, self.decoder, self.wte)]
+        shares += [(layer, y / 2 ** (i + 1)) for i, layer in enumerate(self.down.layers)]
+        shares += [(part, y / S) for part in (self.to_latent, self.bottleneck, self.heads, self.from_latent)]
+        ups = [y / S * 2**i for i in range(len(self.up_layers))]
+        for up, parts in zip(ups, zip(self.up_convolutions, self.up_attention, self.up_layers)):
+            shares += [(part, up) for part in parts] + [(parts[1].c_kv, P / T - up)]  # keys and values: of the prefix, once
+        shares += [(layer.cross_attn.c_kv, P / T - y) for layer in self.decoder]
         products = 6 * sum(share * p.numel() for module, share in shares for p in module.parameters())
-        ups = sum(2**i / S for i in range(len(self.up_layers)))
-        keys = config.n_layer * (P + codes) ** 2 / T + J * N / T * (N + config.n_decoder_layer * (J * N + P) + ups * P)
+        keys = config.n_layer * (P + codes) ** 2 / T + y * (N + config.n_decoder_layer * (J * N + P)) + sum(ups) * P
         quantizers = [quantizer.config for quantizer in getattr(self.bottleneck, "quantizers", ())]  # codes are looked up forward only
-        lookups = J * N / T / S * sum(2 * q.codebook_levels * q.codebook_size * q.latent_dim for q in quantizers)
+        lookups = y / S * sum(2 * q.codebook_levels * q.codebook_size * q.latent_dim for q in quantizers)
         return round(products + 12 * C * keys + lookups)

@@ -490,7 +490,7 @@ class ResidualQuantizer(nn.Module):
             )
         vectors = self.vectors()
         zhat = vectors[0].new_zeros(*codes.shape[:-1], self.config.latent_dim)
-        for code, book in zip(codes.long().unbind(-1), vectors):  # in forward()'s order, so that the bits are the same
+        for code, book in zip(codes.unbind(-1), vectors):  # in forward()'s order, so that the bits are the same
             zhat = torch.where(code[..., None] >= 0, zhat + book[code.clamp(min=0)], zhat)
         return zhat
 

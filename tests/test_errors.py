@@ -1,5 +1,6 @@
 """errors.py: how a command ends, by a user's mistake, a signal, a closed pipe, a missing piece of memory."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from errors import exit_on_user_error
+from errors import exit_on_user_error, naming
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +31,13 @@ def test_user_errors_end_in_one_line_and_a_status(capsys, error, status, message
     with pytest.raises(SystemExit) as exit_, exit_on_user_error():
         raise error
     assert exit_.value.code == status and capsys.readouterr().err == message
+
+
+def test_a_full_disk_has_one_name(capsys):
+    """Guards a full disk of the autoencoder's run that is laid to the run which reads it."""
+    with pytest.raises(SystemExit) as exit_, exit_on_user_error(), naming(Path("out/run")), naming(Path("out/codes/codes.bin")):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (exit_.value.code, capsys.readouterr().err) == (1, "error: out/codes/codes.bin: No space left on device\n")
 
 
 def raise_of_a_gpu():

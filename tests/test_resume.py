@@ -275,7 +275,7 @@ def test_disk_that_is_full_at_the_start(tiny_data, tmp_path):
         "runpy.run_path('train.py', run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, f"error: {tmp_path / 'run'}: File too large\n")
+    assert (done.returncode, done.stderr) == (1, f"error: {tmp_path / 'run' / 'config.json'}: File too large\n")
     train.main(words)
 
 

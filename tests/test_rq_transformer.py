@@ -613,7 +613,7 @@ def test_bad_settings(options, message):
         RQTransformerConfig(**options)
 
 
-def test_settings_of_an_autoencoder_that_is_not_there():
+def test_settings_of_an_autoencoder_that_is_not_there(tmp_path):
     """Guards a comparison of soft labels, or of offsets, with nothing; and a vocabulary that comes from the data set afterwards."""
     with pytest.warns(UserWarning, match="soft_labels, code_offsets without effect: autoencoder=none"):
         config = RQTransformerConfig(autoencoder=None, soft_labels=0.5, code_offsets=3, latent_factor=8)
@@ -624,6 +624,9 @@ def test_settings_of_an_autoencoder_that_is_not_there():
         own = RQTransformerConfig(autoencoder=None, latent_factor=8)
         assert RQTransformerConfig(**vars(own)) == own  # read again from its config.json
     assert dataclasses.replace(config, vocab_size=300).codebook_size == 300
+    other = write_tokens(tmp_path / "data", np.arange(3000) % 3, np.arange(300) % 3, vocab_size=3)
+    with warnings.catch_warnings(action="error"):  # nobody gave the codebook_size that it has before
+        assert train.open_data(TrainConfig(dataset=str(other)), own, None, {})[1].codebook_size == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
