@@ -292,9 +292,10 @@ def find(run: Path, which: str) -> Path:
     for folder in (run / which, run / f"{which}.old"):  # .old: a crash struck between the two renames of save()
         if (folder / "trainer.json").exists() and (folder / "model.safetensors").exists():
             return folder
-    others = [name for name in ("last", "best") if name != which and (run / name).is_dir()]
     why = ": it holds no weights (best/ or last/), stopped before its first evaluation or copied without"
-    raise FileNotFoundError(f"{run} has no complete {which} checkpoint{f', but a {others[0]}' if others else why}")
+    if others := [name for name in ("last", "best") if name != which and (run / name).is_dir()]:
+        why = f", but a {others[0]}: --checkpoint={others[0]} takes that, and --init_from={run} begins a new run with its weights"
+    raise FileNotFoundError(f"{run} has no complete {which} checkpoint{why}")
 
 
 def find_first(run: Path, *which: str) -> Path:

@@ -198,7 +198,10 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
             row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from error
-        if text := _text_of(row if isinstance(row, dict) else {}, text_key, f"{path}, line {number}"):
+        if not isinstance(row, dict):
+            what = f"a JSON {type(row).__name__}, but an object is needed"
+            raise ValueError(f'{path}, line {number}: {what}, such as {{"{text_key}": "..."}}')
+        if text := _text_of(row, text_key, f"{path}, line {number}"):
             yield to_utf8(text).decode()  # JSON can hold half a character, a data set must not
 
 

@@ -432,6 +432,11 @@ def test_what_makes_rows_unequal_is_said(tmp_path, capsys):
     write_run(tmp_path / "c", 1, 3.5, model={"n_layer": 3}, summary={"device": "cpu", "dtype": "float32", "parameters": 16_830_000})
     compare.main([str(tmp_path), "--plot=none"])
     assert "The runs differ in devices. The runs differ in dtypes." in (text := capsys.readouterr().out) and "parameters than" not in text
+    assert "holds runs in" not in text
+    write_run(tmp_path / "a_s3", 3, 3.0, summary={"dtype": "bfloat16"})
+    write_run(tmp_path / "a_s4", 4, 3.0, summary={"dtype": "float32"})
+    compare.main([str(tmp_path), "--plot=none"])
+    assert "`a` holds runs in bfloat16 and in float32." in capsys.readouterr().out
     write_run(tmp_path / "d", 1, 3.5, model={"n_layer": 4}, summary={"parameters": 17_640_480})
     compare.main([str(tmp_path), "--plot=none"])
     assert "The largest has 10% more parameters than the smallest." in capsys.readouterr().out

@@ -261,7 +261,8 @@ def test_bad_rows_are_located(tmp_path):
         '{"text": 5}': "the value under 'text' is int, not text",
         '{"text": null}': "the value under 'text' is null",
         "[" * 100_000: "not JSON",
-        '["text"]': "no text under 'text', there is nothing",
+        '["text"]': "a JSON list, but an object is needed",
+        '{}': "no text under 'text', there is nothing",
     }.items():
         path.write_text('{"text": "fine"}\n\n' + row + "\n", encoding="utf-8")
         with pytest.raises(ValueError, match=f"a.jsonl, line 3: {message}"):
