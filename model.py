@@ -112,7 +112,7 @@ def check_fields(config, *sizes: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# blocks, shared by every model of the project
+# blocks, shared by every model of the project; stepper.py computes them in its own way, padding.py knows the layout of their weights
 
 
 class LayerCache:

@@ -34,7 +34,7 @@ TINY_ENCODER_DECODER = dict(
 )
 TINY_BASELINE = dict(vocab_size=31, block_size=12, n_layer=3, n_head=2, n_embd=12)
 
-# every value of every option stands in at least one of these
+# every value of every option stands in at least one of these, which tests/test_model.py holds
 ENCODER_DECODER_OPTIONS = [
     {},
     {"bias": True, "pos_sub": "plain", "embedding_loss": "mse"},
