@@ -68,7 +68,7 @@ class EncoderDecoderConfig:
     window: int = 0  # self-attention sees only so many positions, its own included; 0 = all
     # compression head: cross-attention sees quantized latents, each of latent_factor tokens, see latent/compression.py
     latent_factor: int = 0  # tokens S per latent, a power of two; 0 = no head, cross-attention sees the encoder states
-    latent_dim: int | None = 64  # width of a latent; none: C, and no linear maps between the encoder states and the codes
+    latent_dim: int = 64  # width of a latent
     codebook_size: int = 512  # codes K of a level
     codebook_levels: int = 4  # levels D; a latent says D log2(K) bits
     commitment_weight: float = 0.0  # factor of the commitment loss: latent/compression.py, point 5

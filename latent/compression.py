@@ -2,8 +2,7 @@
 The compression head of the encoder-decoder: S tokens become one latent of D codes, and the decoder's cross-attention sees the
 latents in place of the encoder states.
 
-    h (B, T, C) -> causal down -> linear*, LayerNorm -> residual quantizer -> linear* -> memory [start, latent 0, latent 1, ...]
-                                                                                * not with latent_dim=none: there Z = C
+    h (B, T, C) -> causal down -> linear, LayerNorm -> residual quantizer -> linear -> memory [start, latent 0, latent 1, ...]
 
 1. Slot 0 of the memory is a learned vector, so that no position has nothing to look at; slot m > 0 is latent m - 1, which ends
    exactly at token m S - 1. Position t sees the slots with m S - 1 <= t, that is the start and floor((t + 1) / S) latents; what
@@ -64,8 +63,7 @@ def quantizer_config(config) -> QuantizerConfig:
         config.window == 0 or config.window >= S,
         f"window={config.window} is shorter than latent_factor={S}: tokens would be out of sight before their latent is in it",
     )
-    width = config.n_embd if config.latent_dim is None else config.latent_dim
-    sizes = width, config.codebook_size, config.codebook_levels
+    sizes = config.latent_dim, config.codebook_size, config.codebook_levels
     return QuantizerConfig(*sizes, commitment_weight=config.commitment_weight)
 
 
@@ -76,11 +74,10 @@ class CompressionHead(nn.Module):
         super().__init__()
         self.factor = config.latent_factor
         self.down = CausalDownsample(config.n_embd, self.factor, kernel=3, bias=config.bias)
+        self.to_latent = nn.Linear(config.n_embd, config.latent_dim, bias=config.bias)
+        self.norm = nn.LayerNorm(config.latent_dim, bias=config.bias)  # the quantizer sees one scale from the first step on
         self.quantizer = ResidualQuantizer(quantizer_config(config))
-        C, Z, straight = config.n_embd, self.quantizer.config.latent_dim, config.latent_dim is None
-        self.to_latent = nn.Identity() if straight else nn.Linear(C, Z, bias=config.bias)
-        self.norm = nn.LayerNorm(Z, bias=config.bias)  # the quantizer sees one scale from the first step on
-        self.from_latent = nn.Identity() if straight else nn.Linear(Z, C, bias=config.bias)
+        self.from_latent = nn.Linear(config.latent_dim, config.n_embd, bias=config.bias)
         self.start = nn.Parameter(0.02 * torch.randn(config.n_embd))
         learned = config.position == "learned"
         self.wpe = nn.Embedding(config.block_size // self.factor, config.n_embd) if learned else None
