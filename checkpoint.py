@@ -294,7 +294,7 @@ def find(run: Path, which: str) -> Path:
             return folder
     why = ": it holds no weights (best/ or last/), stopped before its first evaluation or copied without"
     if others := [name for name in ("last", "best") if name != which and (run / name).is_dir()]:
-        why = f", but a {others[0]}: --checkpoint={others[0]} takes that, and --init_from={run} begins a new run with its weights"
+        why = f", but a {others[0]}: sample.py and evaluate.py take it with --checkpoint={others[0]}, a new run with --init_from={run}"
     raise FileNotFoundError(f"{run} has no complete {which} checkpoint{why}")
 
 

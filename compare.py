@@ -213,7 +213,8 @@ def table_notes(rows: list[Row]) -> str:
     if (apart := max(sizes) / min(sizes) - 1) > APART:
         notes.append(f"The largest has {apart:.0%} more parameters than the smallest.")
     for row in rows:
-        if len(dtypes := sorted({str(run.summary.get("dtype")) for run in row.runs})) > 1:  # dtype=auto, on several machines
+        dtypes = sorted({run.summary["dtype"] for run in row.runs if run.summary.get("dtype")})  # several with dtype=auto
+        if len(dtypes) > 1:
             notes.append(f"`{row.label}` holds runs in {' and in '.join(dtypes)}.")
         names = {row_name(run.path): None for run in row.runs}
         if len(names) > 1 and len({short_commit(run) for run in row.runs}) > 1:
