@@ -34,6 +34,7 @@ from latent.latent_transformer import LatentTransformer, LatentTransformerConfig
 from latent.rq_transformer import RQTransformer, RQTransformerConfig
 from model import EncoderDecoder, EncoderDecoderConfig
 from runs import NOT_OF_A_ROW
+from trainer import TrainConfig
 
 try:
     import fcntl
@@ -213,10 +214,10 @@ def state_to_resume(settings: dict, data_hash: str, out: Path) -> dict:
     changed = [
         f"{key}={new[key]!r} (was {before[key]!r})"
         for before, new, free in (
-            (was, settings["train"], FREE_ON_RESUME),
+            (configurator.defaults(TrainConfig) | was, settings["train"], FREE_ON_RESUME),
             (configurator.to_dict(model_config), settings["model"], set()),
         )
-        for key in sorted(before.keys() & new.keys())  # a model's that older runs have not had has its default
+        for key in sorted(before.keys() & new.keys())  # one that older runs have not had has its default
         if key not in free and before[key] != new[key]
     ]
     if changed:

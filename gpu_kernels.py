@@ -125,6 +125,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Ten
     Causal softmax(q k^T / sqrt(D)) v of q, k, v (B, H, T, D), D = 16 or 32, T <= 256, any strides with the last one 1. Returns it as
     (B, T, H, D), and what the backward pass needs. Not differentiable twice.
     """
+    assert q.shape == k.shape == v.shape, f"{q.shape} {k.shape} {v.shape}: a kernel would read what lies behind the shorter ones"
     o, lse = empty_output(q, k, v)
     numbers, constants = sizes(q, k, v)
     N, stages = TILES[q.size(3)]

@@ -143,7 +143,8 @@ def write_sides(
         complete(meta)
         tokenizers.save(tokenizer, work)
         (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        if _held(out_dir) not in (None, meta):
+        held = _held(out_dir)
+        if held is not None and held | {"source": source} != meta:  # which may have moved
             raise FileExistsError(
                 f"{out_dir} holds another data set, and runs on that could not be resumed: give another --out_dir (or "
                 "--name, where there is one), or remove it"

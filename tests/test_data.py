@@ -737,6 +737,10 @@ def test_what_a_folder_held_is_not_lost(tmp_path):
     first = text_set.main(words)
     (tmp_path / "set" / "train.bin").write_bytes(b"damaged")
     assert text_set.main(words) == first and TokenData(tmp_path / "set", 8).meta == first, "the same again mends it"
+    shutil.copy(tmp_path / "a.txt", tmp_path / "moved.txt")
+    moved = text_set.main(["--input", str(tmp_path / "moved.txt"), *words[2:]])
+    assert moved == first | {"source": "moved.txt"}, "the same text from another place is the same data set"
+    assert text_set.main(words) == first
     with pytest.raises(FileExistsError, match="holds another data set.*give another --out_dir .or --name"):
         text_set.main([*words, "--val_fraction", "0.5"])
     assert TokenData(tmp_path / "set", 8).meta == first and len(list((tmp_path / "set").iterdir())) == 4

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+import checkpoint
 from baseline_transformer.model import DecoderOnly, DecoderOnlyConfig
+from conftest import ALL_MODELS
 from model import EncoderDecoder, EncoderDecoderConfig
 from padding import Padded, suits
 from runtime import Runtime
@@ -25,6 +27,12 @@ MODELS = {
     "baseline, odd heads alone": (DecoderOnly, dict(n_layer=2, n_head=8, n_embd=32)),
 }  # fmt: skip
 CONFIGS = {EncoderDecoder: EncoderDecoderConfig, DecoderOnly: DecoderOnlyConfig}
+# every option with learned positions, at a width whose parts of a packed layer are not multiples of what is padded to
+SIZES = {EncoderDecoder: STACKS | dict(n_cross_head=2), DecoderOnly: dict(n_layer=2)}
+for name, options in ALL_MODELS:
+    kind = checkpoint.MODELS[name][1]
+    if options.get("position", "learned") == "learned":
+        MODELS[f"{name}, {options}"] = kind, SIZES[kind] | options | dict(n_head=2, n_embd=34)
 
 
 def build(kind: type, settings: dict) -> torch.nn.Module:

@@ -450,6 +450,13 @@ def test_existing_runs_are_never_overwritten_unless_asked(tiny_data, tmp_path, c
         words = arguments(tiny_data, out, *REFERENCE, "--resume", f"--{other.split()[0]}")
         code, line = complaint(train, words, capsys)
         assert code == 2 and other in line and snapshot(out) == before
+    older = json.loads((out / "config.json").read_text())
+    del older["train"]["beta1"]  # as of a version without that setting: then the run had its default
+    (tmp_path / "now.json").write_bytes((out / "config.json").read_bytes())
+    (out / "config.json").write_text(json.dumps(older))
+    code, line = complaint(train, arguments(tiny_data, out, *REFERENCE, "--resume", "--beta1=0.5"), capsys)
+    assert code == 2 and "beta1=0.5 (was 0.9)" in line
+    (tmp_path / "now.json").replace(out / "config.json")
     code, line = complaint(train, arguments(tiny_data, tmp_path / "none", "--resume"), capsys)
     assert code == 1 and "not a directory" in line and not (tmp_path / "none").exists()
     state, config = ((out / name).read_text() for name in ("last/trainer.json", "config.json"))
