@@ -77,7 +77,7 @@ class EncoderDecoderConfig:
         check_fields(self, "vocab_size", "block_size", "n_encoder_layer", "n_decoder_layer", "n_head", "n_cross_head", "n_embd")
         require(self.embedding_loss_weight >= 0.0, f"embedding_loss_weight={self.embedding_loss_weight} must not be negative")
         clash = self.decoder_pos_emb and self.position != "learned"
-        require(not clash, f"decoder_pos_emb=True adds a position embedding, but position={self.position} has none; use learned")
+        require(not clash, f"decoder_pos_emb=True adds a position embedding, but position={self.position} has none; use position=learned")
         if self.latent_factor != 0:
             from latent.compression import quantizer_config
 
