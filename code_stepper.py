@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from latent.autoencoder import Autoencoder
 from latent.rq_transformer import RQTransformer
 from model import Cache
-from stepper import Layers, Norm, Product, stepping
+from stepper import Layers, Norm, Pace, Product, stepping
 
 
 class BlockWriter:
@@ -55,6 +55,7 @@ class CodeStepper:
         self.spatial, self.depth = Layers(model.spatial.blocks, config.blocks), Layers(model.depth.blocks, 0)
         self.from_sum = None if model.from_sum is None else self.depth.linear(model.from_sum)
         self.heads = [(Norm(norm), Product(linear.weight, linear.bias)) for norm, linear in model.heads]
+        self.spatial_pace, self.depth_pace = Pace(), Pace()
         packed = model.autoencoder is not None and model.autoencoder.trunk is None
         self.write = BlockWriter(model.autoencoder) if packed else None
 
@@ -62,20 +63,20 @@ class CodeStepper:
         """Sum (1, C) of the vectors of the first codes of a stack."""
         return sum(level[code] for level, code in zip(self.table, codes))[None]
 
-    @stepping()
     def state(self, stack: list[int], cache: Cache) -> torch.Tensor:
         """The spatial state h (1, C) after one more stack, which is appended to the cache (that holds the start at least)."""
-        h = self.spatial(self.embed(stack), self.spatial.place(cache.length, 1), cache.layers)
+        with stepping(self.spatial_pace):
+            h = self.spatial(self.embed(stack), self.spatial.place(cache.length, 1), cache.layers)
         cache.length += 1
         return h
 
-    @stepping()
     def logits(self, h: torch.Tensor, codes: list[int], cache: Cache) -> torch.Tensor:
         """Logits (1, K) of the code after the first `codes` of a stack, all but the last of which are in the cache."""
         level = cache.length
         assert level == len(codes), f"{len(codes)} codes, but the cache holds {level} steps"
-        x = h.type_as(self.wpe) if level == 0 else self.from_sum(self.embed(codes))
-        x = self.depth(x + self.wpe[level], self.depth.place(level, 1), cache.layers)
-        cache.length += 1
         norm, head = self.heads[level]
-        return head(norm(x))
+        with stepping(self.depth_pace):
+            x = h.type_as(self.wpe) if level == 0 else self.from_sum(self.embed(codes))
+            x = self.depth(x + self.wpe[level], self.depth.place(level, 1), cache.layers)
+            cache.length += 1
+            return head(norm(x))

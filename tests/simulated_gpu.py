@@ -120,6 +120,8 @@ def simulated_gpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer: answer))
+        # torch built with CUDA would have its optimizers ask the GPU's stream whether it is being captured
+        stack.enter_context(mock.patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None))
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # module.to(GPU) makes parameters of another class
         stack.enter_context(DeviceArguments())

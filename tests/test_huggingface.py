@@ -183,7 +183,7 @@ def test_runs_freeze_go_on_and_load_without_the_folder(folders, tiny_data, tmp_p
     shutil.copytree(folders[kind], folder)
     theirs = transformers.AutoModel.from_pretrained(folder)
     summary = run(tiny_data, full, folder)
-    assert summary["token_accuracy"] > 0 and summary["parameters"] > 0
+    assert 0 <= summary["token_accuracy"] < 1 and summary["parameters"] > 0
     run(tiny_data, halves, folder, "--max_iters=3")
     folder.rename(tmp_path / "gone")
     run(tiny_data, halves, folder, "--max_iters=6", "--resume")

@@ -1,5 +1,7 @@
 """A few tokens at a time on packed weights, against the models' own cached forward pass."""
 
+import types
+
 import pytest
 import torch
 
@@ -92,6 +94,41 @@ def test_int8_weights():
             model(tokens[None, :3], cache=cache)
         exact, rounded = (torch.cat([step([i], cache) for i in tokens[3:].tolist()]) for step, cache in zip(steps, caches))
     assert 0 < (exact - rounded).norm() < 0.1 * exact.norm()
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", ["encoder_decoder", "decoder_only"])
+def test_threads_change_speed_only(name, two_threads):
+    """Guards texts against the machine's load: which number of threads is faster is measured, so no bit may depend on it."""
+    model = make_model(name, {}, dtype=torch.float32, n_embd=96, vocab_size=500)
+    tokens, made = torch.randint(500, (9,)).tolist(), []
+    for threads in (1, 2):
+        step, cache = stepper.Stepper(model), model.make_cache()
+        step.pace.turns = [threads]
+        made.append([step([token], cache) for token in tokens])
+        made[-1].append(step([1, 2, 3], cache, torch.arange(9, 12), torch.ones(3, 12, dtype=torch.bool)))
+        assert torch.get_num_threads() == 2, "everything else would be computed on one thread from now on"
+    assert all(torch.equal(one, other) for one, other in zip(*made))
+
+
+@pytest.mark.parametrize("faster", [1, 2])
+def test_the_faster_number_of_threads_is_kept(faster, two_threads, monkeypatch):
+    """Guards the choice: both are tried equally often, an even number of steps, and slow ones not for long."""
+    clock = [0.0]
+    monkeypatch.setattr(stepper, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    for seconds, tried in ((0.001, 32), (0.02, 6)):  # the slower one takes twice that, so 0.04 s three times
+        pace, used = stepper.Pace(), []
+        for _ in range(40):
+            with stepper.stepping(pace):
+                used.append(torch.get_num_threads())
+                clock[0] += seconds if used[-1] == faster else 2 * seconds
+        assert used[:tried] == [1, 2] * (tried // 2) and used[tried:] == [faster] * (40 - tried)
 
 
 def test_who_has_a_stepper():
