@@ -93,8 +93,14 @@ def begins_of_copies(T: int, S: int, copies: int) -> list[int]:
 @torch.no_grad()
 def extract(folder: Path, data: TokenData, autoencoder: Autoencoder, starts: np.ndarray, meta: dict) -> None:
     """Write the store: the codes first, what they are last, so that a crash leaves no store."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "meta.json").unlink(missing_ok=True)
+    except OSError as error:  # the autoencoder is another user's, say
+        raise OSError(
+            f"{folder}: {error.strerror}; the codes of the training text are kept there, beside the autoencoder: make a copy of "
+            "its run where you may write, and give that to --autoencoder"
+        ) from None
     device, began, rows = next(autoencoder.parameters()).device, time.perf_counter(), max(1, TOKENS // meta["block_size"])
     print(
         f"encoding the training text: {len(starts):,} windows of {meta['block_size']} tokens, once, into {folder}", flush=True

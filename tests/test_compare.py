@@ -1000,7 +1000,7 @@ def test_metrics_plot(tmp_path, capsys):
     compare.main([str(tmp_path / "out"), "--metrics=gain_encoder", f"--plot={plot}"])
     svg = plot.with_suffix(".svg").read_text(encoding="utf-8")
     assert ">a<" in svg and ">b<" not in svg and "grad_norm" not in svg
-    assert "10^{-40}" in svg
+    assert re.search(r"10\^\{-[34]\d\}", svg)  # a power of ten at the axis; which ones are labelled, versions of matplotlib differ in
 
 
 def test_metrics_of_summaries_have_a_column(tmp_path, capsys):
