@@ -713,7 +713,7 @@ def test_learns_codes_by_heart(tmp_path):
 def test_a_run_directory_is_all_that_sampling_needs(own_autoencoder, tiny_data, tmp_path, capsys):
     """Guards self-containment: with the autoencoder's run, its store of codes and the data set gone, the same text comes out."""
     out = tmp_path / "prior"
-    (own_autoencoder / "codes").mkdir()  # all that a user who is not root has to be able to write
+    (own_autoencoder / "codes").mkdir(exist_ok=True)  # all that a user who is not root has to be able to write
     for folder in (own_autoencoder, own_autoencoder / "best"):
         folder.chmod(0o555)
     run("rq_transformer", tiny_data, out, f"--autoencoder={own_autoencoder}", "--eval_sample_tokens=9")
@@ -872,6 +872,7 @@ def test_autoencoders_that_cannot_serve(own_autoencoder, tiny_data, tmp_path):
     pairs.main(["--input", str(tmp_path / "qa.tsv"), "--out_dir", str(tmp_path / "pairs"), "--val_fraction", "0.3"])
     with pytest.raises(ValueError, match="is a set of pairs, but rq_transformer is made for whole texts"):
         run("rq_transformer", tmp_path / "pairs", out, word)
+    shutil.rmtree(own_autoencoder / "codes", ignore_errors=True)
     (own_autoencoder / "codes").write_text("")  # in the way, as somebody else's folder is
     with pytest.raises(OSError, match=r"autoencoder/codes/1: .*; the codes of .* make a copy of its run where you may write"):
         run("rq_transformer", tiny_data, out, word)
